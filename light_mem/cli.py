@@ -1,0 +1,106 @@
+"""`light-mem`: one sub-command a function here, each handing over to the module that does it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from light_mem.errors import LightMemError
+
+DEMO_HELP = """\
+A prompt of a small transformer is computed, stored, and continued after a restart in another
+process, which proves that not one bit of its logits differs from computing it again.
+
+example:
+  light-mem demo
+  light-mem demo --store ./kv --tokens 8000 --workers 4    # run it twice: the store is kept
+
+exit code: 0 all bits equal, 1 not equal, 2 the demo could not run
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="light-mem",
+        description="A persistent, multi-process disk tier for LLM KV caches.",
+        epilog="example: light-mem demo --tokens 2000",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_demo(commands)
+    arguments = parser.parse_args(argv)
+    code: int = arguments.command(arguments)
+    return code
+
+
+def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="show a KV cache that survives its process, and prove it bit for bit",
+        description=DEMO_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "--store", metavar="DIR", help="where to store; kept (default: a temporary directory)"
+    )
+    demo.add_argument("--keep", action="store_true", help="keep the temporary directory too")
+    demo.add_argument(
+        "--tokens", type=int, default=4000, help="length of the prompt, in bytes (%(default)s)"
+    )
+    demo.add_argument(
+        "--next", type=int, default=32, dest="steps", help="tokens to decode (%(default)s)"
+    )
+    demo.add_argument(
+        "--workers", type=int, default=2, help="worker processes of the service (%(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of weights and pages (%(default)s)")
+    demo.add_argument(
+        "--drop-page-cache",
+        action="store_true",
+        help="before the restart, ask the kernel to forget the store's files (Linux)",
+    )
+    demo.add_argument("--json", action="store_true", help="print the result as JSON only")
+    demo.set_defaults(command=run_demo)
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    # Here, not above: `light-mem --help` need not import torch.
+    from rich.console import Console
+
+    from light_mem.demo.plan import Plan
+    from light_mem.demo.report import show
+    from light_mem.demo.run import default_threads
+    from light_mem.demo.run import run_demo as run
+
+    console = Console(stderr=arguments.json)  # with --json, standard output is JSON only
+    store = arguments.store or tempfile.mkdtemp(prefix="light-mem-demo-")
+    plan = Plan(
+        store=store,
+        tokens=arguments.tokens,
+        steps=arguments.steps,
+        workers=arguments.workers,
+        seed=arguments.seed,
+        threads=default_threads(),
+    )
+    try:
+        report = run(plan, console, drop_cache=arguments.drop_page_cache)
+    except (LightMemError, ValueError, RuntimeError, OSError) as error:
+        Console(stderr=True).print(f"light-mem demo: {error}", style="red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if arguments.store is None and not arguments.keep:
+            shutil.rmtree(store, ignore_errors=True)
+    if arguments.json:
+        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+    else:
+        show(report, console)
+    return 0 if report.equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""Moves bytes: shard files, copies, worker processes. Asks `light_mem.index` where they go.
+
+base.py         StorageEngine: what a storage behind the service must do
+local.py        LocalStorageEngine: shards on a local disk
+memory.py       MemoryStorageEngine: the same promises in one process's memory, for tests
+opening.py      makes, opens, resizes and rebuilds a store's files
+shard_file.py   one shard's data and slot records, mapped
+copy.py         copies between KV pages and mapped slots, with the checksum
+kvmemory.py     how another process reaches the KV tensor's memory
+futex.py        waiting on a word of shared memory
+task_table.py   the shared task table: layout and mapping
+queue.py        TaskQueue: blocks waiting for a worker
+worker.py       the worker process
+pool.py         starts, watches and replaces workers
+"""

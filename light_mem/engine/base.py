@@ -1,0 +1,100 @@
+"""StorageEngine: what the service and the workers ask of a storage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.index.keys import KeyArray
+
+Bytes2D = npt.NDArray[np.uint8]
+
+
+class Outcome(IntEnum):
+    """What became of one block of a batch, as told to `report`."""
+
+    COPIED = 1  # write: every byte has left the KV pages; a further outcome follows
+    STORED = 2  # write: stored now
+    PRESENT = 3  # write: was stored already; nothing was copied, or the copy was given back
+    LOADED = 4  # read: the pages hold the block, verified
+    MISSING = 5  # read: not stored, or of another length
+    LOST = 6  # read: evicted while it was copied
+    DAMAGED = 7  # read: the bytes do not fit the checksum; the block was taken out
+    NO_ROOM = 8  # write: no slot could be freed in time
+    STOPPED = 9  # aborted by the caller
+    FAILED = 10  # an I/O error, or a lock that was not free in time
+
+    @property
+    def success(self) -> bool:
+        """Whether the block's bytes may be used (read) or can be found (write)."""
+        return self in (Outcome.STORED, Outcome.PRESENT, Outcome.LOADED)
+
+
+class BlockIO(NamedTuple):
+    """One block to move: its key and the rows of `memory` that it is made of, in order.
+
+    memory  uint8 [rows, row_bytes]: the KV tensor, one row a page; a block addressed by offset
+            and length is a memory of one row
+    rows    row numbers, dtype intp, shape [n]
+    """
+
+    low: int
+    high: int
+    memory: Bytes2D
+    rows: npt.NDArray[np.intp]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the block in bytes."""
+        return len(self.rows) * self.memory.shape[1]
+
+
+Report = Callable[[int, Outcome], None]  # (position in the batch, outcome)
+Stop = Callable[[int], bool]  # whether the block at this position was aborted
+
+
+def never(_: int) -> bool:
+    """The Stop of a batch that nobody aborts."""
+    return False
+
+
+class StorageEngine(ABC):
+    """A store of blocks by key. Several processes may each hold an engine on one store.
+
+    Promises of every engine, tested by one suite (tests/test_engine_contract.py): a block is found
+    only when it is whole; LOADED means the very bytes that were written under the key; the least
+    recently used block goes first; damage is DAMAGED or MISSING, never an exception.
+    """
+
+    @abstractmethod
+    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.bool_]:
+        """Which keys are stored, shape [n]; `touch` counts it as use. Any thread."""
+
+    @abstractmethod
+    def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        """Store the blocks. Each gets COPIED (if copied) and then one final outcome."""
+
+    @abstractmethod
+    def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        """Load the blocks into their rows. Each gets one final outcome."""
+
+    @abstractmethod
+    def delete(self, keys: KeyArray) -> int:
+        """Take blocks out; returns how many were stored. Any thread."""
+
+    @abstractmethod
+    def clear(self) -> int:
+        """Take all blocks out; returns how many. Any thread."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, int]:
+        """Numbers of the store, at least `blocks`, `used_slots`, `slots`, `evictions`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the store; what is stored stays."""

@@ -1,0 +1,382 @@
+"""LocalStorageEngine: blocks in the shards of a store on a local disk.
+
+One engine a process: the server's answers look-ups and takes blocks out, the workers' move bytes.
+All coordination is in the store's files, so any number of processes of any number of servers may
+hold one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine import opening
+from light_mem.engine.base import BlockIO, Outcome, Report, Stop, StorageEngine, never
+from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.shard_file import ShardFile
+from light_mem.errors import LockTimeoutError, StoreFormatError
+from light_mem.index import description
+from light_mem.index import file as index_file
+from light_mem.index import keys as keymath
+from light_mem.index.file import IndexFile
+from light_mem.index.format import MAX_INTENTS
+from light_mem.index.keys import KeyArray
+from light_mem.index.locks import PathLock, lock_path
+from light_mem.index.lookup import Lookup
+from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
+from light_mem.index.shard import Allocation, open_shards
+
+log = logging.getLogger("light_mem")
+
+# How long a write waits for slots that others are filling. A shard whose every slot is being
+# written is a store far too small for its workers.
+ROOM_SECONDS = 2.0
+_ROOM_PAUSE = 0.002
+
+
+class _Written(NamedTuple):
+    at: int  # position in the batch
+    where: Allocation
+    checksum: int
+
+
+class LocalStorageEngine(StorageEngine):
+    """Blocks in mapped shard files, found through the mapped index.
+
+    What it leaves out: it keeps no lock while it copies, so a block may be evicted under a reader;
+    the reader then sees that its tag has changed and reports LOST. Look-ups may be called from any
+    thread; `write` and `read` from one thread an engine.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        kind: str,
+        verify: bool = True,
+        durability: str = "kernel",
+    ) -> None:
+        """Open a store that `open_store` has prepared; `kind` names this process to operators."""
+        self.directory = Path(directory)
+        geometry = description.load(self.directory)
+        if geometry is None:
+            raise StoreFormatError(
+                f"{self.directory} holds no store", path=str(self.directory), field="store.json",
+                found=None, expected="a description",
+            )
+        self.geometry = geometry
+        self._verify = verify
+        self._flush = durability == "flush"
+        self._owners = Owners(self.directory)
+        self._index = IndexFile(self.directory / index_file.NAME, geometry)
+        self.lookup = Lookup(self._index)
+        self._shards = open_shards(self.directory, self._index, self.lookup)
+        self._files: dict[int, ShardFile] = {}
+        self._copier = Copier()
+        self._owner: Owner = self._owners.join(kind)
+        self._closed = False
+
+    @classmethod
+    def open_store(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        page_bytes: int,
+        num_of_shard: int,
+        storage_size: int,
+        block_pages: int,
+        kind: str = "server",
+        verify: bool = True,
+        durability: str = "kernel",
+    ) -> LocalStorageEngine:
+        """Make or open the store in `directory`; see `opening.prepare` for the errors."""
+        opening.check_sizes(page_bytes, num_of_shard, storage_size, block_pages)
+        path = Path(directory)
+        opening.make_directory(path)
+        with PathLock(lock_path(path, "open")).hold(timeout=60):
+            owners = Owners(path)
+            try:
+                opening.prepare(path, page_bytes, num_of_shard, storage_size, owners)
+            finally:
+                owners.close()
+            engine = cls(path, kind=kind, verify=verify, durability=durability)
+            engine._index.mark_open()
+        engine.reclaim()
+        return engine
+
+    # --- look-ups --------------------------------------------------------------------------------
+
+    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.bool_]:
+        return self.lookup.find(keys, touch) >= 0
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        by_shard: dict[int, list[int]] = defaultdict(list)
+        for at, block in enumerate(batch):
+            mixed = keymath.mix_one(block.low, block.high)
+            by_shard[keymath.shard_of(mixed, self.geometry.shards)].append(at)
+        for shard, positions in by_shard.items():
+            for first in range(0, len(positions), MAX_INTENTS):
+                part = positions[first : first + MAX_INTENTS]
+                try:
+                    self._write_shard(shard, part, batch, report, stop)
+                except (LockTimeoutError, OSError) as error:
+                    log.warning("write to shard %d of %s failed: %s", shard, self.directory, error)
+                    for at in part:
+                        report(at, Outcome.FAILED)
+
+    def _write_shard(
+        self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report, stop: Stop
+    ) -> None:
+        """Allocate all, copy all, publish all: two holds of the lock; more only for want of room."""
+        deadline = time.monotonic() + ROOM_SECONDS
+        waiting = positions
+        while waiting:
+            taken, waiting = self._allocate(shard, waiting, batch, report)
+            written = self._copy_in(shard, taken, batch, report, stop)
+            if taken:
+                self._publish(shard, taken, written, batch, report)
+            elif waiting:
+                if time.monotonic() > deadline or any(map(stop, waiting)):
+                    break
+                self.reclaim()
+                time.sleep(_ROOM_PAUSE)
+        for at in waiting:
+            report(at, Outcome.STOPPED if stop(at) else Outcome.NO_ROOM)
+
+    def _allocate(
+        self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report
+    ) -> tuple[list[tuple[int, Allocation]], list[int]]:
+        index = self._shards[shard]
+        taken: list[tuple[int, Allocation]] = []
+        waiting: list[int] = []
+        evicted: list[int] = []
+        present: list[int] = []
+        with index.change():
+            for at in positions:
+                block = batch[at]
+                if waiting or index.find(block.low, block.high) is not None:
+                    (waiting if waiting else present).append(at)
+                    continue
+                runs = index.allocate(-(-block.nbytes // self.geometry.page_bytes), evicted)
+                if runs is None:
+                    waiting.append(at)
+                else:
+                    taken.append((at, Allocation(runs[0][0], runs)))
+            # The order binds: intents name the slots before the slots are marked, and the records
+            # of evicted blocks are gone before their slots get other bytes.
+            self._owner.intend((shard, where.slot) for _, where in taken)
+            for _, where in taken:
+                index.mark(where.runs, self._owner.number)
+            if evicted:
+                self._file(shard).clear_records(evicted)
+        for at in present:
+            report(at, Outcome.PRESENT)
+        return taken, waiting
+
+    def _copy_in(
+        self,
+        shard: int,
+        taken: list[tuple[int, Allocation]],
+        batch: Sequence[BlockIO],
+        report: Report,
+        stop: Stop,
+    ) -> list[_Written]:
+        file = self._file(shard)
+        written: list[_Written] = []
+        for at, where in taken:
+            block = batch[at]
+            checksum = new_checksum(block.low, block.high)
+            row = 0
+            try:
+                for start, length in where.runs:
+                    self._copier.gather(
+                        block.memory, block.rows[row : row + length],
+                        file.pages(start, length), checksum, lambda at=at: stop(at),  # type: ignore[misc]
+                    )
+                    row += length
+            except Stopped:
+                continue
+            report(at, Outcome.COPIED)
+            digest = checksum.intdigest()
+            now = time.time_ns()
+            file.write_records(where.runs, block.low, block.high, digest, block.nbytes, now)
+            written.append(_Written(at, where, digest))
+        if written and self._flush:
+            file.sync()
+        return written
+
+    def _publish(
+        self,
+        shard: int,
+        taken: list[tuple[int, Allocation]],
+        written: list[_Written],
+        batch: Sequence[BlockIO],
+        report: Report,
+    ) -> None:
+        index = self._shards[shard]
+        whole = {w.at: w for w in written}
+        outcomes: list[tuple[int, Outcome]] = []
+        with index.change():
+            now = time.time_ns()
+            for at, where in taken:
+                block = batch[at]
+                if not index.is_marked(where.slot, self._owner.number):
+                    outcomes.append((at, Outcome.FAILED))  # cleared or put in order meanwhile
+                elif at not in whole:
+                    index.give_back(where.slot)
+                    outcomes.append((at, Outcome.STOPPED))
+                elif index.find(block.low, block.high) is not None:
+                    self._file(shard).clear_records([where.slot])
+                    index.give_back(where.slot)
+                    outcomes.append((at, Outcome.PRESENT))
+                else:
+                    digest = whole[at].checksum
+                    index.publish(where.slot, block.low, block.high, digest, block.nbytes, now)
+                    outcomes.append((at, Outcome.STORED))
+        self._owner.settle()
+        for at, outcome in outcomes:
+            report(at, outcome)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        keys = np.array([(b.low, b.high) for b in batch], np.uint64).reshape(-1, 2)
+        for at, entry in enumerate(self.lookup.find(keys).tolist()):
+            report(at, self._read_one(batch[at], entry, lambda at=at: stop(at)))  # type: ignore[misc]
+
+    def _read_one(self, block: BlockIO, entry: int, stopped: Stop) -> Outcome:
+        where = self.lookup.locate(entry, block.low, block.high) if entry >= 0 else None
+        if where is None:
+            return Outcome.MISSING
+        if where.nbytes != block.nbytes:
+            log.info(
+                "block %s is stored with %d bytes, not %d: a miss",
+                keymath.key_text(block.low, block.high), where.nbytes, block.nbytes,
+            )
+            return Outcome.MISSING
+        file = self._file(where.shard)
+        checksum = new_checksum(block.low, block.high) if self._verify else None
+        row = 0
+        try:
+            for start, length in where.runs:
+                self._copier.scatter(
+                    file.pages(start, length), block.memory, block.rows[row : row + length],
+                    checksum, stopped,  # type: ignore[arg-type]
+                )
+                row += length
+        except Stopped:
+            return Outcome.STOPPED
+        # First the tag, then the sum: after an eviction the sum says nothing about damage.
+        if not self.lookup.is_unchanged(where):
+            return Outcome.LOST
+        if checksum is not None and checksum.intdigest() != where.checksum:
+            self._drop_damaged(where.shard, where.slot, where.tag, block)
+            return Outcome.DAMAGED
+        return Outcome.LOADED
+
+    def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
+        log.warning(
+            "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
+            "it is dropped", keymath.key_text(block.low, block.high), slot, shard, self.directory,
+        )
+        index = self._shards[shard]
+        try:
+            with index.change():
+                if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
+                    index.remove(slot)
+                    self._file(shard).clear_records([slot])
+                    self._index.control["removals"][shard] += 1
+                    self._index.control["damaged"][shard] += 1
+        except LockTimeoutError as error:
+            log.warning("the damaged block stays listed: %s", error)
+
+    # --- taking blocks out -----------------------------------------------------------------------
+
+    def delete(self, keys: KeyArray) -> int:
+        shards = keymath.shards_of(keymath.mix(keys), self.geometry.shards)
+        deleted = 0
+        for shard in np.unique(shards).tolist():
+            index = self._shards[shard]
+            with index.change():
+                for low, high in keys[shards == shard].tolist():
+                    slot = index.find(low, high)
+                    if slot is not None:
+                        index.remove(slot)
+                        self._file(shard).clear_records([slot])
+                        self._index.control["removals"][shard] += 1
+                        deleted += 1
+        return deleted
+
+    def clear(self) -> int:
+        cleared = 0
+        for shard, index in enumerate(self._shards):
+            with index.change():
+                slots = index.clear()
+                self._file(shard).clear_records(slots)
+                cleared += len(slots)
+        return cleared
+
+    def reclaim(self) -> int:
+        """Give back the slots that dead processes were filling; returns how many were dead."""
+
+        def take_back(owner: int, intents: list[Intent]) -> None:
+            for shard, slot in intents:
+                if shard >= self.geometry.shards or slot >= self.geometry.slots:
+                    continue
+                index = self._shards[shard]
+                with index.change():
+                    if index.is_marked(slot, owner):
+                        self._file(shard).clear_records([slot])
+                        index.give_back(slot)
+
+        return self._owners.reclaim(take_back)
+
+    # --- the rest --------------------------------------------------------------------------------
+
+    def owners(self) -> list[OwnerInfo]:
+        """Other processes that have the store open."""
+        return self._owners.alive()
+
+    def stats(self) -> dict[str, int]:
+        control = self._index.control
+        names = (
+            "blocks", "used_slots", "evictions", "inserts", "removals", "damaged",
+        )
+        numbers = {name: int(control[name].sum()) for name in names}
+        numbers["slots"] = self.geometry.slots * self.geometry.shards
+        numbers["page_bytes"] = self.geometry.page_bytes
+        numbers["shards"] = self.geometry.shards
+        return numbers
+
+    def close(self) -> None:
+        """Leave the store; the last one to leave syncs the index. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._owner.leave()
+        try:
+            with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
+                if not self._owners.others():
+                    self._index.mark_clean()
+        except (LockTimeoutError, OSError) as error:
+            log.warning("store %s is left without a sync: %s", self.directory, error)
+        self._owners.close()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _file(self, shard: int) -> ShardFile:
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = ShardFile(self.directory, self.geometry, shard)
+        return file

@@ -1,0 +1,173 @@
+"""TaskQueue: the blocks that wait for a worker.
+
+Two rings of cell numbers in the task table, one for reads, one for writes, behind one lock that
+the kernel frees when its holder dies. The rings are hints, the cells' states the truth: a cell is
+claimed only while it is INITIAL, so an entry that is there twice, or for a block aborted since,
+does no harm, and a holder may die between any two stores:
+
+push    ring entries -> tail
+claim   worker and state of the cells -> head
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine.task_table import (
+    ABORTED,
+    COPIED,
+    FINISHED,
+    INITIAL,
+    READ,
+    WORKING,
+    WRITE,
+    TaskTable,
+)
+from light_mem.index.locks import RangeLock
+
+QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
+LANE_BYTE = 1  # ... and the first of the lanes' locks
+BATCH_BYTES = 8 << 20  # claimed at a time: enough to make a hold of the shard's lock cheap
+BATCH_BLOCKS = 64
+# Reads make a user wait, writes do not: writes go first at one claim of this many.
+WRITE_TURN = 4
+MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
+
+
+class TaskQueue:
+    """The queue as one process sees it. Thread-safe; each process makes its own object."""
+
+    def __init__(self, table: TaskTable, lock: RangeLock) -> None:
+        self._table = table
+        self._lock = lock
+        self._threads = threading.Lock()
+        self._turn = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the queue; raises LockTimeoutError when its holder is stopped."""
+        with self._threads:
+            self._lock.lock(QUEUE_BYTE)
+            try:
+                yield
+            finally:
+                self._lock.unlock(QUEUE_BYTE)
+
+    def push(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
+        """Queue cells of one mode, in this order, and wake as many workers as can help."""
+        if not len(cells):
+            return
+        with self.held():
+            self._append(cells, mode)
+        self._table.futex.wake(self._table.work_word, len(cells))
+
+    def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
+        ring, name = self._table.rings[mode], _name(mode)
+        tail = int(self._table.header[f"{name}_tail"][0])
+        at = tail % self._table.ring_length
+        first = min(len(cells), self._table.ring_length - at)
+        ring[at : at + first] = cells[:first]
+        ring[: len(cells) - first] = cells[first:]
+        self._table.header[f"{name}_tail"] = tail + len(cells)
+        self._table.header["work_seq"] += 1
+
+    def depth(self, mode: int) -> int:
+        """Blocks waiting, aborted ones among them."""
+        header, name = self._table.header, _name(mode)
+        return int(header[f"{name}_tail"][0]) - int(header[f"{name}_head"][0])
+
+    def claim(self, worker: int) -> list[int]:
+        """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
+
+        A batch is a fair share of what waits, and no more than BATCH_BYTES beyond its first block.
+        """
+        if not (self.depth(READ) or self.depth(WRITE)):
+            return []
+        self._turn += 1
+        order = (WRITE, READ) if self._turn % WRITE_TURN == 0 else (READ, WRITE)
+        with self.held():
+            for mode in order:
+                cells = self._take(worker, mode)
+                if cells:
+                    return cells
+        return []
+
+    def _take(self, worker: int, mode: int) -> list[int]:
+        table, name = self._table, _name(mode)
+        ring, states, cell = table.rings[mode], table.states, table.cells
+        head, tail = int(table.header[f"{name}_head"][0]), int(table.header[f"{name}_tail"][0])
+        workers, page_bytes = int(table.header["workers"][0]), int(table.header["page_bytes"][0])
+        limit = min(BATCH_BLOCKS, -(-(tail - head) // workers))
+        claimed: list[int] = []
+        nbytes = 0
+        while head < tail and len(claimed) < limit and nbytes < BATCH_BYTES:
+            at = int(ring[head % table.ring_length])
+            head += 1
+            if states[at] != INITIAL:
+                continue
+            cell["worker"][at] = worker
+            states[at] = WORKING
+            claimed.append(at)
+            nbytes += int(cell["count"][at]) * page_bytes
+        table.header[f"{name}_head"] = head
+        return claimed
+
+    def abort(self, start: int, end: int, row: int) -> None:
+        """Abort a task: blocks nobody has begun at once, the others when their worker looks."""
+        with self.held():
+            self._table.rows["abort"][row] = 1
+            states = self._table.states[start:end]
+            states[states == INITIAL] = ABORTED
+        self._table.finish(row, 0)
+
+    def abort_all(self, start: int = 0, end: int | None = None) -> None:
+        """Abort every block of these cells that nobody works on: a lane, or all at the end."""
+        with self.held():
+            states = self._table.states[start:end]
+            states[states == INITIAL] = ABORTED
+        self._finish_lost_tasks()
+
+    def recover(self, worker: int, is_stored: Callable[[int, int], bool], again: bool) -> int:
+        """Settle the blocks of a dead worker; returns how many there were.
+
+        Copied ones are done if they can be found, else aborted: their pages may hold other bytes
+        by now. The others go back to the queue (`again`), a few times at most.
+        """
+        table = self._table
+        with self.held():
+            mine = table.cells["worker"] == worker
+            lost = np.flatnonzero(mine & ((table.states == WORKING) | (table.states == COPIED)))
+            redo: dict[int, list[int]] = {READ: [], WRITE: []}
+            for at in lost.tolist():
+                cell = table.cells[at]
+                if table.states[at] == COPIED:
+                    stored = is_stored(int(cell["low"]), int(cell["high"]))
+                    table.states[at] = FINISHED if stored else ABORTED
+                    continue
+                cell["attempts"] += 1
+                spent = int(cell["attempts"]) >= MAX_ATTEMPTS or table.aborted(int(cell["row"]))
+                if spent or not again:
+                    table.states[at] = ABORTED
+                else:
+                    table.states[at] = INITIAL
+                    redo[int(cell["mode"])].append(at)
+            for mode, cells in redo.items():
+                if cells:
+                    self._append(np.array(cells, np.uint32), mode)
+        table.futex.wake(table.work_word)
+        self._finish_lost_tasks()
+        return len(lost)
+
+    def _finish_lost_tasks(self) -> None:
+        """Tell the waiters of tasks that became ready without a worker saying so."""
+        for row in np.flatnonzero(self._table.active).tolist():
+            self._table.finish(row, 0)
+
+
+def _name(mode: int) -> str:
+    return "read" if mode == READ else "write"

@@ -1,0 +1,146 @@
+"""One shard's files, mapped: `shard-NNN.data` holds the pages, `shard-NNN.slots` says whose.
+
+The slots file makes the index expendable: a record a slot, written before the block is found in
+the index and cleared when the block is taken out. Both files are preallocated, so that a store to
+the mapping cannot fail for want of room (it would be SIGBUS, which Python cannot catch).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine.base import Bytes2D
+from light_mem.errors import StoreFormatError
+from light_mem.index import format as fmt
+from light_mem.index.description import Geometry
+from light_mem.index.recovery import record_crc
+
+
+def data_path(directory: Path, shard: int) -> Path:
+    """Where a shard's pages lie."""
+    return directory / f"shard-{shard:03}.data"
+
+
+def slots_path(directory: Path, shard: int) -> Path:
+    """Where a shard's slot records lie."""
+    return directory / f"shard-{shard:03}.slots"
+
+
+def header_bytes(magic: bytes, geometry: Geometry, shard: int) -> bytes:
+    """The header of one of a shard's two files."""
+    header = np.zeros(1, fmt.SHARD_HEADER)
+    header["magic"] = magic
+    header["version"] = fmt.FORMAT_VERSION
+    header["store_id"] = bytes.fromhex(geometry.store_id)
+    header["page_bytes"] = geometry.page_bytes
+    header["shard"] = shard
+    header["shards"] = geometry.shards
+    header["crc"] = fmt.header_crc(header, fmt.SHARD_HEADER_CRC)
+    return header.tobytes()
+
+
+def read_header(path: Path) -> np.void | None:
+    """The header of a shard's file; None when it is missing, cut short or damaged.
+
+    Raises StoreFormatError when it is whole but of another version.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(fmt.SHARD_HEADER.itemsize)
+    except FileNotFoundError:
+        return None
+    if len(raw) < fmt.SHARD_HEADER.itemsize:
+        return None
+    header = np.frombuffer(raw, fmt.SHARD_HEADER)
+    magics = (fmt.DATA_MAGIC.rstrip(b"\0"), fmt.SLOTS_MAGIC.rstrip(b"\0"))
+    if bytes(header["magic"][0]) not in magics:
+        return None
+    if int(header["crc"][0]) != fmt.header_crc(header, fmt.SHARD_HEADER_CRC):
+        return None
+    if int(header["version"][0]) != fmt.FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{path} has format version {int(header['version'][0])}, this library reads "
+            f"{fmt.FORMAT_VERSION}; nothing was changed",
+            path=str(path), field="version", found=int(header["version"][0]),
+            expected=fmt.FORMAT_VERSION,
+        )
+    return header[0]
+
+
+class ShardFile:
+    """A shard's pages and records in this process. Any process may hold one; slots are written
+    only by the process whose intents name them, records only by it or under the shard's lock."""
+
+    def __init__(self, directory: Path, geometry: Geometry, shard: int) -> None:
+        self.page_bytes = geometry.page_bytes
+        self.shard = shard
+        self._data, self._data_fd = _map(
+            data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
+        )
+        self._slots, self._slots_fd = _map(
+            slots_path(directory, shard), fmt.slots_file_bytes(geometry.slots)
+        )
+        self._pages = np.frombuffer(
+            self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
+        ).reshape(geometry.slots, geometry.page_bytes)
+        self.records: npt.NDArray[np.void] = np.frombuffer(
+            self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
+        )
+
+    def pages(self, start: int, length: int) -> Bytes2D:
+        """The mapped pages of a run of slots, uint8 [length, page_bytes]."""
+        return self._pages[start : start + length]
+
+    def write_records(
+        self, runs: list[tuple[int, int]], low: int, high: int, checksum: int, nbytes: int,
+        now: int,
+    ) -> None:
+        """Describe a block whose bytes are in place; the record of its first slot comes last."""
+        for at in reversed(range(len(runs))):
+            start, length = runs[at]
+            record = np.zeros((), fmt.RECORD)
+            record["low"], record["high"] = low, high
+            record["tag"] = fmt.LIVE if at == 0 else fmt.EXTENT
+            record["checksum"], record["nbytes"], record["used"] = checksum, nbytes, now
+            record["run"] = length
+            record["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
+            record["crc"] = record_crc(record)
+            self.records[start] = record
+
+    def clear_records(self, starts: list[int]) -> None:
+        """The blocks that began at these slots are gone."""
+        self.records["tag"][starts] = fmt.FREE
+
+    def sync(self) -> None:
+        """Put pages and records on the device; raises OSError."""
+        # fdatasync also writes what was changed through a mapping (fsync(2), msync(2)).
+        os.fdatasync(self._data_fd)
+        os.fdatasync(self._slots_fd)
+
+    def close(self) -> None:
+        """Close the descriptors; the mappings go with the last array over them."""
+        for descriptor in (self._data_fd, self._slots_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._data_fd = self._slots_fd = -1
+
+
+def _map(path: Path, size: int) -> tuple[mmap.mmap, int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor).st_size
+        if found < size:
+            # Mapped all the same, the missing part would be SIGBUS at the first touch.
+            raise StoreFormatError(
+                f"{path} has {found} bytes, its description says {size}",
+                path=str(path), field="size", found=found, expected=size,
+            )
+        return mmap.mmap(descriptor, size), descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise

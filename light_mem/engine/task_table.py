@@ -1,0 +1,314 @@
+"""The shared task table: the states of all blocks of all tasks, in memory that every process maps.
+
+A memory object without a name (memfd): it goes when the last process that maps it goes. Workers
+inherit its descriptor; another process of the server opens it through /proc/<pid>/fd.
+
+The table has *lanes*. A lane belongs to one process, lane 0 to the server, the others to clients;
+only its owner places tasks in it, so placing needs no lock between processes. A task takes a
+*row*, a range of *cells* (one a block) and a range of page indices. The state of a cell is one
+byte; who polls compares bytes and makes no system call.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import uuid
+import weakref
+from typing import NamedTuple
+
+import numpy as np
+
+from light_mem.engine.futex import FutexWords
+from light_mem.engine.process import is_alive
+from light_mem.errors import ServiceClosedError
+from light_mem.index.format import align
+from light_mem.index.owners import process_start
+
+# States of a cell. The first four are the public ones; COPIED is Working for everyone but
+# `data_safe`: the bytes have left the KV pages, so the block must not be copied from them again.
+INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
+READ, WRITE = 1, 2
+
+MAGIC = b"LMTABLE1"
+MAX_WORKERS = 128  # worker 0 stands for the server
+CLIENT_LANES = 63
+PAGES_PER_CELL = 16  # room for page indices; a table full of 64-page blocks holds a quarter as many
+
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("table_id", "S32"),
+        ("server_pid", "<u8"),
+        ("server_started", "<f8"),
+        ("lanes", "<u4"),
+        ("rows", "<u4"),  # a lane
+        ("cells", "<u4"),  # a lane
+        ("pages", "<u4"),  # a lane
+        ("workers", "<u4"),
+        ("pages_per_block", "<u4"),
+        ("page_bytes", "<u8"),
+        ("num_pages", "<u8"),
+        ("shutdown", "<u4"),  # 1: workers leave when they find no work, nobody creates
+        ("work_seq", "<u4"),  # futex: changes when blocks are queued
+        ("done_seq", "<u4"),  # futex: changes when a task is ready
+        ("pad", "<u4"),
+        ("read_head", "<u8"),
+        ("read_tail", "<u8"),
+        ("write_head", "<u8"),
+        ("write_tail", "<u8"),
+        ("restarts", "<u8"),  # workers replaced
+        ("store", "S2048"),  # the store's directory, UTF-8
+    ]
+)
+LANE = np.dtype(
+    [
+        ("pid", "<u8"),
+        ("started", "<f8"),
+        ("queried", "<u8"),  # hashes asked for
+        ("hits", "<u8"),  # ... and stored
+        ("present", "<u8"),  # blocks of writes that were stored already
+        ("missing", "<u8"),  # blocks of reads that were not stored
+        ("read_tasks", "<u8"),
+        ("write_tasks", "<u8"),
+    ]
+)
+WORKER_COUNTERS = (
+    "blocks_written", "bytes_written", "blocks_present", "blocks_read", "bytes_read", "missing",
+    "lost_races", "damaged", "no_room", "stopped", "failed", "write_ns", "read_ns",
+)
+WORKER = np.dtype(
+    [
+        ("pid", "<u8"),
+        ("started", "<f8"),
+        ("ready", "<u8"),
+        ("done", "<u8"),  # tasks it completed; makes its values of futex words its own
+        *[(name, "<u8") for name in WORKER_COUNTERS],
+    ]
+)
+ROW = np.dtype(
+    [
+        ("generation", "<u4"),
+        ("done", "<u4"),  # futex: changes when the task is ready
+        ("abort", "<u4"),
+        ("start", "<u4"),  # first cell, global
+        ("count", "<u4"),
+        ("pad", "<u4", (3,)),
+    ]
+)
+CELL = np.dtype(
+    [
+        ("low", "<u8"),
+        ("high", "<u8"),
+        ("pages", "<u4"),  # first page index, global
+        ("count", "<u4"),
+        ("row", "<u4"),
+        ("worker", "<u2"),
+        ("attempts", "u1"),
+        ("mode", "u1"),
+    ]
+)
+
+
+class TableAddress(NamedTuple):
+    """How another process of this machine finds a table; picklable."""
+
+    table_id: str
+    pid: int
+    started: float
+    fd: int
+    path: str  # only where there is no /proc
+
+
+class Sizes(NamedTuple):
+    """Capacities, a lane."""
+
+    lanes: int
+    rows: int
+    cells: int
+    pages: int
+
+    @classmethod
+    def for_blocks(cls, max_blocks: int) -> Sizes:
+        """Sizes of a table whose processes may each have `max_blocks` blocks in tasks."""
+        return cls(
+            1 + CLIENT_LANES, max(16, max_blocks // 4), max_blocks, max_blocks * PAGES_PER_CELL
+        )
+
+
+class TaskTable:
+    """A mapped table. Layout: header, lanes, workers, rows, active, states, cells, pages, rings."""
+
+    def __init__(self, fd: int, sizes: Sizes | None, path: str = "") -> None:
+        self.fd = fd
+        self.path = path
+        if sizes is None:
+            with mmap.mmap(fd, align(HEADER.itemsize), access=mmap.ACCESS_READ) as first:
+                header = np.frombuffer(bytes(first[: HEADER.itemsize]), HEADER)
+            if bytes(header["magic"][0]) != MAGIC:
+                raise ServiceClosedError("there is no task table at that address any more")
+            sizes = Sizes(*(int(header[f][0]) for f in ("lanes", "rows", "cells", "pages")))
+        self.sizes = sizes
+        at = [0]
+
+        def place(nbytes: int) -> int:
+            start = at[0]
+            at[0] = align(start + nbytes)
+            return start
+
+        lanes, rows, cells, pages = sizes
+        self.ring_length = 2 * lanes * cells  # a cell may be queued again after a worker's death
+        header_at, lanes_at = place(HEADER.itemsize), place(lanes * LANE.itemsize)
+        workers_at, self.rows_at = place(MAX_WORKERS * WORKER.itemsize), place(
+            lanes * rows * ROW.itemsize
+        )
+        self.active_at, self.states_at = place(lanes * rows), place(lanes * cells)
+        cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
+        read_at, write_at = place(self.ring_length * 4), place(self.ring_length * 4)
+        self.nbytes = at[0]
+        if os.fstat(fd).st_size < self.nbytes:
+            os.ftruncate(fd, self.nbytes)  # pages come when they are touched
+        self.map = mmap.mmap(fd, self.nbytes)
+        self.header = np.frombuffer(self.map, HEADER, 1, header_at)
+        self.lanes = np.frombuffer(self.map, LANE, lanes, lanes_at)
+        self.workers = np.frombuffer(self.map, WORKER, MAX_WORKERS, workers_at)
+        self.rows = np.frombuffer(self.map, ROW, lanes * rows, self.rows_at)
+        self.states = np.frombuffer(self.map, np.uint8, lanes * cells, self.states_at)
+        self.active = np.frombuffer(self.map, np.uint8, lanes * rows, self.active_at)
+        self.cells = np.frombuffer(self.map, CELL, lanes * cells, cells_at)
+        self.pages = np.frombuffer(self.map, "<u4", lanes * pages, pages_at)
+        self.rings = {
+            READ: np.frombuffer(self.map, "<u4", self.ring_length, read_at),
+            WRITE: np.frombuffer(self.map, "<u4", self.ring_length, write_at),
+        }
+        self.futex = FutexWords(self.map)
+        self.work_word = header_at + HEADER.fields["work_seq"][1]  # type: ignore[index]
+        self.done_word = header_at + HEADER.fields["done_seq"][1]  # type: ignore[index]
+        self._row_done = ROW.fields["done"][1]  # type: ignore[index]
+        self._abort = self.rows["abort"]
+
+    @classmethod
+    def create(
+        cls, sizes: Sizes, *, store: str, page_bytes: int, num_pages: int, pages_per_block: int,
+        workers: int,
+    ) -> TaskTable:
+        """A new table of this process, the server."""
+        path = ""
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create("lightmem-tasks", os.MFD_CLOEXEC)
+        else:
+            fd, path = tempfile.mkstemp(prefix="lightmem-tasks-")
+        table = cls(fd, sizes, path)
+        h = table.header
+        h["table_id"], h["store"] = uuid.uuid4().hex.encode(), store.encode()
+        h["server_pid"], h["server_started"] = os.getpid(), process_start(os.getpid())
+        h["lanes"], h["rows"], h["cells"], h["pages"] = sizes
+        h["workers"], h["page_bytes"], h["num_pages"] = workers, page_bytes, num_pages
+        h["pages_per_block"] = pages_per_block
+        table.states[:] = ABORTED
+        h["magic"] = MAGIC  # last: whoever sees it sees the rest
+        _tables[table.address().table_id] = table
+        return table
+
+    @classmethod
+    def attach(cls, address: TableAddress) -> TaskTable:
+        """The table at `address`; the same object for all callers of one process.
+
+        Raises ServiceClosedError when the server is gone.
+        """
+        known = _tables.get(address.table_id)
+        if known is not None:
+            return known
+        gone = ServiceClosedError(
+            f"the server of this task (pid {address.pid}) has closed its service or is gone",
+            pid=address.pid,
+        )
+        if not is_alive(address.pid, address.started):
+            raise gone
+        try:
+            fd = os.open(
+                address.path or f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC
+            )
+        except OSError:
+            raise gone from None
+        try:
+            table = cls(fd, None, address.path)
+        except (ServiceClosedError, ValueError, OSError):
+            os.close(fd)
+            raise gone from None
+        if table.address().table_id != address.table_id:
+            raise gone
+        return _tables.setdefault(address.table_id, table)
+
+    def address(self) -> TableAddress:
+        """Where others find this table: as its server, so also from a client."""
+        h = self.header
+        return TableAddress(
+            bytes(h["table_id"][0]).decode(), int(h["server_pid"][0]),
+            float(h["server_started"][0]), self.fd, self.path,
+        )
+
+    @property
+    def shutdown(self) -> bool:
+        """Whether the service is closed."""
+        return bool(self.header["shutdown"][0])
+
+    def snapshot(self, start: int, end: int) -> bytes:
+        """States of cells `[start, end)`. No lock, no system call."""
+        return self.map[self.states_at + start : self.states_at + end]
+
+    def aborted(self, row: int) -> bool:
+        """Whether the task of this row was aborted."""
+        return bool(self._abort[row])
+
+    def active_tasks(self, mode: int) -> int:
+        """Tasks of all lanes that are not ready."""
+        raw = self.map[self.active_at : self.active_at + len(self.active)]
+        return raw.count(mode)
+
+    def row_word(self, row: int) -> int:
+        """Offset of a row's `done` word, for `futex`."""
+        return self.rows_at + row * ROW.itemsize + self._row_done
+
+    def finish(self, row: int, worker: int) -> bool:
+        """Tell waiters when all blocks of the task are final; `worker` is 0 for the server.
+
+        The words get values that no other process writes (its number in the low byte), so that
+        two workers that finish at a time cannot hide a change from a waiter.
+        """
+        start, count = int(self.rows["start"][row]), int(self.rows["count"][row])
+        if not is_final(self.snapshot(start, start + count)):
+            return False
+        self.active[row] = 0
+        counter = int(self.workers["done"][worker]) + 1
+        self.workers["done"][worker] = counter
+        value = (counter << 8 | worker) & 0xFFFFFFFF
+        self.rows["done"][row] = value
+        self.header["done_seq"] = value
+        self.futex.wake(self.row_word(row))
+        self.futex.wake(self.done_word)
+        return True
+
+    def close(self) -> None:
+        """Close the descriptor: nobody can attach any more. The mapping stays for task objects."""
+        _tables.pop(self.address().table_id, None)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self.path and int(self.header["server_pid"][0]) == os.getpid():
+            os.unlink(self.path)
+            self.path = ""
+
+
+_tables: weakref.WeakValueDictionary[str, TaskTable] = weakref.WeakValueDictionary()
+
+
+def is_final(states: bytes) -> bool:
+    """Whether every state is FINISHED or ABORTED."""
+    return not (INITIAL in states or WORKING in states or COPIED in states)
+
+
+def is_safe(states: bytes) -> bool:
+    """Whether every block's bytes have left the KV pages."""
+    return not (INITIAL in states or WORKING in states)

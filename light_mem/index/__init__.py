@@ -1,0 +1,14 @@
+"""Finds blocks: everything about where a hash lives, nothing about moving its bytes.
+
+format.py       the bytes on disk by name; the only place that knows an offset
+keys.py         hash values as 128-bit keys; the shard and bucket a key belongs to
+description.py  the description of a store (`store.json`): geometry, identity
+locks.py        file locks: one per shard, byte ranges for owners
+owners.py       who has the store open, and which slots each was filling
+file.py         the mapped index file: arrays over its sections
+lookup.py       look-ups without a lock
+space.py        free runs of slots of one shard
+order.py        order of use: which block goes first
+shard.py        changes under the shard's lock: allocate, publish, remove
+recovery.py     a shard's index made anew from slot records
+"""

@@ -1,0 +1,97 @@
+"""What a store is: its geometry and identity, in `store.json`, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from light_mem.errors import StoreFormatError
+from light_mem.index import format as fmt
+
+NAME = "store.json"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a store: bytes a page, number of shards, slots a shard, and the identity."""
+
+    store_id: str  # 32 hex digits
+    page_bytes: int
+    shards: int
+    slots: int
+    storage_size: int
+
+    @classmethod
+    def new(cls, page_bytes: int, shards: int, storage_size: int) -> Geometry:
+        """Geometry of a new store: as many slots as `storage_size` bytes of pages hold."""
+        return cls(
+            uuid.uuid4().hex, page_bytes, shards, slots_for(storage_size, shards, page_bytes),
+            storage_size,
+        )
+
+    def resized(self, storage_size: int) -> Geometry:
+        """The same store with another `storage_size`."""
+        slots = slots_for(storage_size, self.shards, self.page_bytes)
+        return Geometry(self.store_id, self.page_bytes, self.shards, slots, storage_size)
+
+
+def slots_for(storage_size: int, shards: int, page_bytes: int) -> int:
+    """Slots a shard; slot numbers are 32 bits wide, with one number kept for "none"."""
+    return min(storage_size // shards // page_bytes, 2**31 - 2)
+
+
+def _crc(fields: dict[str, object]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+def save(directory: Path, geometry: Geometry) -> None:
+    """Write the description: a new file, synced, then renamed over the old one."""
+    fields = {"format": "lightmem", "version": fmt.FORMAT_VERSION, **asdict(geometry)}
+    text = json.dumps({**fields, "crc": _crc(fields)}, indent=1) + "\n"
+    temporary = directory / f"{NAME}.{os.getpid()}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, text.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, directory / NAME)
+    sync_directory(directory)
+
+
+def load(directory: Path) -> Geometry | None:
+    """The description; None when it is missing or damaged.
+
+    Raises StoreFormatError when it is whole but of another format version.
+    """
+    try:
+        fields = json.loads((directory / NAME).read_bytes())
+        crc = fields.pop("crc")
+        if crc != _crc(fields) or fields.pop("format") != "lightmem":
+            return None
+        version = fields.pop("version")
+        if version == fmt.FORMAT_VERSION:
+            return Geometry(**fields)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    raise StoreFormatError(
+        f"{directory} has format version {version}, this library reads {fmt.FORMAT_VERSION}; "
+        "nothing was changed",
+        path=str(directory), field="version", found=version, expected=fmt.FORMAT_VERSION,
+    )
+
+
+def sync_directory(directory: Path) -> None:
+    """Make names in the directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,152 @@
+"""The index file, mapped: arrays over its sections, shared by all processes of the store.
+
+One file holds the index of every shard, so that a look-up of many keys walks one set of arrays
+whatever shards they belong to; each shard has its own control page, heads and entries in it, and
+its own lock. The file is expendable: `recovery.py` makes it anew from the slots files.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from light_mem.index import format as fmt
+from light_mem.index.description import Geometry, sync_directory
+
+NAME = "index"
+
+
+def boot_id() -> bytes:
+    """16 bytes that name this run of the kernel; zeros where there is none (macOS)."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return bytes.fromhex(text.strip().replace("-", ""))
+    except (OSError, ValueError):
+        return bytes(16)
+
+
+def _s16(raw: bytes) -> bytes:
+    # numpy's fixed strings drop trailing zero bytes when read back.
+    return raw.rstrip(b"\0")
+
+
+class IndexFile:
+    """The mapped file. Single aligned stores are atomic; everything else is under a shard's lock.
+
+    heads    uint32 [shards * buckets]: first slot + 1 of a bucket's chain, 0: empty
+    entries  ENTRY [shards * slots]: the entry of a block is the one of its first slot
+    words32, words64: the whole file as machine words, for scalar access from Python
+    """
+
+    def __init__(self, path: Path, geometry: Geometry) -> None:
+        g = geometry
+        self.path = path
+        self.geometry = g
+        self.shards = g.shards
+        self.slots = g.slots
+        self.buckets = fmt.buckets_for(g.slots)
+        control, heads, entries, size = fmt.index_layout(g.shards, g.slots)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(descriptor).st_size < size:
+                raise IndexUnusable(f"{path} is shorter than its {size} bytes")
+            self.map = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self.header = np.frombuffer(self.map, fmt.INDEX_HEADER, 1)
+        self._check_header()
+        self.control = np.frombuffer(self.map, fmt.CONTROL, g.shards, control)
+        self.heads = np.frombuffer(self.map, "<u4", g.shards * self.buckets, heads)
+        self.entries = np.frombuffer(self.map, fmt.ENTRY, g.shards * g.slots, entries)
+        view = memoryview(self.map)
+        self.words32 = view.cast("I")
+        self.words64 = view.cast("Q")
+        self.heads_word = heads // 4
+        self.entries_word32 = entries // 4
+        self.entries_word64 = entries // 8
+
+    def _check_header(self) -> None:
+        header, g = self.header, self.geometry
+        if bytes(header["magic"][0]) != _s16(fmt.INDEX_MAGIC):
+            raise IndexUnusable(f"{self.path} does not begin like an index")
+        if int(header["version"][0]) != fmt.FORMAT_VERSION:
+            raise IndexUnusable(f"{self.path} has version {int(header['version'][0])}")
+        if int(header["crc"][0]) != fmt.header_crc(header, fmt.INDEX_HEADER_CRC):
+            raise IndexUnusable(f"{self.path} has a damaged header")
+        found = (
+            bytes(header["store_id"][0]), int(header["page_bytes"][0]), int(header["shards"][0]),
+            int(header["slots"][0]), int(header["buckets"][0]),
+        )
+        wanted = (_s16(bytes.fromhex(g.store_id)), g.page_bytes, g.shards, g.slots, self.buckets)
+        if found != wanted:
+            raise IndexUnusable(f"{self.path} is the index of another store or size: {found}")
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the kernel that last wrote this file still runs, or the file was synced.
+
+        After a power cut the file may mix pages of different times.
+        """
+        return bool(self.header["clean"][0]) or (
+            bytes(self.header["boot_id"][0]) == _s16(boot_id()) != b""
+        )
+
+    def mark_open(self) -> None:
+        """Pages of this file may from now on be newer in memory than on the device."""
+        if self.header["clean"][0] or bytes(self.header["boot_id"][0]) != _s16(boot_id()):
+            self.header["boot_id"][0] = boot_id()
+            self.header["clean"][0] = 0
+            self.map.flush(0, fmt.BLOCK_ALIGN)
+
+    def mark_clean(self) -> None:
+        """The last owner leaves: sync the file, then say so."""
+        self.map.flush()
+        self.header["clean"][0] = 1
+        self.map.flush(0, fmt.BLOCK_ALIGN)
+
+    def close(self) -> None:
+        """Let go of the mapping once nobody holds an array over it."""
+        self.words32.release()
+        self.words64.release()
+
+
+class IndexUnusable(Exception):
+    """Internal: the index must be made anew; never leaves the package."""
+
+
+def create(directory: Path, geometry: Geometry) -> Path:
+    """Make an empty index under a temporary name; `publish` gives it its own.
+
+    Room is allocated, so that a store to the mapping cannot die of a full disk (SIGBUS).
+    """
+    temporary = directory / f"{NAME}.{os.getpid()}.tmp"
+    _, _, _, size = fmt.index_layout(geometry.shards, geometry.slots)
+    header = np.zeros(1, fmt.INDEX_HEADER)
+    header["magic"] = fmt.INDEX_MAGIC
+    header["version"] = fmt.FORMAT_VERSION
+    header["store_id"] = bytes.fromhex(geometry.store_id)
+    header["page_bytes"] = geometry.page_bytes
+    header["shards"] = geometry.shards
+    header["slots"] = geometry.slots
+    header["buckets"] = fmt.buckets_for(geometry.slots)
+    header["crc"] = fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
+    header["boot_id"] = boot_id()
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        os.pwrite(descriptor, header.tobytes(), 0)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(descriptor)
+    return temporary
+
+
+def publish(directory: Path, temporary: Path) -> None:
+    """Put a finished index in its place, in one step."""
+    os.replace(temporary, directory / NAME)
+    sync_directory(directory)

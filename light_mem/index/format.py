@@ -1,0 +1,154 @@
+"""The on-disk format: bytes by name. `docs/format.md` says the same in tables.
+
+All numbers are little-endian. Every offset follows from the field before it. A change here is a
+new FORMAT_VERSION; `tests/test_format.py` compares literal bytes and the document.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FORMAT_VERSION = 1
+BLOCK_ALIGN = 4096  # sections start on a page of the kernel, so that they can be mapped and synced
+
+# --- slot state: the low byte of a tag ---------------------------------------------------------
+FREE = 0  # no block starts here (inner slots of a run are FREE too)
+WRITING = 1  # first slot of a block that is being copied; invisible
+LIVE = 2  # first slot of a stored block
+EXTENT = 3  # first slot of a further run of a block that is not contiguous
+
+# A tag is one aligned 64-bit number, so that one store changes state and generation together:
+# bits 0-7 state, 8-23 owner (index in the owners file), 32-63 generation.
+STATE_MASK = 0xFF
+OWNER_SHIFT = 8
+OWNER_MASK = 0xFFFF
+GENERATION_SHIFT = 32
+GENERATION_MASK = 0xFFFFFFFF
+
+
+def make_tag(state: int, owner: int, generation: int) -> int:
+    """A tag from its parts; the generation wraps at 32 bits."""
+    return state | owner << OWNER_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT
+
+
+# --- entry (index) and record (slots file), 64 bytes each: one cache line ------------------------
+_COMMON = [
+    ("low", "<u8"),  # key, low half
+    ("high", "<u8"),  # key, high half
+    ("tag", "<u8"),
+    ("checksum", "<u8"),  # xxh3-64 over the 16 key bytes, then the block's bytes
+    ("nbytes", "<u8"),  # length of the block
+    ("used", "<u8"),  # time of last use (entry) or of the write (record), ns since 1970
+    ("run", "<u4"),  # slots in this run
+    ("next_run", "<u4"),  # first slot + 1 of the next run of the block, 0: none
+]
+ENTRY = np.dtype([*_COMMON, ("next", "<u4"), ("pad", "<u4")])  # next: slot + 1 in the chain, 0: end
+RECORD = np.dtype([*_COMMON, ("crc", "<u4"), ("pad", "<u4")])  # crc: low half of xxh3-64 of 0..55
+RECORD_CRC_BYTES = 56
+assert ENTRY.itemsize == RECORD.itemsize == 64
+
+# --- index file: header, one control page a shard, heads, entries --------------------------------
+INDEX_MAGIC = b"LMINDEX\x00"
+INDEX_HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("crc", "<u4"),  # low half of xxh3-64 over the geometry fields below
+        ("store_id", "S16"),
+        ("page_bytes", "<u8"),
+        ("shards", "<u4"),
+        ("slots", "<u4"),  # a shard
+        ("buckets", "<u4"),  # a shard; a power of two
+        ("clean", "<u4"),  # 1: synced by the last owner that left
+        ("boot_id", "S16"),  # of the kernel that may hold unsynced pages of this file
+    ]
+)
+INDEX_HEADER_CRC = ("version", "store_id", "page_bytes", "shards", "slots", "buckets")
+
+JOURNAL_LENGTH = 448
+CONTROL = np.dtype(
+    [
+        ("dirty", "<u8"),  # 1 while a holder changes the shard; found set: the holder died
+        ("epoch", "<u8"),  # changes of the free space ever made; the journal's write position
+        ("unlinks", "<u8"),  # chains cut ever; a look-up that missed looks again when it moved
+        ("blocks", "<u8"),  # stored blocks
+        ("used_slots", "<u8"),  # slots of stored blocks and of blocks being written
+        ("evictions", "<u8"),
+        ("inserts", "<u8"),
+        ("removals", "<u8"),  # deleted, cleared or found damaged; evictions not among them
+        ("damaged", "<u8"),  # blocks whose bytes did not fit their checksum
+        ("spare", "<u8", (55,)),
+        ("journal", "<u8", (JOURNAL_LENGTH,)),  # last changes of free space: see `JOURNAL_FREE`
+    ]
+)
+assert CONTROL.itemsize == BLOCK_ALIGN
+# A journal record: first slot in bits 32-63, length in bits 0-30, bit 31 set: freed, else taken.
+JOURNAL_FREED = 1 << 31
+JOURNAL_LENGTH_MASK = JOURNAL_FREED - 1
+
+# --- shard files: `shard-NNN.data` and `shard-NNN.slots` open with the same header ----------------
+DATA_MAGIC = b"LMDATA\x00\x00"
+SLOTS_MAGIC = b"LMSLOTS\x00"
+SHARD_HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("crc", "<u4"),  # low half of xxh3-64 over the fields below
+        ("store_id", "S16"),
+        ("page_bytes", "<u8"),
+        ("shard", "<u4"),
+        ("shards", "<u4"),
+    ]
+)
+SHARD_HEADER_CRC = ("version", "store_id", "page_bytes", "shard", "shards")
+SHARD_HEADER_BYTES = BLOCK_ALIGN  # slots and records start here
+
+# --- owners file: one record a process that has the store open ------------------------------------
+MAX_OWNERS = 1024
+MAX_INTENTS = 112  # blocks that one process may be filling at a time
+OWNER = np.dtype(
+    [
+        ("pid", "<u8"),  # 0: the process left in order
+        ("started", "<f8"),  # start time of the process, s since 1970, as psutil gives it
+        ("kind", "S16"),  # "server", "worker", "client", "tool"
+        ("joined", "<u8"),  # ns since 1970
+        ("spare", "<u8", (11,)),
+        ("intents", "<u8", (MAX_INTENTS,)),  # 1 + (shard << 32 | first slot), 0: none
+    ]
+)
+assert OWNER.itemsize == 1024
+
+
+def align(n: int) -> int:
+    """`n` rounded up to a multiple of BLOCK_ALIGN."""
+    return -(-n // BLOCK_ALIGN) * BLOCK_ALIGN
+
+
+def buckets_for(slots: int) -> int:
+    """Buckets of a shard: the power of two that is not below `slots`, at least 64."""
+    return max(64, 1 << (slots - 1).bit_length())
+
+
+def index_layout(shards: int, slots: int) -> tuple[int, int, int, int]:
+    """Byte offsets of control pages, heads and entries in the index file, and its size."""
+    control = BLOCK_ALIGN
+    heads = control + shards * CONTROL.itemsize
+    entries = align(heads + 4 * shards * buckets_for(slots))
+    return control, heads, entries, align(entries + ENTRY.itemsize * shards * slots)
+
+
+def data_file_bytes(slots: int, page_bytes: int) -> int:
+    """Size of a shard's data file: the header, then `slots` pages without gaps."""
+    return SHARD_HEADER_BYTES + slots * page_bytes
+
+
+def slots_file_bytes(slots: int) -> int:
+    """Size of a shard's slots file: the header, then a record a slot."""
+    return SHARD_HEADER_BYTES + RECORD.itemsize * slots
+
+
+def header_crc(header: np.ndarray, fields: tuple[str, ...]) -> int:  # type: ignore[type-arg]
+    """Low half of xxh3-64 over the named fields, in their order on disk."""
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest(b"".join(header[f].tobytes() for f in fields)) & 0xFFFFFFFF

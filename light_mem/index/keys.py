@@ -1,0 +1,142 @@
+"""Hash values as 128-bit keys, and where a key belongs.
+
+A key is a pair of unsigned 64-bit numbers (low, high). Ints below 2**128 and 32-digit lower-case
+hex strings stand for themselves; every other `str` and all `bytes` go through BLAKE2b with 128
+bits of output, with another personalisation for each type, so that "a" and b"a" differ.
+Upper-case hex is an ordinary string: `"AB…"` and `"ab…"` are two different hashes.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.errors import InvalidArgumentError
+
+HashValue: TypeAlias = "str | bytes | int"
+KeyArray: TypeAlias = "npt.NDArray[np.uint64]"
+U64Array: TypeAlias = "npt.NDArray[np.uint64]"
+
+_MASK = (1 << 64) - 1
+_HEX = re.compile(r"[0-9a-f]*")
+# Odd multipliers of the splitmix64 / MurmurHash3 finalisers (public domain): full avalanche, so
+# that small ints, which users do pass as hashes, spread over shards and buckets.
+_M1 = 0x9E3779B97F4A7C15
+_M2 = 0xBF58476D1CE4E5B9
+_M3 = 0x94D049BB133111EB
+
+
+def _digest(value: str | bytes) -> bytes:
+    if isinstance(value, str):
+        data, person = value.encode("utf-8", "surrogatepass"), b"lightmem.str"
+    else:
+        data, person = value, b"lightmem.bytes"
+    return blake2b(data, digest_size=16, person=person).digest()
+
+
+def _one(value: object) -> bytes:
+    """16 bytes, big-endian, of one hash value."""
+    if isinstance(value, str):
+        if len(value) == 32 and _HEX.fullmatch(value):
+            return bytes.fromhex(value)
+        return _digest(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _digest(bytes(value))
+    if isinstance(value, bool):
+        raise InvalidArgumentError(f"a hash is a str, bytes or int, not a bool: {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidArgumentError(
+            f"a hash is a str, bytes or int, not {type(value).__name__}: {value!r}", value=value
+        ) from None
+    if not 0 <= number < 1 << 128:
+        raise InvalidArgumentError(
+            f"an int hash lies in 0 <= hash < 2**128: {number}", value=number
+        )
+    return number.to_bytes(16, "big")
+
+
+def is_hash(value: object) -> bool:
+    """Whether `value` is one hash rather than a sequence of them."""
+    return isinstance(value, (str, bytes, bytearray, int, np.integer))
+
+
+def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
+    """Keys of many hashes: shape [n, 2], columns (low, high), dtype uint64.
+
+    Raises InvalidArgumentError (a ValueError) for a value that is not a hash. Pure; any thread.
+    """
+    values: Sequence[HashValue] = hashes if isinstance(hashes, list) else list(hashes)
+    if not values:
+        return np.empty((0, 2), np.uint64)
+    kinds = set(map(type, values))
+    raw: bytes | None = None
+    if kinds == {str} and set(map(len, values)) == {32}:  # type: ignore[arg-type]
+        joined = "".join(values)  # type: ignore[arg-type]
+        if _HEX.fullmatch(joined):
+            raw = bytes.fromhex(joined)
+    elif kinds == {int}:
+        try:
+            raw = b"".join([v.to_bytes(16, "big") for v in values])  # type: ignore[union-attr]
+        except OverflowError:
+            pass  # the slow path below names the offender
+    if raw is None:
+        raw = b"".join([_one(v) for v in values])
+    big_endian = np.frombuffer(raw, ">u8").reshape(-1, 2)
+    return np.ascontiguousarray(big_endian[:, ::-1], dtype=np.uint64)
+
+
+def as_key(value: HashValue) -> tuple[int, int]:
+    """(low, high) of one hash; raises InvalidArgumentError."""
+    raw = _one(value)
+    return int.from_bytes(raw[8:], "big"), int.from_bytes(raw[:8], "big")
+
+
+def key_bytes(low: int, high: int) -> bytes:
+    """The 16 bytes that open a block's checksum, little-endian."""
+    return low.to_bytes(8, "little") + high.to_bytes(8, "little")
+
+
+def key_text(low: int, high: int) -> str:
+    """32 hex digits, for messages and tools."""
+    return f"{high:016x}{low:016x}"
+
+
+def mix(keys: KeyArray) -> U64Array:
+    """A well-mixed 64-bit number a key, shape [n]. `mix_one` gives the same for one key."""
+    x = keys[:, 0] ^ (keys[:, 1] * np.uint64(_M1))
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(_M2)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_M3)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def mix_one(low: int, high: int) -> int:
+    """`mix` for one key, in Python ints."""
+    x = low ^ (high * _M1 & _MASK)
+    x ^= x >> 30
+    x = x * _M2 & _MASK
+    x ^= x >> 27
+    x = x * _M3 & _MASK
+    return x ^ x >> 31
+
+
+# The upper half picks the shard and the lower half the bucket, so that the keys of one shard
+# still use all of its buckets.
+def shards_of(mixed: U64Array, num_shards: int) -> npt.NDArray[np.int64]:
+    """The shard of each mixed key; for good, so `num_shards` never changes in a store."""
+    return ((mixed >> np.uint64(32)) % np.uint64(num_shards)).astype(np.int64)
+
+
+def shard_of(mixed: int, num_shards: int) -> int:
+    """`shards_of` for one mixed key."""
+    return (mixed >> 32) % num_shards

@@ -1,0 +1,178 @@
+"""Locks between processes; the kernel frees every one of them when its holder dies.
+
+PathLock   one exclusive lock a path (`filelock`): the shards' locks and the lock for opening
+RangeLock  exclusive locks on byte ranges of one file: owners, the task queue, clients' lanes
+
+Order, for the whole package: the open lock before a shard's lock; never two shards' locks at a
+time; owner ranges are only ever tried, never waited for; the queue's range is never held
+together with a shard's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from light_mem.errors import LockTimeoutError
+
+POLL_SECONDS = 0.0005  # filelock polls every 50 ms by default; a shard is held for some 100 us
+# Long enough for a shard's index to be made anew by another process, short enough that a stopped
+# holder (SIGSTOP) costs its waiters some blocks and not their service.
+LOCK_TIMEOUT_SECONDS = 10.0
+
+# OFD locks belong to the open file description: two services of one process exclude each other,
+# and closing another descriptor of the file does not drop them (fcntl(2), Linux 3.15).
+_OFD = hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("l") == 8
+_FLOCK = "hhlli4x"  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
+
+
+class _Held:
+    """The one lock object a path has in this process, and what keeps its threads apart."""
+
+    def __init__(self, path: str) -> None:
+        self.thread = threading.Lock()
+        self.file = filelock.FileLock(path, mode=0o600, thread_local=False)
+
+
+_held: dict[str, _Held] = {}
+_held_guard = threading.Lock()
+
+
+class PathLock:
+    """An exclusive lock between all threads and processes that use this path.
+
+    Two PathLocks on one path in one process share one `filelock` object, since two of those
+    would wait for each other. Not reentrant. Not for use in a forked child.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.realpath(path)
+
+    @contextmanager
+    def hold(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+        """Hold the lock; raises LockTimeoutError after `timeout` seconds."""
+        with _held_guard:
+            held = _held.get(self.path)
+            if held is None:
+                held = _held[self.path] = _Held(self.path)
+        if not held.thread.acquire(timeout=timeout):
+            raise self._timeout(timeout)
+        try:
+            try:
+                held.file.acquire(timeout=timeout, poll_interval=POLL_SECONDS)
+            except filelock.Timeout:
+                raise self._timeout(timeout) from None
+            try:
+                yield
+            finally:
+                held.file.release()
+        finally:
+            held.thread.release()
+
+    def _timeout(self, timeout: float) -> LockTimeoutError:
+        return LockTimeoutError(
+            f"{self.path} was not free within {timeout:g} s: its holder is stopped or very slow",
+            path=self.path,
+            timeout=timeout,
+        )
+
+
+class RangeLock:
+    """Exclusive locks on single bytes of a file; the bytes need not exist.
+
+    `path` is opened anew, because a lock belongs to the open file description. Threads of one
+    process share the object and so its locks: keep them apart with a `threading.Lock`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        _range_locks.add(self)
+
+    def try_lock(self, at: int) -> bool:
+        """Take byte `at` if it is free; the kernel frees it when the process dies."""
+        try:
+            if _OFD:
+                self._call(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, at)
+            else:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        return True
+
+    def unlock(self, at: int) -> None:
+        """Free byte `at`."""
+        if _OFD:
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, at)
+        else:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, at)
+
+    def lock(self, at: int, timeout: float = LOCK_TIMEOUT_SECONDS) -> None:
+        """Wait for byte `at`; raises LockTimeoutError.
+
+        Polls: a blocking lock could not be given up when its holder is stopped.
+        """
+        if self.try_lock(at):
+            return
+        deadline = time.monotonic() + timeout
+        pause = 0.0
+        while not self.try_lock(at):
+            if time.monotonic() > deadline:
+                raise LockTimeoutError(
+                    f"byte {at} was not free within {timeout:g} s: its holder is stopped",
+                    path=f"byte {at}",
+                    timeout=timeout,
+                )
+            time.sleep(pause)
+            pause = min(0.001, pause + 0.00002)
+
+    def locked_by_another(self, at: int, length: int = 1) -> bool:
+        """Whether someone else holds a byte of `[at, at + length)`; own locks do not count."""
+        if _OFD:
+            kind = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, at, length)
+            return kind != fcntl.F_UNLCK
+        raw = struct.pack("qqihh", at, length, 0, fcntl.F_WRLCK, os.SEEK_SET)  # macOS order
+        return bool(struct.unpack("qqihh", fcntl.fcntl(self._fd, fcntl.F_GETLK, raw))[3]
+                    != fcntl.F_UNLCK)
+
+    def _call(self, command: int, kind: int, at: int, length: int = 1) -> int:
+        raw = struct.pack(_FLOCK, kind, os.SEEK_SET, at, length, 0)
+        return int(struct.unpack(_FLOCK, fcntl.fcntl(self._fd, command, raw))[0])
+
+    def close(self) -> None:
+        """Free all and close; calling it again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+_range_locks: weakref.WeakSet[RangeLock] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The child shares the descriptions: were they left open, a lock would outlive its owner for as
+    # long as the child lives. Closing them in the child leaves the parent's locks alone.
+    global _held_guard
+    for lock in list(_range_locks):
+        lock.close()
+    _held.clear()
+    _held_guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def lock_path(directory: Path, name: str) -> Path:
+    """Where the lock called `name` of a store lies."""
+    return directory / f"{name}.lock"

@@ -1,0 +1,187 @@
+"""Look-ups without a lock.
+
+A bucket's head and an entry's `next` are single stores, so a reader always walks a chain that
+exists or existed. What it may meet is an entry that was taken out and used again for another key:
+the walk then leaves its chain and ends too early. So a look-up that misses looks once more when a
+chain of that shard was cut meanwhile; walks are bounded, so that not even a damaged index holds
+anyone. A key is compared between two reads of the tag, which changes with every change of an
+entry's life.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.index import keys as keymath
+from light_mem.index.file import IndexFile
+from light_mem.index.format import ENTRY, LIVE, STATE_MASK
+from light_mem.index.keys import KeyArray
+
+MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
+RETRIES = 3
+SCALAR_LIMIT = 6  # up to here Python ints are faster than numpy calls; measured
+
+_W64 = {name: ENTRY.fields[name][1] // 8 for name in ("low", "high", "tag", "used")}  # type: ignore[index]
+_W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next")}  # type: ignore[index]
+_ENTRY64 = ENTRY.itemsize // 8
+_ENTRY32 = ENTRY.itemsize // 4
+LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
+RUN, NEXT_RUN, NEXT = _W32["run"], _W32["next_run"], _W32["next"]
+
+
+class Location(NamedTuple):
+    """Where a stored block lay at one moment; good for as long as its tag is unchanged."""
+
+    entry: int  # index in `IndexFile.entries`
+    shard: int
+    slot: int
+    tag: int
+    checksum: int
+    nbytes: int
+    runs: list[tuple[int, int]]  # (first slot, slots), in the order of the block's bytes
+
+
+class Lookup:
+    """Finds stored blocks in a mapped index. Any thread, any process, no lock."""
+
+    def __init__(self, file: IndexFile) -> None:
+        self._f = file
+        e = file.entries
+        self._low, self._high, self._tag = e["low"], e["high"], e["tag"]
+        self._next, self._used = e["next"], e["used"]
+        self._unlinks = file.control["unlinks"]
+
+    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.int64]:
+        """Entries of the keys, -1 for a key that is not stored; shape [n].
+
+        `touch` counts it as use for eviction.
+        """
+        if len(keys) <= SCALAR_LIMIT:
+            found = np.array(
+                [self.find_one(low, high, touch) for low, high in keys.tolist()], np.int64
+            )
+            return found
+        mixed = keymath.mix(keys)
+        shards = keymath.shards_of(mixed, self._f.shards)
+        found = np.full(len(keys), -1, np.int64)
+        todo = np.arange(len(keys))
+        for _ in range(RETRIES):
+            before = self._unlinks.copy()
+            found[todo] = self._walk(keys[todo], mixed[todo], shards[todo])
+            todo = todo[found[todo] < 0]
+            if not todo.size:
+                break
+            moved = self._unlinks != before
+            todo = todo[moved[shards[todo]]]
+            if not todo.size:
+                break
+        if touch:
+            self._used[found[found >= 0]] = time.time_ns()
+        return found
+
+    def _walk(
+        self,
+        keys: KeyArray,
+        mixed: npt.NDArray[np.uint64],
+        shards: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int64]:
+        f = self._f
+        bucket = (mixed & np.uint64(f.buckets - 1)).astype(np.int64)
+        at = f.heads[shards * f.buckets + bucket].astype(np.int64)
+        found = np.full(len(keys), -1, np.int64)
+        base = shards * f.slots - 1  # links are slot + 1
+        low, high = keys[:, 0], keys[:, 1]
+        active = np.flatnonzero((at > 0) & (at <= f.slots))
+        at = at[active]
+        for _ in range(MAX_CHAIN):
+            if not active.size:
+                break
+            entry = base[active] + at
+            tag = self._tag[entry]
+            match = (
+                (self._low[entry] == low[active])
+                & (self._high[entry] == high[active])
+                & ((tag & np.uint64(STATE_MASK)) == LIVE)
+                & (self._tag[entry] == tag)
+            )
+            found[active[match]] = entry[match]
+            at = self._next[entry].astype(np.int64)
+            go_on = ~match & (at > 0) & (at <= f.slots)
+            active, at = active[go_on], at[go_on]
+        return found
+
+    def find_one(self, low: int, high: int, touch: bool = True) -> int:
+        """The entry of one key, or -1."""
+        f = self._f
+        mixed = keymath.mix_one(low, high)
+        shard = keymath.shard_of(mixed, f.shards)
+        head = f.heads_word + shard * f.buckets + (mixed & (f.buckets - 1))
+        base = shard * f.slots - 1
+        w32, w64 = f.words32, f.words64
+        for _ in range(RETRIES):
+            before = int(self._unlinks[shard])
+            at = w32[head]
+            for _ in range(MAX_CHAIN):
+                if not 0 < at <= f.slots:
+                    break
+                entry = base + at
+                word = f.entries_word64 + entry * _ENTRY64
+                tag = w64[word + TAG]
+                if (
+                    w64[word + LOW] == low
+                    and w64[word + HIGH] == high
+                    and tag & STATE_MASK == LIVE
+                    and w64[word + TAG] == tag
+                ):
+                    if touch:
+                        w64[word + USED] = time.time_ns()
+                    return entry
+                at = w32[f.entries_word32 + entry * _ENTRY32 + NEXT]
+            if int(self._unlinks[shard]) == before:
+                break
+        return -1
+
+    def locate(self, entry: int, low: int, high: int) -> Location | None:
+        """Where the block of this entry lies; None when it is no longer that key's block."""
+        f = self._f
+        shard, slot = divmod(entry, f.slots)
+        record = f.entries[entry]
+        tag = int(record["tag"])
+        if tag & STATE_MASK != LIVE or int(record["low"]) != low or int(record["high"]) != high:
+            return None
+        checksum, nbytes = int(record["checksum"]), int(record["nbytes"])
+        runs = self.runs(shard, slot)
+        if runs is None or self.tag(entry) != tag:
+            return None
+        if sum(n for _, n in runs) * f.geometry.page_bytes < nbytes:
+            return None
+        return Location(entry, shard, slot, tag, checksum, nbytes, runs)
+
+    def runs(self, shard: int, slot: int) -> list[tuple[int, int]] | None:
+        """The runs of the block that starts at `slot`; None when they make no sense."""
+        f = self._f
+        runs: list[tuple[int, int]] = []
+        at, left = slot + 1, f.slots
+        while at:
+            if at > f.slots:
+                return None
+            word = f.entries_word32 + (shard * f.slots + at - 1) * _ENTRY32
+            length = f.words32[word + RUN]
+            if not 0 < length <= left or at - 1 + length > f.slots:
+                return None
+            runs.append((at - 1, length))
+            left -= length
+            at = f.words32[word + NEXT_RUN]
+        return runs
+
+    def tag(self, entry: int) -> int:
+        """The tag of an entry now."""
+        return self._f.words64[self._f.entries_word64 + entry * _ENTRY64 + TAG]
+
+    def is_unchanged(self, where: Location) -> bool:
+        """Whether the block still lies where `locate` found it: ask after copying."""
+        return self.tag(where.entry) == where.tag

@@ -1,0 +1,59 @@
+"""Order of use of one shard's blocks: exact least-recently-used, without a shared list.
+
+Every look-up stores the time in the block's entry: one plain store, no lock. Who must evict
+sorts out the oldest blocks once and then takes them one after the other, looking again at each:
+one that was used meanwhile goes back to where it belongs. A block outside the sorted part is
+never older than the sorted part's youngest, because times only grow.
+
+A replica in one process, used under the shard's lock.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from sortedcontainers import SortedList
+
+from light_mem.index.format import LIVE, STATE_MASK
+
+MIN_BATCH = 64  # blocks sorted out at a time at least
+BATCH_PART = 8  # ... and an eighth of all, so that the scan costs little a block
+
+
+class EvictionOrder:
+    """Candidates for eviction of one shard; `tags` and `used` are views of its entries."""
+
+    def __init__(self, tags: npt.NDArray[np.uint64], used: npt.NDArray[np.uint64]) -> None:
+        self._tags = tags
+        self._used = used
+        self._candidates: SortedList = SortedList()
+        self._horizon = 0  # no block outside the candidates was used before this time
+
+    def oldest(self) -> int | None:
+        """First slot of the least recently used stored block; None: no block is stored."""
+        for _ in range(3):  # every candidate may have been used meanwhile
+            while self._candidates:
+                used, slot = self._candidates.pop(0)
+                if int(self._tags[slot]) & STATE_MASK != LIVE:
+                    continue
+                now = int(self._used[slot])
+                if now == used:
+                    return int(slot)
+                if now <= self._horizon:
+                    self._candidates.add((now, slot))
+            if not self._refill():
+                return None
+        return None
+
+    def _refill(self) -> bool:
+        live = np.flatnonzero((self._tags & np.uint64(STATE_MASK)) == LIVE)
+        if not live.size:
+            return False
+        used = self._used[live]
+        count = min(live.size, max(MIN_BATCH, live.size // BATCH_PART))
+        if count < live.size:
+            part = np.argpartition(used, count - 1)[:count]
+            live, used = live[part], used[part]
+        self._candidates = SortedList(zip(used.tolist(), live.tolist(), strict=True))
+        self._horizon = int(used.max())
+        return True

@@ -1,0 +1,162 @@
+"""Who has the store open, and which slots each was filling when it died.
+
+The file `owners` holds a record a process; a process that joins takes the lock on one byte,
+which the kernel frees when the process dies, however it dies and in whatever container. The
+record says what people want to know (pid, start time, kind) and lists the process's *intents*:
+the first slots of the blocks that it is copying into. An intent is written before its slot is
+marked, so the slots of a dead process are found without a scan.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from light_mem.errors import StoreBusyError
+from light_mem.index.format import MAX_INTENTS, MAX_OWNERS, OWNER
+from light_mem.index.locks import RangeLock
+
+NAME = "owners"
+Intent = tuple[int, int]  # shard, first slot
+
+
+class OwnerInfo(NamedTuple):
+    """One process that has the store open."""
+
+    owner: int
+    pid: int
+    started: float
+    kind: str
+
+
+class Owner:
+    """This process's membership; made by `Owners.join`."""
+
+    def __init__(self, owners: Owners, number: int) -> None:
+        self._owners = owners
+        self.number = number
+        self._intents = owners.records["intents"][number]
+
+    def intend(self, intents: Iterable[Intent]) -> None:
+        """Announce blocks to be filled, at most MAX_INTENTS, before their slots are marked."""
+        for at, (shard, slot) in enumerate(intents):
+            self._intents[at] = 1 + (shard << 32 | slot)
+
+    def settle(self) -> None:
+        """All announced blocks are published or given back."""
+        self._intents[:] = 0
+
+    def leave(self) -> None:
+        """Leave in order: nothing is being filled."""
+        self._owners.forget(self.number)
+
+
+class Owners:
+    """The owners file of one store, opened by this process. Owner numbers start at 1."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / NAME
+        size = MAX_OWNERS * OWNER.itemsize
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_size < size:
+                # Never shortened and never replaced: others may have it mapped and locked.
+                os.posix_fallocate(descriptor, 0, size)
+            self._map = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self.records = np.frombuffer(self._map, OWNER)
+        self.locks = RangeLock(path)
+        self._joined: set[int] = set()  # a lock of our own does not keep us out
+
+    def join(self, kind: str) -> Owner:
+        """Become an owner; `kind` is at most 16 ASCII letters. Raises StoreBusyError when full."""
+        for number in range(1, MAX_OWNERS):
+            # A record with a pid whose lock is free is a dead owner with intents to be taken
+            # back first; `reclaim` does that.
+            if not self.records["pid"][number] and self.locks.try_lock(number):
+                if self.records["pid"][number]:
+                    self.locks.unlock(number)
+                    continue
+                record = np.zeros((), OWNER)
+                record["pid"] = os.getpid()
+                record["started"] = process_start(os.getpid())
+                record["kind"] = kind.encode()
+                record["joined"] = time.time_ns()
+                self.records[number] = record
+                self._joined.add(number)
+                return Owner(self, number)
+        raise StoreBusyError(
+            f"{MAX_OWNERS - 1} processes have the store open already", owners=self.alive()
+        )
+
+    def reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
+        """Call `take_back(owner, intents)` for each dead owner; returns how many there were."""
+        dead = 0
+        for number in np.flatnonzero(self.records["pid"]).tolist():
+            if number in self._joined or not self.locks.try_lock(number):
+                continue
+            try:
+                intents = [
+                    (int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF)
+                    for i in self.records["intents"][number].tolist()
+                    if i
+                ]
+                take_back(number, intents)
+                self.records[number] = np.zeros((), OWNER)
+                dead += 1
+            finally:
+                self.locks.unlock(number)
+        return dead
+
+    def forget(self, number: int) -> None:
+        """The membership has ended: its record is empty, its lock goes."""
+        self.records[number] = np.zeros((), OWNER)
+        self._joined.discard(number)
+        self.locks.unlock(number)
+
+    def alive(self) -> list[OwnerInfo]:
+        """The other processes that have the store open now."""
+        return [
+            OwnerInfo(
+                number,
+                int(self.records["pid"][number]),
+                float(self.records["started"][number]),
+                bytes(self.records["kind"][number]).decode("ascii", "replace"),
+            )
+            for number in np.flatnonzero(self.records["pid"]).tolist()
+            if number and self.locks.locked_by_another(number)
+        ]
+
+    def others(self) -> bool:
+        """Whether any other process has the store open."""
+        return self.locks.locked_by_another(0, MAX_OWNERS)
+
+    def close(self) -> None:
+        """Close the file; memberships end."""
+        self.locks.close()
+
+
+def process_start(pid: int) -> float:
+    """Start time of a process in seconds since 1970, the other half of its identity; 0: unknown.
+
+    As `psutil.Process(pid).create_time()`, which the workers do not import for its 26 ms.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        boot = next(
+            int(line.split()[1])
+            for line in Path("/proc/stat").read_bytes().splitlines()
+            if line.startswith(b"btime")
+        )
+    except (OSError, StopIteration):
+        return 0.0
+    # starttime is field 22; the name before it may hold spaces and parentheses (proc(5)).
+    ticks = int(stat[stat.rindex(b")") + 2 :].split()[19])
+    return boot + ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,181 @@
+"""A shard's index, made anew: from its own entries after a death, from the slots file otherwise.
+
+The same three steps serve both: pick the blocks that make sense and do not overlap, drop the
+rest, link the chains. A block that is listed but whose bytes were lost is found out by its
+checksum when it is read; that is a miss.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from light_mem.index import format as fmt
+from light_mem.index import keys as keymath
+from light_mem.index.file import IndexFile
+
+Table = npt.NDArray[np.void]  # of ENTRY or RECORD
+Ints = npt.NDArray[np.int64]
+
+
+def states_of(table: Table) -> npt.NDArray[np.uint64]:
+    """The state of each slot."""
+    return np.asarray(table["tag"] & np.uint64(fmt.STATE_MASK))
+
+
+def occupied_runs(table: Table) -> tuple[Ints, Ints]:
+    """Starts and lengths of all runs that are not free, by place."""
+    starts = np.flatnonzero(states_of(table))
+    return starts, table["run"][starts].astype(np.int64)
+
+
+def sound_blocks(table: Table, page_bytes: int) -> Ints:
+    """First slots of all runs of blocks that make sense: lengths fit, no two overlap.
+
+    Of two that overlap the one used (written) later wins. Shape [runs], any order.
+    """
+    slots = len(table)
+    states = states_of(table)
+    heads = np.flatnonzero((states == fmt.WRITING) | (states == fmt.LIVE))
+    run = table["run"][heads].astype(np.int64)
+    follow = table["next_run"][heads].astype(np.int64)
+    live = states[heads] == fmt.LIVE
+    pages = -(-table["nbytes"][heads].astype(np.float64) // page_bytes)
+    fits = (run > 0) & (heads + run <= slots)
+    single = fits & (follow == 0) & (~live | (pages == run))
+    blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # used, head, runs
+    for head in heads[fits & (follow != 0)].tolist():
+        runs = _follow(table, states, head)
+        if runs is None:
+            continue
+        if states[head] == fmt.LIVE and sum(n for _, n in runs) != _pages(table, head, page_bytes):
+            continue
+        blocks.append((int(table["used"][head]), head, runs))
+    plain = heads[single]
+    if not blocks and not _overlap(plain, table["run"][plain].astype(np.int64)):
+        return plain
+    for head in plain.tolist():
+        blocks.append((int(table["used"][head]), head, [(head, int(table["run"][head]))]))
+    taken = np.zeros(slots, bool)
+    kept: list[int] = []
+    for _, _, runs in sorted(blocks, key=lambda b: b[0], reverse=True):
+        if any(taken[start : start + length].any() for start, length in runs):
+            continue
+        for start, length in runs:
+            taken[start : start + length] = True
+            kept.append(start)
+    return np.array(kept, np.int64)
+
+
+def _pages(table: Table, head: int, page_bytes: int) -> int:
+    return -(-int(table["nbytes"][head]) // page_bytes)
+
+
+def _overlap(starts: Ints, lengths: Ints) -> bool:
+    # `starts` come sorted from flatnonzero
+    return bool((starts[:-1] + lengths[:-1] > starts[1:]).any())
+
+
+def _follow(
+    table: Table, states: npt.NDArray[np.uint64], head: int
+) -> list[tuple[int, int]] | None:
+    runs = [(head, int(table["run"][head]))]
+    at = int(table["next_run"][head])
+    while at:
+        if at > len(table) or len(runs) > len(table) or states[at - 1] != fmt.EXTENT:
+            return None
+        length = int(table["run"][at - 1])
+        if length == 0 or at - 1 + length > len(table) or at - 1 in {s for s, _ in runs}:
+            return None
+        runs.append((at - 1, length))
+        at = int(table["next_run"][at - 1])
+    return runs
+
+
+def link_chains(entries: Table, heads: npt.NDArray[np.uint32], buckets: int) -> None:
+    """Chain all stored blocks anew, the most recently used first.
+
+    Look-ups go on meanwhile; they may miss, and nothing worse.
+    """
+    live = np.flatnonzero(states_of(entries) == fmt.LIVE)
+    keys = np.stack([entries["low"][live], entries["high"][live]], axis=1)
+    bucket = (keymath.mix(keys) & np.uint64(buckets - 1)).astype(np.int64)
+    order = np.lexsort((-entries["used"][live].astype(np.int64), bucket))
+    live, bucket = live[order], bucket[order]
+    following = np.zeros(live.size, np.uint32)
+    same = bucket[1:] == bucket[:-1]
+    following[:-1][same] = live[1:][same] + 1
+    first = np.ones(live.size, bool)
+    first[1:] = ~same
+    new_heads = np.zeros(buckets, np.uint32)
+    new_heads[bucket[first]] = live[first] + 1
+    entries["next"][live] = following
+    heads[:] = new_heads
+
+
+def record_crc(record: Table) -> int:
+    """The crc that a record must carry; `record` is one RECORD."""
+    return xxhash.xxh3_64_intdigest(record.tobytes()[: fmt.RECORD_CRC_BYTES]) & 0xFFFFFFFF
+
+
+def drop_damaged_records(records: Table) -> int:
+    """Set the state of records with a wrong crc to FREE, in place; returns how many."""
+    used = np.flatnonzero(states_of(records))
+    raw = records[used].tobytes()
+    size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
+    digest = xxhash.xxh3_64_intdigest
+    crcs = [digest(raw[at : at + end]) & 0xFFFFFFFF for at in range(0, len(raw), size)]
+    wrong = used[np.array(crcs, np.uint32) != records["crc"][used]]
+    records["tag"][wrong] = fmt.FREE
+    return int(wrong.size)
+
+
+def drop_foreign_extents(records: Table) -> None:
+    """Free records that list a further run for a block that is not theirs any more, in place.
+
+    A record says LIVE or EXTENT; the runs of one block carry the same key and checksum.
+    """
+    states = states_of(records)
+    for head in np.flatnonzero((states == fmt.LIVE) & (records["next_run"] != 0)).tolist():
+        for start, _ in (_follow(records, states, head) or [])[1:]:
+            if any(records[f][start] != records[f][head] for f in ("low", "high", "checksum")):
+                records["tag"][head] = fmt.FREE
+                break
+
+
+def fill_shard(file: IndexFile, shard: int, records: Table) -> int:
+    """Fill one shard of a new, empty index from its records (a copy); returns the blocks.
+
+    A key that two records hold goes to the one written later.
+    """
+    slots = file.slots
+    records = records[:slots]
+    drop_damaged_records(records)
+    drop_foreign_extents(records)
+    sound = sound_blocks(records, file.geometry.page_bytes)
+    entries = file.entries[shard * slots : (shard + 1) * slots]
+    for name in fmt.ENTRY.names or ():
+        if name in (fmt.RECORD.names or ()) and name != "pad":
+            entries[name][sound] = records[name][sound]
+    _drop_older_twins(entries)
+    states = states_of(entries)
+    tag = np.where(states != fmt.FREE, states | np.uint64(1 << fmt.GENERATION_SHIFT), np.uint64(0))
+    entries["tag"] = tag
+    heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
+    link_chains(entries, heads, file.buckets)
+    control = file.control[shard : shard + 1]
+    control["blocks"] = np.count_nonzero(states == fmt.LIVE)
+    control["used_slots"] = int(entries["run"][states != fmt.FREE].sum())
+    return int(control["blocks"][0])
+
+
+def _drop_older_twins(entries: Table) -> None:
+    live = np.flatnonzero(states_of(entries) == fmt.LIVE)
+    low, high, used = (entries[f][live] for f in ("low", "high", "used"))
+    order = np.lexsort((used, high, low))
+    low, high, live = low[order], high[order], live[order]
+    twin = (low[:-1] == low[1:]) & (high[:-1] == high[1:])
+    for head in live[:-1][twin].tolist():
+        for start, _ in _follow(entries, states_of(entries), head) or [(head, 0)]:
+            entries["tag"][start] = fmt.FREE

@@ -1,0 +1,288 @@
+"""Changes to one shard's index, under the shard's lock.
+
+A holder marks the shard dirty, changes it, and takes the mark back. Whoever finds the mark knows
+that the holder died in between and first puts the shard in order from its entries (`_recover`).
+Look-ups go on all the time, so every change keeps this order:
+
+publish  fields of the entry -> tag LIVE -> head of the chain: found only when whole
+remove   tag FREE with a new generation -> cut from the chain -> slots may be used again: a reader
+         that copied from the slots sees another tag
+
+Free slots are replicated in each process (`FreeRuns`); the last changes are in the shard's
+journal, so that a holder catches up with what others did by replaying a few records. After
+longer absence, or after a death, it reads the entries instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from light_mem.index import format as fmt
+from light_mem.index import keys as keymath
+from light_mem.index.file import IndexFile
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock
+from light_mem.index.lookup import Lookup
+from light_mem.index.order import EvictionOrder
+from light_mem.index.recovery import link_chains, occupied_runs, sound_blocks
+from light_mem.index.space import FreeRuns
+
+# A block in more runs than this costs its reader more than evicting one block further does.
+MAX_PIECES = 8
+
+Run = tuple[int, int]  # first slot, slots
+
+
+class Allocation(NamedTuple):
+    """Slots taken for one block: WRITING until published or given back."""
+
+    slot: int
+    runs: list[Run]
+
+
+class ShardIndex:
+    """One shard in one process. All methods but `change` need to be inside `with change()`."""
+
+    def __init__(self, file: IndexFile, shard: int, lock: PathLock, lookup: Lookup) -> None:
+        self._f = file
+        self.shard = shard
+        self._lock = lock
+        self._lookup = lookup
+        self._control = file.control[shard : shard + 1]
+        self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
+        self._heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
+        self._tags = self._entries["tag"]
+        self._order = EvictionOrder(self._tags, self._entries["used"])
+        self._space: FreeRuns | None = None
+        self._epoch = -1
+
+    @contextmanager
+    def change(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+        """Hold the shard's lock and have its state at hand; raises LockTimeoutError.
+
+        An exception inside leaves the dirty mark: the next holder then puts things in order,
+        exactly as after a death.
+        """
+        with self._lock.hold(timeout):
+            if self._control["dirty"][0]:
+                self._recover()
+            self._control["dirty"] = 1
+            self._catch_up()
+            yield
+            self._control["dirty"] = 0
+
+    # --- free space ------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        epoch = int(self._control["epoch"][0])
+        missed = epoch - self._epoch
+        space = self._space
+        if space is None or not 0 <= missed <= fmt.JOURNAL_LENGTH:
+            self._read_space(epoch)
+            return
+        journal = self._control["journal"][0]
+        for at in range(self._epoch, epoch):
+            record = int(journal[at % fmt.JOURNAL_LENGTH])
+            start, length = record >> 32, record & fmt.JOURNAL_LENGTH_MASK
+            if record & fmt.JOURNAL_FREED:
+                space.add(start, length)
+            elif not space.remove(start, length):
+                self._read_space(epoch)
+                return
+        self._epoch = epoch
+
+    def _read_space(self, epoch: int) -> None:
+        starts, lengths = occupied_runs(self._entries)
+        space = FreeRuns()
+        free_from = 0
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            if start > free_from:
+                space.add(free_from, start - free_from)
+            free_from = max(free_from, start + length)
+        if free_from < self._f.slots:
+            space.add(free_from, self._f.slots - free_from)
+        self._space = space
+        self._epoch = epoch
+
+    def _journal(self, runs: Iterable[Run], freed: bool) -> None:
+        mark = fmt.JOURNAL_FREED if freed else 0
+        for start, length in runs:
+            self._control["journal"][0, self._epoch % fmt.JOURNAL_LENGTH] = (
+                start << 32 | mark | length
+            )
+            self._epoch += 1
+        self._control["epoch"] = self._epoch
+
+    # --- writing a block -------------------------------------------------------------------------
+
+    def find(self, low: int, high: int) -> int | None:
+        """First slot of the stored block of this key, or None."""
+        entry = self._lookup.find_one(low, high, touch=False)
+        return None if entry < 0 else entry - self.shard * self._f.slots
+
+    def allocate(self, slots: int, evicted: list[int]) -> list[Run] | None:
+        """Take room for one block, evicting the least recently used ones where needed.
+
+        The first slots of evicted blocks are appended to `evicted`: the caller clears their
+        records before anything is copied. None: what is not free is being written. The room is
+        the caller's only after `mark`.
+        """
+        space = self._space
+        assert space is not None
+        while True:
+            start = space.take(slots)
+            if start is not None:
+                runs = [(start, slots)]
+                break
+            pieces = space.take_pieces(slots)
+            if pieces is not None and len(pieces) > MAX_PIECES and len(evicted) < 2 * MAX_PIECES:
+                self._put_back(pieces)
+                pieces = None
+            if pieces is not None:
+                runs = pieces
+                break
+            victim = self._order.oldest()
+            if victim is None:
+                pieces = space.take_pieces(slots)
+                if pieces is None:
+                    return None
+                runs = pieces
+                break
+            evicted.append(victim)
+            self._control["evictions"] += 1
+            self.remove(victim)
+        self._journal(runs, freed=False)
+        self._control["used_slots"] += slots
+        return runs
+
+    def _put_back(self, runs: Iterable[Run]) -> None:
+        assert self._space is not None
+        for start, length in runs:
+            self._space.add(start, length)
+
+    def mark(self, runs: list[Run], owner: int) -> None:
+        """Mark allocated slots as being written by `owner`, whose intents already name them."""
+        for at, (start, length) in enumerate(runs):
+            entry = self._entries[start]
+            generation = (int(entry["tag"]) >> fmt.GENERATION_SHIFT) + 1
+            entry["run"] = length
+            entry["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
+            state = fmt.WRITING if at == 0 else fmt.EXTENT
+            entry["tag"] = fmt.make_tag(state, owner, generation)
+
+    def is_marked(self, slot: int, owner: int) -> bool:
+        """Whether the block at `slot` is still being written by `owner`."""
+        tag = int(self._tags[slot])
+        return (
+            tag & fmt.STATE_MASK == fmt.WRITING
+            and tag >> fmt.OWNER_SHIFT & fmt.OWNER_MASK == owner
+        )
+
+    def publish(
+        self, slot: int, low: int, high: int, checksum: int, nbytes: int, now: int
+    ) -> None:
+        """Make a block visible. Its bytes and its record are in place."""
+        entry = self._entries[slot]
+        entry["low"], entry["high"] = low, high
+        entry["checksum"], entry["nbytes"], entry["used"] = checksum, nbytes, now
+        bucket = keymath.mix_one(low, high) & (self._f.buckets - 1)
+        entry["next"] = self._heads[bucket]
+        entry["tag"] = fmt.make_tag(fmt.LIVE, 0, int(entry["tag"]) >> fmt.GENERATION_SHIFT)
+        self._heads[bucket] = slot + 1
+        self._control["blocks"] += 1
+        self._control["inserts"] += 1
+
+    # --- taking blocks out -----------------------------------------------------------------------
+
+    def remove(self, slot: int) -> None:
+        """Take out the stored block at `slot`; its slots are free."""
+        entry = self._entries[slot]
+        runs = self._lookup.runs(self.shard, slot)
+        self._free_tags([slot] if runs is None else [start for start, _ in runs])
+        bucket = keymath.mix_one(int(entry["low"]), int(entry["high"])) & (self._f.buckets - 1)
+        self._unlink(bucket, slot)
+        self._control["blocks"] -= 1
+        if runs is None:
+            self._put_in_order()  # a damaged entry: what it held is found by the free tags
+        else:
+            self._free_runs(runs)
+
+    def give_back(self, slot: int) -> None:
+        """Free the slots of a block that was being written: it was never visible."""
+        runs = self._lookup.runs(self.shard, slot)
+        self._free_tags([slot] if runs is None else [start for start, _ in runs])
+        if runs is None:
+            self._put_in_order()
+        else:
+            self._free_runs(runs)
+
+    def _free_tags(self, starts: list[int]) -> None:
+        for start in starts:
+            generation = (int(self._tags[start]) >> fmt.GENERATION_SHIFT) + 1
+            self._tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
+
+    def _free_runs(self, runs: list[Run]) -> None:
+        self._put_back(runs)
+        self._journal(runs, freed=True)
+        self._control["used_slots"] -= sum(length for _, length in runs)
+
+    def _unlink(self, bucket: int, slot: int) -> None:
+        link, following = slot + 1, int(self._entries[slot]["next"])
+        if int(self._heads[bucket]) == link:
+            self._heads[bucket] = following
+        else:
+            at = int(self._heads[bucket])
+            for _ in range(self._f.slots):
+                if not 0 < at <= self._f.slots:
+                    break
+                after = int(self._entries["next"][at - 1])
+                if after == link:
+                    self._entries["next"][at - 1] = following
+                    break
+                at = after
+        self._control["unlinks"] += 1
+
+    def clear(self) -> list[int]:
+        """Take out all stored blocks; returns their first slots. Blocks being written stay so."""
+        live = np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE)
+        self._control["removals"] += live.size
+        starts: list[int] = []
+        for slot in live.tolist():
+            runs = self._lookup.runs(self.shard, slot)
+            starts += [slot] if runs is None else [start for start, _ in runs]
+        self._free_tags(starts)
+        self._put_in_order()
+        return [int(slot) for slot in live]
+
+    # --- after a death ---------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Put the shard in order from its entries; what makes no sense is dropped."""
+        sound = sound_blocks(self._entries, self._f.geometry.page_bytes)
+        wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
+        self._free_tags(wrong.tolist())
+        self._put_in_order()
+        self._control["dirty"] = 0
+
+    def _put_in_order(self) -> None:
+        """Chains, counts and free space, from the tags."""
+        link_chains(self._entries, self._heads, self._f.buckets)
+        states = self._tags & np.uint64(fmt.STATE_MASK)
+        self._control["blocks"] = np.count_nonzero(states == fmt.LIVE)
+        self._control["used_slots"] = int(self._entries["run"][states != fmt.FREE].sum())
+        self._control["unlinks"] += 1
+        # Further than the journal reaches: every replica reads the entries.
+        self._control["epoch"] += fmt.JOURNAL_LENGTH + 1
+        self._read_space(int(self._control["epoch"][0]))
+
+
+def open_shards(directory: Path, file: IndexFile, lookup: Lookup) -> list[ShardIndex]:
+    """The shards of a store, each with its lock `shard-NNN.lock`."""
+    return [
+        ShardIndex(file, n, PathLock(directory / f"shard-{n:03}.lock"), lookup)
+        for n in range(file.shards)
+    ]
