@@ -59,8 +59,8 @@ def check(plan: Plan, drop_cache: bool) -> None:
             f"--tokens must be more than one chunk of the prefill, {config.tokens_per_chunk}, "
             f"and at most the length of the text, {longest}"
         )
-    if plan.steps < 1 or plan.workers < 1:
-        raise ValueError("--next and --workers must be at least 1")
+    if min(plan.steps, plan.workers, plan.threads) < 1:
+        raise ValueError("--next, --workers and --threads must be at least 1")
     if drop_cache and not hasattr(os, "posix_fadvise"):
         raise ValueError("--drop-page-cache needs posix_fadvise, which this system lacks")
 
@@ -84,7 +84,7 @@ def first_process(plan: Plan, report: Report, logits_file: Path, show: Bars) -> 
         table = engine.allot(plan.pages, plan.seed + 1)
         cold = answer(engine, service, prompt, table, plan.steps, on(show, "cold"))
         # A store that was kept knows the prompt already; then no request is cold but the last.
-        name = "first, from a kept store" if cold.loaded else "cold"
+        name = "first (kept store)" if cold.loaded else "cold"
         report.rows.append(Row.of(name, cold))
         report.stored = store(engine, service, prompt, table)
 

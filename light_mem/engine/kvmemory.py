@@ -94,7 +94,7 @@ def share_tensor(tensor: torch.Tensor) -> MemorySource:
     with _share_lock:
         try:
             region = find_region(tensor.data_ptr(), tensor.nbytes)
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             return _share_without_proc(tensor)
         if not region.shared:
             _move(tensor, region.path)

@@ -125,11 +125,19 @@ class TaskQueue:
             states[states == INITIAL] = ABORTED
         self._table.finish(row, 0)
 
-    def abort_all(self, start: int = 0, end: int | None = None) -> None:
-        """Abort every block of these cells that nobody works on: a lane, or all at the end."""
+    def abort_waiting(self, cells: slice) -> None:
+        """Abort every block of these cells that nobody has begun."""
         with self.held():
-            states = self._table.states[start:end]
+            states = self._table.states[cells]
             states[states == INITIAL] = ABORTED
+        self._finish_lost_tasks()
+
+    def abort_all(self) -> None:
+        """Abort every block of every task: the workers are gone."""
+        with self.held():
+            for cells in self._table.used_cells():
+                states = self._table.states[cells]
+                states[(states != FINISHED)] = ABORTED
         self._finish_lost_tasks()
 
     def recover(self, worker: int, is_stored: Callable[[int, int], bool], again: bool) -> int:
@@ -140,10 +148,9 @@ class TaskQueue:
         """
         table = self._table
         with self.held():
-            mine = table.cells["worker"] == worker
-            lost = np.flatnonzero(mine & ((table.states == WORKING) | (table.states == COPIED)))
+            lost = self._begun_by(worker)
             redo: dict[int, list[int]] = {READ: [], WRITE: []}
-            for at in lost.tolist():
+            for at in lost:
                 cell = table.cells[at]
                 if table.states[at] == COPIED:
                     stored = is_stored(int(cell["low"]), int(cell["high"]))
@@ -163,9 +170,18 @@ class TaskQueue:
         self._finish_lost_tasks()
         return len(lost)
 
+    def _begun_by(self, worker: int) -> list[int]:
+        begun: list[int] = []
+        for cells in self._table.used_cells():
+            states = self._table.states[cells]
+            mine = self._table.cells["worker"][cells] == worker
+            found = np.flatnonzero(mine & ((states == WORKING) | (states == COPIED)))
+            begun += (cells.start + found).tolist()
+        return begun
+
     def _finish_lost_tasks(self) -> None:
         """Tell the waiters of tasks that became ready without a worker saying so."""
-        for row in np.flatnonzero(self._table.active).tolist():
+        for row in self._table.active_rows():
             self._table.finish(row, 0)
 
 

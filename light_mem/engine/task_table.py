@@ -16,6 +16,7 @@ import os
 import tempfile
 import uuid
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,8 @@ LANE = np.dtype(
         ("missing", "<u8"),  # blocks of reads that were not stored
         ("read_tasks", "<u8"),
         ("write_tasks", "<u8"),
+        ("cells_top", "<u8"),  # cells and rows beyond these were never used: memory not touched
+        ("rows_top", "<u8"),
     ]
 )
 WORKER_COUNTERS = (
@@ -206,7 +209,6 @@ class TaskTable:
         h["lanes"], h["rows"], h["cells"], h["pages"] = sizes
         h["workers"], h["page_bytes"], h["num_pages"] = workers, page_bytes, num_pages
         h["pages_per_block"] = pages_per_block
-        table.states[:] = ABORTED
         h["magic"] = MAGIC  # last: whoever sees it sees the rest
         _tables[table.address().table_id] = table
         return table
@@ -262,10 +264,28 @@ class TaskTable:
         """Whether the task of this row was aborted."""
         return bool(self._abort[row])
 
+    def used_cells(self) -> Iterator[slice]:
+        """The cells of each lane that were ever used."""
+        for lane in np.flatnonzero(self.lanes["cells_top"]).tolist():
+            start = lane * self.sizes.cells
+            yield slice(start, start + int(self.lanes["cells_top"][lane]))
+
+    def active_rows(self) -> list[int]:
+        """Rows of tasks that are not ready."""
+        rows: list[int] = []
+        for lane in np.flatnonzero(self.lanes["rows_top"]).tolist():
+            start = lane * self.sizes.rows
+            top = start + int(self.lanes["rows_top"][lane])
+            rows += (start + np.flatnonzero(self.active[start:top])).tolist()
+        return rows
+
     def active_tasks(self, mode: int) -> int:
-        """Tasks of all lanes that are not ready."""
-        raw = self.map[self.active_at : self.active_at + len(self.active)]
-        return raw.count(mode)
+        """Tasks of all lanes that are not ready. No lock, no system call."""
+        count = 0
+        for lane in np.flatnonzero(self.lanes["rows_top"]).tolist():
+            start = self.active_at + lane * self.sizes.rows
+            count += self.map[start : start + int(self.lanes["rows_top"][lane])].count(mode)
+        return count
 
     def row_word(self, row: int) -> int:
         """Offset of a row's `done` word, for `futex`."""

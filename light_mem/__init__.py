@@ -1,0 +1,86 @@
+"""LightMem: a persistent, multi-process disk tier for the KV cache of LLM inference servers.
+
+    service = LocalCacheService(file, storage_size, num_of_shard, kvcache, num_workers)
+    service.run()
+    task = service.create(["hash1", "hash2"], [0, 1], "write")
+
+service.py   LocalCacheService, CacheClient: what a server calls
+session.py   one process's tasks in the shared task table
+task.py      CacheTask: states, waiting
+blocks.py    arguments checked
+compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
+engine/      moves bytes: shards, copies, workers
+index/       finds them: format, table, locks, order of use, recovery
+
+Names are imported when they are first used: a worker imports parts of the package without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from light_mem.compat import PyLocalCacheService, PyState, PyTask
+    from light_mem.engine.base import StorageEngine
+    from light_mem.engine.kvmemory import allocate_kvcache
+    from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.queue import TaskQueue
+    from light_mem.errors import (
+        ForkedProcessError,
+        InvalidArgumentError,
+        KVCacheMemoryError,
+        LightMemError,
+        LockTimeoutError,
+        PageIndexError,
+        ServiceClosedError,
+        SharedMemoryFullError,
+        StoreBusyError,
+        StoreDamagedError,
+        StoreFormatError,
+        StoreFullError,
+        TaskExpiredError,
+        TaskTableFullError,
+        WorkerStartError,
+    )
+    from light_mem.service import CacheClient, CacheService, LocalCacheService
+    from light_mem.task import CacheBlock, CacheTask, State
+
+_ERRORS = (
+    "ForkedProcessError", "InvalidArgumentError", "KVCacheMemoryError", "LightMemError",
+    "LockTimeoutError", "PageIndexError", "ServiceClosedError", "SharedMemoryFullError",
+    "StoreBusyError", "StoreDamagedError", "StoreFormatError", "StoreFullError",
+    "TaskExpiredError", "TaskTableFullError", "WorkerStartError",
+)
+_HOMES = {
+    "CacheBlock": "task", "CacheTask": "task", "State": "task",
+    "CacheClient": "service", "CacheService": "service", "LocalCacheService": "service",
+    "LocalStorageEngine": "engine.local", "StorageEngine": "engine.base",
+    "TaskQueue": "engine.queue", "allocate_kvcache": "engine.kvmemory",
+    "PyLocalCacheService": "compat", "PyState": "compat", "PyTask": "compat",
+    **dict.fromkeys(_ERRORS, "errors"),
+}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022 - by topic
+    "LocalCacheService", "CacheService", "CacheClient", "CacheTask", "CacheBlock", "State",
+    "allocate_kvcache", "StorageEngine", "LocalStorageEngine", "TaskQueue",
+    "PyLocalCacheService", "PyTask", "PyState",
+    "ForkedProcessError", "InvalidArgumentError", "KVCacheMemoryError", "LightMemError",
+    "LockTimeoutError", "PageIndexError", "ServiceClosedError", "SharedMemoryFullError",
+    "StoreBusyError", "StoreDamagedError", "StoreFormatError", "StoreFullError",
+    "TaskExpiredError", "TaskTableFullError", "WorkerStartError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,122 @@
+"""Arguments of `create`, checked before anything is queued: block size, hashes, pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine.task_table import READ, WRITE
+from light_mem.errors import InvalidArgumentError, PageIndexError
+from light_mem.index.keys import HashValue, is_hash
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_SIZE_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
+DEFAULT_BLOCK_SIZE_MB = 64
+MAX_PAGES_PER_BLOCK = 64
+_MODES = {"write": WRITE, "w": WRITE, "read": READ, "r": READ}
+
+
+def pages_per_block(page_bytes: int) -> int:
+    """Pages of a full block: up to 64, as many as LIGHTMEM_MAX_BLOCK_SIZE_MB holds, at least 1.
+
+    Raises InvalidArgumentError for a value that is no whole number of MiB above 0.
+    """
+    text = os.environ.get(BLOCK_SIZE_VARIABLE, "").strip()
+    if not text:
+        megabytes = DEFAULT_BLOCK_SIZE_MB
+    else:
+        try:
+            megabytes = int(text)
+        except ValueError:
+            megabytes = 0
+        if megabytes <= 0:
+            raise InvalidArgumentError(
+                f"{BLOCK_SIZE_VARIABLE} is a whole number of MiB above 0, not {text!r}",
+                variable=BLOCK_SIZE_VARIABLE, value=text,
+            )
+    return max(1, min(MAX_PAGES_PER_BLOCK, (megabytes << 20) // page_bytes))
+
+
+def parse_mode(mode: str) -> int:
+    """READ or WRITE; raises InvalidArgumentError."""
+    if not isinstance(mode, str) or mode not in _MODES:
+        raise InvalidArgumentError(
+            f"mode is one of {', '.join(map(repr, _MODES))}, not {mode!r}", mode=mode
+        )
+    return _MODES[mode]
+
+
+def parse_hashes(hash_values: Sequence[HashValue]) -> list[HashValue]:
+    """The hashes as a list; one hash alone is an error, not a sequence of characters."""
+    if is_hash(hash_values):
+        raise InvalidArgumentError(
+            f"hash_values is a sequence of hashes, not one {type(hash_values).__name__}"
+        )
+    try:
+        return list(hash_values)
+    except TypeError:
+        raise InvalidArgumentError(
+            f"hash_values is a sequence of hashes, not {type(hash_values).__name__}"
+        ) from None
+
+
+def parse_pages(
+    page_indices: Sequence[int] | npt.NDArray[Any] | torch.Tensor, num_pages: int, mode: int
+) -> npt.NDArray[np.uint32]:
+    """Page indices as uint32 [P].
+
+    Raises InvalidArgumentError for what is not a row of whole numbers, or a page that a read
+    would fill twice; PageIndexError for a page outside the KV tensor.
+    """
+    if hasattr(page_indices, "detach"):
+        page_indices = page_indices.detach().cpu().numpy()
+    try:
+        pages = np.asarray(page_indices)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise InvalidArgumentError(f"page_indices are not page numbers: {error}") from None
+    if pages.size == 0 and pages.ndim == 1:
+        return np.empty(0, np.uint32)
+    if pages.ndim != 1 or pages.dtype.kind not in "iu":
+        raise InvalidArgumentError(
+            "page_indices is a one-dimensional list, array or tensor of whole numbers, not "
+            f"{pages.ndim}-dimensional {pages.dtype}",
+            dtype=str(pages.dtype), ndim=pages.ndim,
+        )
+    low, high = int(pages.min()), int(pages.max())
+    if low < 0 or high >= num_pages:
+        page = low if low < 0 else high
+        raise PageIndexError(
+            f"page {page} is outside the KV tensor of {num_pages} pages",
+            page=page, num_pages=num_pages,
+        )
+    if mode == READ and pages.size > 1:
+        ordered = np.sort(pages)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if twice.size:
+            raise InvalidArgumentError(
+                f"page {int(twice[0])} would be read into twice by one task", page=int(twice[0])
+            )
+    return pages.astype(np.uint32)
+
+
+def pages_per_hash(hashes: int, pages: int, per_block: int) -> int:
+    """How many pages a hash names: 1 when there are as many hashes as pages, else a run.
+
+    Raises InvalidArgumentError that names both accepted numbers of hashes.
+    """
+    if hashes == pages:
+        return 1
+    runs = -(-pages // per_block)
+    if hashes == runs:
+        return per_block
+    raise InvalidArgumentError(
+        f"{hashes} hash_values do not fit {pages} page_indices: give {pages} (one a page) or "
+        f"{runs} (one a run of {per_block} pages)",
+        hashes=hashes, pages=pages, accepted=(pages, runs),
+    )

@@ -1,0 +1,220 @@
+"""Starts, watches and replaces the worker processes of one service.
+
+One thread sleeps on the workers' pidfds and on the pipe that carries their log lines. A worker
+that dies gives up its locks to the kernel; this thread settles the blocks that it had begun, has
+its slots given back, and starts another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import spawn
+from pathlib import Path
+
+import light_mem
+from light_mem.engine import worker
+from light_mem.engine.kvmemory import MemorySource
+from light_mem.engine.queue import TaskQueue
+from light_mem.engine.task_table import TaskTable
+from light_mem.errors import WorkerStartError
+
+log = logging.getLogger("light_mem")
+
+START_SECONDS = 60.0
+# A worker has at most one batch in hand when it is told to leave; then it is killed.
+STOP_SECONDS = 10.0
+MAX_EARLY_DEATHS = 3  # in a row, before the worker was ready: another try will not help
+_POLL_SECONDS = 0.5  # only where there are no pidfds
+
+# One thread a worker: they would only add memory and start time.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class WorkerPool:
+    """`count` workers on one table. `start` and `stop` from one thread; the rest is its own."""
+
+    def __init__(
+        self,
+        table: TaskTable,
+        queue: TaskQueue,
+        count: int,
+        memory: MemorySource,
+        *,
+        verify: bool,
+        durability: str,
+        is_stored: Callable[[int, int], bool],
+        reclaim: Callable[[], int],
+    ) -> None:
+        self._table = table
+        self._queue = queue
+        self._count = count
+        self._memory = memory
+        self._settings = {"verify": verify, "durability": durability}
+        self._is_stored = is_stored
+        self._reclaim = reclaim
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._pidfds: dict[int, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._stopping = False
+        self._early_deaths = 0
+        self._tail: list[str] = []  # last lines of the workers, for the error at start
+        self._thread: threading.Thread | None = None
+        self.failure = ""  # why there are no workers any more
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers now."""
+        return [p.pid for p in list(self._processes.values())]
+
+    def start(self) -> None:
+        """Start all workers and return when they are ready; raises WorkerStartError."""
+        self._log_read, self._log_write = os.pipe()
+        os.set_blocking(self._log_read, False)
+        self._wake_read, self._wake_write = os.pipe()
+        self._selector.register(self._log_read, selectors.EVENT_READ, "log")
+        self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
+        for number in range(1, self._count + 1):
+            self._spawn(number)
+        self._thread = threading.Thread(target=self._watch, name="lightmem-pool", daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + START_SECONDS
+        workers = self._table.workers["ready"][1 : self._count + 1]
+        while not workers.all():
+            if self.failure or time.monotonic() > deadline:
+                reason = self.failure or f"not ready within {START_SECONDS:g} s"
+                self.stop()
+                raise WorkerStartError(
+                    f"workers did not start: {reason}\n" + "\n".join(self._tail[-10:])
+                )
+            seen = int(self._table.header["done_seq"][0])
+            self._table.futex.wait(self._table.done_word, seen, 0.02)
+
+    def _spawn(self, number: int) -> None:
+        self._table.workers[number : number + 1]["ready"] = 0
+        root = str(Path(light_mem.__file__).resolve().parent.parent)
+        config = {
+            "number": number,
+            "parent": os.getpid(),
+            "table_fd": self._table.fd,
+            "table_path": self._table.path,
+            "memory": self._memory._asdict(),
+            "log_level": log.getEffectiveLevel(),
+            "path": [p or os.getcwd() for p in sys.path] + [root],
+            **self._settings,
+        }
+        descriptors = [self._table.fd]
+        if self._memory.kind == "fd":
+            descriptors.append(self._memory.fd)
+        executable = os.fsdecode(spawn.get_executable() or sys.executable)
+        # -S: what `site` would do is in the path that is handed over; it saves start time.
+        process = subprocess.Popen(
+            [executable, "-S", "-c", worker.bootstrap(), worker.encode(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log_write,
+            pass_fds=descriptors,
+            env={**os.environ, **_ENVIRONMENT},
+        )
+        self._processes[number] = process
+        if hasattr(os, "pidfd_open"):
+            self._pidfds[number] = os.pidfd_open(process.pid)
+            self._selector.register(self._pidfds[number], selectors.EVENT_READ, number)
+
+    # --- the watching thread ---------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        timeout = None if self._pidfds else _POLL_SECONDS
+        while not self._stopping:
+            for key, _ in self._selector.select(timeout):
+                if key.data == "log":
+                    self._relay()
+            for number, process in list(self._processes.items()):
+                if process.poll() is not None and not self._stopping:
+                    try:
+                        self._replace(number, process)
+                    except Exception:
+                        log.exception("replacing worker %d failed", number)
+                        self._give_up(f"worker {number} could not be replaced")
+
+    def _relay(self) -> None:
+        try:
+            raw = os.read(self._log_read, 1 << 16)
+        except BlockingIOError:
+            return
+        for line in raw.decode("utf-8", "replace").splitlines():
+            level, _, text = line.partition(" ")
+            self._tail = [*self._tail[-50:], line]
+            if level.isdigit():
+                log.log(int(level), "%s", text)
+            else:
+                log.error("worker: %s", line)
+
+    def _forget(self, number: int) -> None:
+        self._processes.pop(number).wait()
+        pidfd = self._pidfds.pop(number, -1)
+        if pidfd >= 0:
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+
+    def _replace(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        ready = bool(self._table.workers["ready"][number])
+        self._early_deaths = 0 if ready else self._early_deaths + 1
+        self._relay()
+        self._forget(number)
+        again = self._early_deaths < MAX_EARLY_DEATHS
+        lost = self._queue.recover(number, self._is_stored, again)
+        self._reclaim()
+        log.warning(
+            "worker %d (pid %d) died with status %d; %d blocks were in its hands",
+            number, process.pid, process.returncode, lost,
+        )
+        if not again:
+            self._give_up(f"{MAX_EARLY_DEATHS} workers in a row died before they were ready")
+            return
+        self._table.header["restarts"] += 1
+        self._spawn(number)
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = reason
+        self._table.header["shutdown"] = 1
+        log.error("the service stops: %s", reason)
+        self._queue.abort_all()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Let the workers finish what they have in hand and leave; kill those who do not."""
+        table = self._table
+        if self._thread is None:
+            return
+        self._stopping = True
+        table.header["shutdown"] = 1
+        for cells in table.used_cells():
+            self._queue.abort_waiting(cells)
+        table.header["work_seq"] += 1
+        table.futex.wake(table.work_word)
+        os.write(self._wake_write, b"x")
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("worker pid %d did not leave; killed", process.pid)
+                process.kill()
+        for number in list(self._processes):
+            self._forget(number)
+        self._relay()
+        self._queue.abort_all()
+        self._selector.close()
+        for descriptor in (self._log_read, self._log_write, self._wake_read, self._wake_write):
+            os.close(descriptor)

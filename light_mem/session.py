@@ -1,0 +1,205 @@
+"""One process's place in the task table: it puts tasks there and takes their room back.
+
+The server has lane 0; every other process of the server takes a lane of its own, held by a lock
+that the kernel frees when the process dies.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine.queue import LANE_BYTE, TaskQueue
+from light_mem.engine.task_table import (
+    ABORTED,
+    CELL,
+    COPIED,
+    FINISHED,
+    INITIAL,
+    READ,
+    WORKING,
+    TaskTable,
+)
+from light_mem.errors import InvalidArgumentError, ServiceClosedError, TaskTableFullError
+from light_mem.index.keys import KeyArray
+from light_mem.index.locks import RangeLock
+from light_mem.index.owners import process_start
+from light_mem.index.space import FreeRuns
+from light_mem.task import CacheTask
+
+_FULL_PAUSE = 0.001  # between two looks for room in a full table
+
+
+class Place(NamedTuple):
+    """Room of one task: global row, first cell, cells, first page index, page indices."""
+
+    row: int
+    start: int
+    count: int
+    pages: int
+    page_count: int
+
+
+class Session:
+    """Places tasks in one lane. Any thread."""
+
+    def __init__(self, table: TaskTable, lane: int, lock: RangeLock, queue: TaskQueue) -> None:
+        self.table = table
+        self.queue = queue
+        self._lock = lock  # holds the lane
+        self._guard = threading.Lock()
+        sizes = table.sizes
+        self._lane = lane
+        self._cells = FreeRuns([(lane * sizes.cells, sizes.cells)])
+        self._pages = FreeRuns([(lane * sizes.pages, sizes.pages)])
+        self._rows: deque[int] = deque(range(lane * sizes.rows, (lane + 1) * sizes.rows))
+        self._released: deque[Place] = deque()
+        self._tasks: weakref.WeakSet[CacheTask] = weakref.WeakSet()
+        self.counters = table.lanes[lane : lane + 1]
+        self.counters["pid"], self.counters["started"] = _identity()
+
+    @classmethod
+    def open(cls, table: TaskTable, path: str) -> Session:
+        """Take a free lane (lane 0 when it is free: the server comes first)."""
+        lock = RangeLock(path)
+        queue = TaskQueue(table, lock)
+        for lane in range(table.sizes.lanes):
+            if lock.try_lock(LANE_BYTE + lane):
+                _clean(table, lane, queue)
+                return cls(table, lane, lock, queue)
+        lock.close()
+        raise TaskTableFullError(
+            f"all {table.sizes.lanes - 1} client lanes of the service are taken",
+            blocks=0, capacity=table.sizes.lanes, timeout=0.0,
+        )
+
+    def place(
+        self, keys: KeyArray, done: npt.NDArray[np.bool_], mode: int,
+        pages: npt.NDArray[np.uint32], pages_per_hash: int, timeout: float,
+    ) -> Place:
+        """Put a task in the table and queue its blocks but those that are `done` already.
+
+        Raises InvalidArgumentError for a task larger than the table, TaskTableFullError when
+        there is no room within `timeout` seconds.
+        """
+        table, count = self.table, len(keys)
+        place = self._room(count, len(pages), timeout)
+        cells = np.zeros(count, CELL)
+        cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
+        first = np.arange(count, dtype=np.uint32) * pages_per_hash
+        cells["pages"] = place.pages + first
+        cells["count"] = np.minimum(pages_per_hash, len(pages) - first)
+        cells["row"], cells["mode"] = place.row, mode
+        end = place.start + count
+        table.pages[place.pages : place.pages + len(pages)] = pages
+        table.cells[place.start : end] = cells
+        final = FINISHED if mode != READ else ABORTED
+        table.states[place.start : end] = np.where(done, final, INITIAL)
+        row = table.rows[place.row]
+        row["generation"] += 1
+        row["abort"] = 0
+        row["start"], row["count"] = place.start, count
+        table.active[place.row] = mode
+        todo = np.flatnonzero(~done)
+        if not todo.size:
+            table.finish(place.row, 0)
+        return place
+
+    def submit(self, place: Place, order: npt.NDArray[np.int64], mode: int) -> None:
+        """Queue blocks of a placed task in this order (positions within the task)."""
+        self.queue.push((place.start + order).astype(np.uint32), mode)
+
+    def watch(self, task: CacheTask) -> None:
+        """Remember a task of this process, to take its room back early when the table is full."""
+        self._tasks.add(task)
+
+    def release(self, place: Place) -> None:
+        """The task object is gone or knows its final states: the room may be used again once the
+        task is ready. Called from finalisers: takes no lock."""
+        self._released.append(place)
+
+    def close(self) -> None:
+        """Give the lane back."""
+        self.queue.abort_waiting(self._own_cells())
+        self._lock.close()
+
+    def _own_cells(self) -> slice:
+        start = self._lane * self.table.sizes.cells
+        return slice(start, start + int(self.counters["cells_top"][0]))
+
+    def _room(self, count: int, pages: int, timeout: float) -> Place:
+        sizes = self.table.sizes
+        for need, capacity, what in (
+            (count, sizes.cells, "blocks"), (pages, sizes.pages, "page indices"),
+        ):
+            if need > capacity:
+                raise InvalidArgumentError(
+                    f"one task has at most {capacity} {what}, not {need}: raise max_blocks",
+                    need=need, capacity=capacity,
+                )
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._guard:
+                self._collect()
+                place = self._try_room(count, pages)
+            if place is not None:
+                return place
+            if self.table.shutdown:
+                raise ServiceClosedError("the service is closed")
+            for task in list(self._tasks):
+                task.ready()  # a ready task knows its states and gives its room back
+            if time.monotonic() > deadline:
+                raise TaskTableFullError(
+                    f"no room for {count} blocks in the task table within {timeout:g} s: all "
+                    f"{sizes.cells} blocks or {sizes.rows} tasks are in use; wait for tasks, or "
+                    "raise max_blocks",
+                    blocks=count, capacity=sizes.cells, timeout=timeout,
+                )
+            time.sleep(_FULL_PAUSE)
+
+    def _try_room(self, count: int, pages: int) -> Place | None:
+        if not self._rows:
+            return None
+        start = self._cells.take(count)
+        if start is None:
+            return None
+        first = self._pages.take(pages)
+        if first is None:
+            self._cells.add(start, count)
+            return None
+        row = self._rows.popleft()  # the longest unused one: late readers of old tasks find out
+        sizes = self.table.sizes
+        tops = self.counters
+        tops["cells_top"] = max(int(tops["cells_top"][0]), start + count - self._lane * sizes.cells)
+        tops["rows_top"] = max(int(tops["rows_top"][0]), row + 1 - self._lane * sizes.rows)
+        return Place(row, start, count, first, pages)
+
+    def _collect(self) -> None:
+        for _ in range(len(self._released)):
+            place = self._released.popleft()
+            if self.table.active[place.row]:
+                self._released.append(place)  # still running: nobody may get its cells
+                continue
+            self._cells.add(place.start, place.count)
+            self._pages.add(place.pages, place.page_count)
+            self._rows.append(place.row)
+
+
+def _identity() -> tuple[int, float]:
+    return os.getpid(), process_start(os.getpid())
+
+
+def _clean(table: TaskTable, lane: int, queue: TaskQueue) -> None:
+    """Empty a lane whose owner died: nobody waits for its tasks any more."""
+    start = lane * table.sizes.cells
+    cells = slice(start, start + int(table.lanes["cells_top"][lane]))
+    queue.abort_waiting(cells)
+    while np.isin(table.states[cells], (WORKING, COPIED)).any():
+        time.sleep(_FULL_PAUSE)  # a worker is at it, for a batch at most; the server replaces it

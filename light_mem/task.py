@@ -1,0 +1,322 @@
+"""CacheTask: what `create` returns. Its states live in the task table; polling costs no message,
+no lock and no system call."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Generator, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine import task_table
+from light_mem.engine.process import is_alive
+from light_mem.engine.task_table import READ, TableAddress, TaskTable, is_final, is_safe
+from light_mem.errors import LockTimeoutError, ServiceClosedError, TaskExpiredError
+from light_mem.index.keys import HashValue
+
+if TYPE_CHECKING:
+    from light_mem.engine.queue import TaskQueue
+    from light_mem.session import Place, Session
+
+# How often a waiter looks whether the server still lives.
+_LIVENESS_SECONDS = 0.5
+
+
+class State(IntEnum):
+    """State of a block. Only a Finished block's bytes may be used."""
+
+    Initial = 0
+    Working = 1
+    Finished = 2
+    Aborted = 3
+
+
+_PUBLIC = (State.Initial, State.Working, State.Finished, State.Aborted, State.Working)
+
+
+class CacheBlock(NamedTuple):
+    """One block of a task at the moment of asking: its hash, its pages in order, its state."""
+
+    hash: HashValue
+    pages: tuple[int, ...]
+    state: State
+
+    def ready(self) -> bool:
+        """Whether the block is Finished."""
+        return self.state is State.Finished
+
+
+class CacheTask:
+    """One `create` call: an ordered list of blocks, each with its own state.
+
+    Any thread may use it, and so may any process of the server that it is pickled to. Dropping it
+    lets the work go on. When the object that `create` returned is dropped, or knows that the task
+    is ready, its room in the table may go to a later task; a pickled copy that asks after that
+    gets TaskExpiredError. So keep the original while others poll copies.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: int,
+        hashes: Sequence[HashValue],
+        pages: npt.NDArray[np.uint32],
+        pages_per_hash: int,
+        already: list[int],
+        table: TaskTable | None = None,
+        place: Place | None = None,
+        session: Session | None = None,
+        final: bytes | None = None,
+    ) -> None:
+        self._mode = mode
+        self._hashes = hashes
+        self._pages = pages
+        self._pages_per_hash = pages_per_hash
+        self._already = already
+        self._final = final  # the states once they are all final
+        self._table = table
+        self._shared = False  # pickled: copies may look at the table
+        if table is not None and place is not None:
+            self._row, self._start = place.row, place.start
+            self._end = place.start + place.count
+            self._generation = int(table.rows["generation"][place.row])
+            if session is not None:
+                self._release = weakref.finalize(self, session.release, place)
+                self._release.atexit = False
+
+    # --- states ----------------------------------------------------------------------------------
+
+    def _states(self) -> bytes:
+        if self._final is not None:
+            return self._final
+        table = self._table
+        assert table is not None
+        states = table.snapshot(self._start, self._end)
+        # The row after the states: a row that was given away meanwhile has another generation.
+        if table.rows["generation"][self._row] != self._generation:
+            raise TaskExpiredError(
+                "the room of this task was given to another one: its creator had dropped it",
+                row=self._row,
+            )
+        if is_final(states):
+            self._final = states
+            if not self._shared and hasattr(self, "_release"):
+                self._release()
+        return states
+
+    def ready(self) -> bool:
+        """Whether every block is Finished or Aborted."""
+        return self._final is not None or is_final(self._states())
+
+    def data_safe(self) -> bool:
+        """Write: whether every byte has left the KV tensor, so that its pages may be reused.
+
+        It may come before `ready()`, never after. For a read it equals `ready()`.
+        """
+        states = self._states()
+        return is_final(states) if self._mode == READ else is_safe(states)
+
+    def state(self) -> list[State]:
+        """The state of each block, in the order of the hashes."""
+        return [_PUBLIC[s] for s in self._states()]
+
+    def get_page_already_list(self) -> list[int]:
+        """Pages of a write whose blocks were stored when the task was made; fixed from then on."""
+        return list(self._already)
+
+    @property
+    def mode(self) -> str:
+        """"read" or "write"."""
+        return "read" if self._mode == READ else "write"
+
+    @property
+    def blocks(self) -> list[CacheBlock]:
+        """The blocks with their states now."""
+        n = self._pages_per_hash
+        return [
+            CacheBlock(h, tuple(self._pages[at * n : (at + 1) * n].tolist()), state)
+            for at, (h, state) in enumerate(zip(self._hashes, self.state(), strict=True))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def __repr__(self) -> str:
+        try:
+            states = self.state()
+        except TaskExpiredError:
+            return f"<CacheTask {self.mode}, expired>"
+        counts = ", ".join(f"{states.count(s)} {s.name}" for s in State if s in states)
+        return f"<CacheTask {self.mode}, {len(self)} blocks: {counts}>"
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep until the task is ready, at most `timeout` seconds; returns `ready()`.
+
+        Raises ServiceClosedError when the server dies meanwhile.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            table = self._table
+            if table is None or self._final is not None:
+                return self.ready()
+            seen = int(table.rows["done"][self._row])
+            if self.ready():
+                return True
+            left = _LIVENESS_SECONDS
+            if deadline is not None:
+                left = min(left, deadline - time.monotonic())
+                if left <= 0:
+                    return False
+            table.futex.wait(table.row_word(self._row), seen, left)
+            if not self.ready():
+                check_server(table)
+
+    def __await__(self) -> Generator[Any, None, CacheTask]:
+        """Wait without blocking the event loop; the result is the task itself."""
+        if not self.ready():
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+            assert self._table is not None
+            _notifier(self._table).add(self, future)
+            yield from future.__await__()
+        return self
+
+    def abort(self, queue: TaskQueue, timeout: float) -> None:
+        """For `CacheService.abort`; raises LockTimeoutError when a worker does not let go."""
+        table = self._table
+        if table is None or self.ready():
+            return
+        queue.abort(self._start, self._end, self._row)
+        if not self.wait(timeout):
+            raise LockTimeoutError(
+                f"a worker did not let go of the task's pages within {timeout:g} s: it is stopped",
+                path="task", timeout=timeout,
+            )
+
+    # --- other processes -------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._shared = True
+        address = None
+        where = None
+        if self._table is not None and not self.ready():
+            address = self._table.address()
+            where = (self._row, self._start, self._end, self._generation)
+        fields = (
+            self._mode, list(self._hashes), self._pages, self._pages_per_hash, self._already,
+            self._final,
+        )
+        return _restore, (address, where, fields)
+
+
+def _restore(
+    address: TableAddress | None,
+    where: tuple[int, int, int, int] | None,
+    fields: tuple[Any, ...],
+) -> CacheTask:
+    mode, hashes, pages, pages_per_hash, already, final = fields
+    task = CacheTask(
+        mode=mode, hashes=hashes, pages=pages, pages_per_hash=pages_per_hash, already=already,
+        final=final,
+    )
+    if address is not None and where is not None:
+        task._table = TaskTable.attach(address)
+        task._row, task._start, task._end, task._generation = where
+    return task
+
+
+def check_server(table: TaskTable) -> None:
+    """Raise ServiceClosedError when the process that runs the workers is gone."""
+    header = table.header
+    pid, started = int(header["server_pid"][0]), float(header["server_started"][0])
+    if not is_alive(pid, started):
+        raise ServiceClosedError(f"the server (pid {pid}) is gone", pid=pid)
+
+
+class _Notifier:
+    """Completes futures of one table: one thread, which lives while somebody awaits."""
+
+    def __init__(self, table: TaskTable) -> None:
+        self._table = weakref.ref(table)
+        self._guard = threading.Lock()
+        self._waiting: list[tuple[CacheTask, asyncio.Future[None]]] = []
+        self._running = False
+
+    def add(self, task: CacheTask, future: asyncio.Future[None]) -> None:
+        with self._guard:
+            self._waiting.append((task, future))
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="lightmem-await", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            table = self._table()
+            with self._guard:
+                if table is None or not self._waiting:
+                    self._running = False
+                    return
+                waiting = list(self._waiting)
+            seen = int(table.header["done_seq"][0])
+            open_tasks = []
+            for task, future in waiting:
+                error = _outcome(task, table)
+                if error is None:
+                    open_tasks.append((task, future))
+                else:
+                    _complete(future, error)
+            done = {id(f) for _, f in waiting} - {id(f) for _, f in open_tasks}
+            with self._guard:
+                self._waiting = [
+                    (t, f) for t, f in self._waiting if id(f) not in done and not f.cancelled()
+                ]
+            if not done:
+                # One that was added meanwhile has the old word to wait for: a short nap covers it.
+                table.futex.wait(table.done_word, seen, _LIVENESS_SECONDS / 10)
+
+
+def _outcome(task: CacheTask, table: TaskTable) -> Exception | bool | None:
+    """None: not ready; True: ready; else what the awaiter gets raised."""
+    try:
+        if task.ready():
+            return True
+        check_server(table)
+    except (TaskExpiredError, ServiceClosedError) as error:
+        return error
+    return None
+
+
+def _complete(future: asyncio.Future[None], error: Exception | bool) -> None:
+    def settle() -> None:
+        if not future.done():
+            if isinstance(error, Exception):
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+    try:
+        future.get_loop().call_soon_threadsafe(settle)
+    except RuntimeError:
+        pass  # the loop was closed: nobody awaits any more
+
+
+_notifiers: weakref.WeakKeyDictionary[TaskTable, _Notifier] = weakref.WeakKeyDictionary()
+_notifiers_guard = threading.Lock()
+
+
+def _notifier(table: TaskTable) -> _Notifier:
+    with _notifiers_guard:
+        return _notifiers.setdefault(table, _Notifier(table))
+
+
+assert [int(s) for s in State] == [
+    task_table.INITIAL, task_table.WORKING, task_table.FINISHED, task_table.ABORTED,
+]
