@@ -39,7 +39,7 @@ class Twin:
         return next(known, len(hashes))
 
     def create(
-        self, mode: str, hash_values: Sequence[str], page_indices: Sequence[int]
+        self, *, mode: str, hash_values: Sequence[str], page_indices: Sequence[int]
     ) -> TwinTask:
         states, already = [], []
         for name, page in zip(hash_values, page_indices, strict=True):
@@ -129,7 +129,8 @@ def test_the_comparison_notices(engine: Engine, damage: str) -> None:
 
 
 def test_pages_depend_on_nothing_that_comes_later(engine: Engine) -> None:
-    first, second = engine.allot(24, seed=3).split(12)
+    table = engine.allot(24, seed=3)
+    first, second = table[:12], table[12:]
     logits_of(engine, PROMPT, 0, first)
     logits_of(engine, [*PROMPT[:32], *reversed(PROMPT[32:])], 0, second)
     same = (engine.kvcache[first] == engine.kvcache[second]).all(dim=1)

@@ -58,7 +58,7 @@ class Report:
     opened_seconds: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     stored: Stored | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, int] = field(default_factory=dict)
     files: list[StoreFile] = field(default_factory=list)
     pages_compared: int = 0
     problems: dict[str, str] = field(default_factory=dict)
@@ -128,7 +128,7 @@ def show(report: Report, console: Console) -> None:
         console.print(f"Opening the service, workers included, {process}: {seconds * 1e3:.0f} ms.")
     console.print(files_table(report))
     if report.stats:
-        console.print(f"stats(): {counters(report.stats)}", style="dim")
+        console.print(stored_line(report.stats))
     if report.equal:
         console.print(f"{report.pages_compared} loaded pages equal those recomputed.")
     console.print(report.verdict, style="bold green" if report.equal else "bold red")
@@ -137,7 +137,13 @@ def show(report: Report, console: Console) -> None:
 def requests_table(rows: Sequence[Row]) -> Table:
     # Against the best request without a cache: what else ran on the machine must not flatter us.
     base = min((row.first_token_seconds for row in rows if not row.tokens_loaded), default=None)
-    table = Table(title="One prompt, one request a line", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="One prompt, one request a line",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("request", no_wrap=True)
     names = ("tokens\nloaded", "tokens\ncomputed", "look-up\nms", "load\nms", "load\nGB/s")
     for name in (*names, "TTFT\nms", "faster"):
@@ -172,8 +178,13 @@ def files_table(report: Report) -> Table:
     return table
 
 
-def counters(stats: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in stats.items())
+def stored_line(stats: Mapping[str, int]) -> str:
+    held = stats["used_slots"] * stats["page_bytes"]
+    room = stats["slots"] * stats["page_bytes"]
+    return (
+        f"{stats['blocks']} blocks, {megabytes(held)} of {megabytes(room)} used, "
+        f"{stats['shards']} shards, {stats['evictions']} evictions, {stats['damaged']} damaged."
+    )
 
 
 def megabytes(count: int) -> str:

@@ -33,7 +33,7 @@ class Service(Protocol):
 
     def match_prefix(self, hashes: Sequence[str]) -> int: ...
     def create(
-        self, mode: str, hash_values: Sequence[str], page_indices: Sequence[int]
+        self, *, mode: str, hash_values: Sequence[str], page_indices: Sequence[int]
     ) -> Task: ...
 
 
@@ -115,7 +115,9 @@ def load(engine: Engine, service: Service, prompt: Sequence[int], block_table: T
     matched = perf_counter()
     if not found:
         return Loaded(0, matched - started, 0.0)
-    task = service.create("read", hashes[:found], block_table[:found].tolist())
+    task = service.create(
+        mode="read", hash_values=hashes[:found], page_indices=block_table[:found].tolist()
+    )
     if not task.wait(PATIENCE):
         raise TimeoutError(f"{found} pages were not read within {PATIENCE:.0f} s")
     # Between the look-up and the copy a page may have been evicted, or found damaged: its block
@@ -158,7 +160,9 @@ def store(engine: Engine, service: Service, prompt: Sequence[int], block_table: 
     hashes = page_hashes(identity(config), prompt, config.tokens_per_page)
     pages = whole_chunks(engine, len(hashes))
     started = perf_counter()
-    task = service.create("write", hashes[:pages], block_table[:pages].tolist())
+    task = service.create(
+        mode="write", hash_values=hashes[:pages], page_indices=block_table[:pages].tolist()
+    )
     if not task.wait(PATIENCE):
         raise TimeoutError(f"{pages} pages were not written within {PATIENCE:.0f} s")
     seconds = perf_counter() - started

@@ -95,7 +95,7 @@ def first_process(plan: Plan, report: Report, logits_file: Path, show: Bars) -> 
         unequal = difference(cold.logits, warm.logits)
         if unequal is not None or not warm.loaded:
             report.problems["warm memory"] = unequal or "nothing was loaded"
-        report.stats = dict(service.stats())
+        report.stats = service.stats()
     return write_logits(logits_file, cold.logits)
 
 

@@ -13,12 +13,11 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine import opening
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop, StorageEngine, never
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import ShardFile
@@ -32,7 +31,9 @@ from light_mem.index.keys import KeyArray
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
-from light_mem.index.shard import Allocation, open_shards
+
+if TYPE_CHECKING:
+    from light_mem.index.shard import Allocation, ShardIndex
 
 log = logging.getLogger("light_mem")
 
@@ -78,7 +79,7 @@ class LocalStorageEngine(StorageEngine):
         self._owners = Owners(self.directory)
         self._index = IndexFile(self.directory / index_file.NAME, geometry)
         self.lookup = Lookup(self._index)
-        self._shards = open_shards(self.directory, self._index, self.lookup)
+        self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._copier = Copier()
         self._owner: Owner = self._owners.join(kind)
@@ -98,6 +99,8 @@ class LocalStorageEngine(StorageEngine):
         durability: str = "kernel",
     ) -> LocalStorageEngine:
         """Make or open the store in `directory`; see `opening.prepare` for the errors."""
+        from light_mem.engine import opening  # not for workers, which open what is prepared
+
         opening.check_sizes(page_bytes, num_of_shard, storage_size, block_pages)
         path = Path(directory)
         opening.make_directory(path)
@@ -156,7 +159,7 @@ class LocalStorageEngine(StorageEngine):
     def _allocate(
         self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report
     ) -> tuple[list[tuple[int, Allocation]], list[int]]:
-        index = self._shards[shard]
+        index = self._shard(shard)
         taken: list[tuple[int, Allocation]] = []
         waiting: list[int] = []
         evicted: list[int] = []
@@ -167,11 +170,11 @@ class LocalStorageEngine(StorageEngine):
                 if waiting or index.find(block.low, block.high) is not None:
                     (waiting if waiting else present).append(at)
                     continue
-                runs = index.allocate(-(-block.nbytes // self.geometry.page_bytes), evicted)
-                if runs is None:
+                where = index.allocate(-(-block.nbytes // self.geometry.page_bytes), evicted)
+                if where is None:
                     waiting.append(at)
                 else:
-                    taken.append((at, Allocation(runs[0][0], runs)))
+                    taken.append((at, where))
             # The order binds: intents name the slots before the slots are marked, and the records
             # of evicted blocks are gone before their slots get other bytes.
             self._owner.intend((shard, where.slot) for _, where in taken)
@@ -223,7 +226,7 @@ class LocalStorageEngine(StorageEngine):
         batch: Sequence[BlockIO],
         report: Report,
     ) -> None:
-        index = self._shards[shard]
+        index = self._shard(shard)
         whole = {w.at: w for w in written}
         outcomes: list[tuple[int, Outcome]] = []
         with index.change():
@@ -289,7 +292,7 @@ class LocalStorageEngine(StorageEngine):
             "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
             "it is dropped", keymath.key_text(block.low, block.high), slot, shard, self.directory,
         )
-        index = self._shards[shard]
+        index = self._shard(shard)
         try:
             with index.change():
                 if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
@@ -306,7 +309,7 @@ class LocalStorageEngine(StorageEngine):
         shards = keymath.shards_of(keymath.mix(keys), self.geometry.shards)
         deleted = 0
         for shard in np.unique(shards).tolist():
-            index = self._shards[shard]
+            index = self._shard(shard)
             with index.change():
                 for low, high in keys[shards == shard].tolist():
                     slot = index.find(low, high)
@@ -319,7 +322,8 @@ class LocalStorageEngine(StorageEngine):
 
     def clear(self) -> int:
         cleared = 0
-        for shard, index in enumerate(self._shards):
+        for shard in range(self.geometry.shards):
+            index = self._shard(shard)
             with index.change():
                 slots = index.clear()
                 self._file(shard).clear_records(slots)
@@ -333,7 +337,7 @@ class LocalStorageEngine(StorageEngine):
             for shard, slot in intents:
                 if shard >= self.geometry.shards or slot >= self.geometry.slots:
                     continue
-                index = self._shards[shard]
+                index = self._shard(shard)
                 with index.change():
                     if index.is_marked(slot, owner):
                         self._file(shard).clear_records([slot])
@@ -374,6 +378,16 @@ class LocalStorageEngine(StorageEngine):
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def _shard(self, shard: int) -> ShardIndex:
+        index = self._shards.get(shard)
+        if index is None:
+            from light_mem.index.shard import open_shard  # 15 ms: not before the first change
+
+            index = self._shards[shard] = open_shard(
+                self.directory, self._index, shard, self.lookup
+            )
+        return index
 
     def _file(self, shard: int) -> ShardFile:
         file = self._files.get(shard)

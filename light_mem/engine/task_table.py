@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
-import uuid
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -201,10 +199,12 @@ class TaskTable:
         if hasattr(os, "memfd_create"):
             fd = os.memfd_create("lightmem-tasks", os.MFD_CLOEXEC)
         else:
+            import tempfile
+
             fd, path = tempfile.mkstemp(prefix="lightmem-tasks-")
         table = cls(fd, sizes, path)
         h = table.header
-        h["table_id"], h["store"] = uuid.uuid4().hex.encode(), store.encode()
+        h["table_id"], h["store"] = os.urandom(16).hex().encode(), store.encode()
         h["server_pid"], h["server_started"] = os.getpid(), process_start(os.getpid())
         h["lanes"], h["rows"], h["cells"], h["pages"] = sizes
         h["workers"], h["page_bytes"], h["num_pages"] = workers, page_bytes, num_pages

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -16,8 +15,7 @@ from light_mem.index import format as fmt
 NAME = "store.json"
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Sizes of a store: bytes a page, number of shards, slots a shard, and the identity."""
 
     store_id: str  # 32 hex digits
@@ -30,7 +28,7 @@ class Geometry:
     def new(cls, page_bytes: int, shards: int, storage_size: int) -> Geometry:
         """Geometry of a new store: as many slots as `storage_size` bytes of pages hold."""
         return cls(
-            uuid.uuid4().hex, page_bytes, shards, slots_for(storage_size, shards, page_bytes),
+            os.urandom(16).hex(), page_bytes, shards, slots_for(storage_size, shards, page_bytes),
             storage_size,
         )
 
@@ -51,7 +49,7 @@ def _crc(fields: dict[str, object]) -> str:
 
 def save(directory: Path, geometry: Geometry) -> None:
     """Write the description: a new file, synced, then renamed over the old one."""
-    fields = {"format": "lightmem", "version": fmt.FORMAT_VERSION, **asdict(geometry)}
+    fields = {"format": "lightmem", "version": fmt.FORMAT_VERSION, **geometry._asdict()}
     text = json.dumps({**fields, "crc": _crc(fields)}, indent=1) + "\n"
     temporary = directory / f"{NAME}.{os.getpid()}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
-
 from light_mem.errors import LockTimeoutError
 
 POLL_SECONDS = 0.0005  # filelock polls every 50 ms by default; a shard is held for some 100 us
@@ -40,6 +38,8 @@ class _Held:
     """The one lock object a path has in this process, and what keeps its threads apart."""
 
     def __init__(self, path: str) -> None:
+        import filelock  # 25 ms: a worker is ready before it needs it
+
         self.thread = threading.Lock()
         self.file = filelock.FileLock(path, mode=0o600, thread_local=False)
 
@@ -70,7 +70,7 @@ class PathLock:
         try:
             try:
                 held.file.acquire(timeout=timeout, poll_interval=POLL_SECONDS)
-            except filelock.Timeout:
+            except TimeoutError:  # filelock.Timeout
                 raise self._timeout(timeout) from None
             try:
                 yield

@@ -25,7 +25,7 @@ import numpy as np
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
-from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.order import EvictionOrder
 from light_mem.index.recovery import link_chains, occupied_runs, sound_blocks
@@ -124,7 +124,7 @@ class ShardIndex:
         entry = self._lookup.find_one(low, high, touch=False)
         return None if entry < 0 else entry - self.shard * self._f.slots
 
-    def allocate(self, slots: int, evicted: list[int]) -> list[Run] | None:
+    def allocate(self, slots: int, evicted: list[int]) -> Allocation | None:
         """Take room for one block, evicting the least recently used ones where needed.
 
         The first slots of evicted blocks are appended to `evicted`: the caller clears their
@@ -157,7 +157,7 @@ class ShardIndex:
             self.remove(victim)
         self._journal(runs, freed=False)
         self._control["used_slots"] += slots
-        return runs
+        return Allocation(runs[0][0], runs)
 
     def _put_back(self, runs: Iterable[Run]) -> None:
         assert self._space is not None
@@ -280,9 +280,6 @@ class ShardIndex:
         self._read_space(int(self._control["epoch"][0]))
 
 
-def open_shards(directory: Path, file: IndexFile, lookup: Lookup) -> list[ShardIndex]:
-    """The shards of a store, each with its lock `shard-NNN.lock`."""
-    return [
-        ShardIndex(file, n, PathLock(directory / f"shard-{n:03}.lock"), lookup)
-        for n in range(file.shards)
-    ]
+def open_shard(directory: Path, file: IndexFile, shard: int, lookup: Lookup) -> ShardIndex:
+    """One shard of a store, with its lock `shard-NNN.lock`."""
+    return ShardIndex(file, shard, PathLock(lock_path(directory, f"shard-{shard:03}")), lookup)
