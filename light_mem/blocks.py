@@ -38,7 +38,8 @@ def pages_per_block(page_bytes: int) -> int:
         if megabytes <= 0:
             raise InvalidArgumentError(
                 f"{BLOCK_SIZE_VARIABLE} is a whole number of MiB above 0, not {text!r}",
-                variable=BLOCK_SIZE_VARIABLE, value=text,
+                variable=BLOCK_SIZE_VARIABLE,
+                value=text,
             )
     return max(1, min(MAX_PAGES_PER_BLOCK, (megabytes << 20) // page_bytes))
 
@@ -86,14 +87,16 @@ def parse_pages(
         raise InvalidArgumentError(
             "page_indices is a one-dimensional list, array or tensor of whole numbers, not "
             f"{pages.ndim}-dimensional {pages.dtype}",
-            dtype=str(pages.dtype), ndim=pages.ndim,
+            dtype=str(pages.dtype),
+            ndim=pages.ndim,
         )
     low, high = int(pages.min()), int(pages.max())
     if low < 0 or high >= num_pages:
         page = low if low < 0 else high
         raise PageIndexError(
             f"page {page} is outside the KV tensor of {num_pages} pages",
-            page=page, num_pages=num_pages,
+            page=page,
+            num_pages=num_pages,
         )
     if mode == READ and pages.size > 1:
         ordered = np.sort(pages)
@@ -118,5 +121,7 @@ def pages_per_hash(hashes: int, pages: int, per_block: int) -> int:
     raise InvalidArgumentError(
         f"{hashes} hash_values do not fit {pages} page_indices: give {pages} (one a page) or "
         f"{runs} (one a run of {per_block} pages)",
-        hashes=hashes, pages=pages, accepted=(pages, runs),
+        hashes=hashes,
+        pages=pages,
+        accepted=(pages, runs),
     )

@@ -10,8 +10,8 @@ log = logging.getLogger("light_mem")
 # Locks there are advisory to one machine, emulated or absent, and mapped pages are not coherent
 # between machines.
 NETWORK_TYPES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre beegfs gpfs fuse.sshfs "
-    "fuse.glusterfs fuse.s3fs fuse.gcsfuse".split()
+    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs")
+    + ("gpfs", "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse")
 )
 
 
@@ -34,5 +34,8 @@ def warn_of_network(path: Path) -> None:
     if kind in NETWORK_TYPES:
         log.warning(
             "%s lies on %s (%s): locks and mappings are not coherent there. Use a local disk; one "
-            "server alone may work, several will damage each other's blocks", path, kind, mount,
+            "server alone may work, several will damage each other's blocks",
+            path,
+            kind,
+            mount,
         )

@@ -149,7 +149,10 @@ class CacheService(ABC):
         counters["write_tasks" if kind == WRITE else "read_tasks"] += 1
         counters["present" if kind == WRITE else "missing"] += int(done.sum())
         fields: dict[str, Any] = {
-            "mode": kind, "hashes": hashes, "pages": pages, "pages_per_hash": per_hash,
+            "mode": kind,
+            "hashes": hashes,
+            "pages": pages,
+            "pages_per_hash": per_hash,
             "already": already,
         }
         if done.all():
@@ -232,7 +235,9 @@ class CacheService(ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self.close()
@@ -298,8 +303,12 @@ class LocalCacheService(CacheService):
         source = share_tensor(kvcache)
         try:
             self._engine = LocalStorageEngine.open_store(
-                directory, page_bytes=page_bytes, num_of_shard=num_of_shard,
-                storage_size=storage_size, block_pages=per_block, verify=verify,
+                directory,
+                page_bytes=page_bytes,
+                num_of_shard=num_of_shard,
+                storage_size=storage_size,
+                block_pages=per_block,
+                verify=verify,
                 durability=durability,
             )
         except BaseException:
@@ -308,13 +317,22 @@ class LocalCacheService(CacheService):
         warn_of_network(directory)
         self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
         table = TaskTable.create(
-            Sizes.for_blocks(max_blocks), store=os.fsdecode(directory), page_bytes=page_bytes,
-            num_pages=num_pages, pages_per_block=per_block, workers=num_workers,
+            Sizes.for_blocks(max_blocks),
+            store=os.fsdecode(directory),
+            page_bytes=page_bytes,
+            num_pages=num_pages,
+            pages_per_block=per_block,
+            workers=num_workers,
         )
         self._session = Session.open(table, _lock_path(table))
         engine = self._engine
         self._pool = WorkerPool(
-            table, self._session.queue, num_workers, source, verify=verify, durability=durability,
+            table,
+            self._session.queue,
+            num_workers,
+            source,
+            verify=verify,
+            durability=durability,
             is_stored=lambda low, high: engine.lookup.find_one(low, high, touch=False) >= 0,
             reclaim=engine.reclaim,
         )
@@ -325,7 +343,13 @@ class LocalCacheService(CacheService):
         )
         log.info(
             "store %s: %d pages of %d bytes, %d a block, %d shards, %d workers, %s",
-            directory, num_pages, page_bytes, per_block, num_of_shard, num_workers, durability,
+            directory,
+            num_pages,
+            page_bytes,
+            per_block,
+            num_of_shard,
+            num_workers,
+            durability,
         )
 
     def run(self) -> None:

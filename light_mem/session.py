@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
     row: int
     start: int
-    count: int
+    blocks: int
     pages: int
     page_count: int
 
@@ -77,12 +77,19 @@ class Session:
         lock.close()
         raise TaskTableFullError(
             f"all {table.sizes.lanes - 1} client lanes of the service are taken",
-            blocks=0, capacity=table.sizes.lanes, timeout=0.0,
+            blocks=0,
+            capacity=table.sizes.lanes,
+            timeout=0.0,
         )
 
     def place(
-        self, keys: KeyArray, done: npt.NDArray[np.bool_], mode: int,
-        pages: npt.NDArray[np.uint32], pages_per_hash: int, timeout: float,
+        self,
+        keys: KeyArray,
+        done: npt.NDArray[np.bool_],
+        mode: int,
+        pages: npt.NDArray[np.uint32],
+        pages_per_hash: int,
+        timeout: float,
     ) -> Place:
         """Put a task in the table and queue its blocks but those that are `done` already.
 
@@ -137,12 +144,14 @@ class Session:
     def _room(self, count: int, pages: int, timeout: float) -> Place:
         sizes = self.table.sizes
         for need, capacity, what in (
-            (count, sizes.cells, "blocks"), (pages, sizes.pages, "page indices"),
+            (count, sizes.cells, "blocks"),
+            (pages, sizes.pages, "page indices"),
         ):
             if need > capacity:
                 raise InvalidArgumentError(
                     f"one task has at most {capacity} {what}, not {need}: raise max_blocks",
-                    need=need, capacity=capacity,
+                    need=need,
+                    capacity=capacity,
                 )
         deadline = time.monotonic() + timeout
         while True:
@@ -160,7 +169,9 @@ class Session:
                     f"no room for {count} blocks in the task table within {timeout:g} s: all "
                     f"{sizes.cells} blocks or {sizes.rows} tasks are in use; wait for tasks, or "
                     "raise max_blocks",
-                    blocks=count, capacity=sizes.cells, timeout=timeout,
+                    blocks=count,
+                    capacity=sizes.cells,
+                    timeout=timeout,
                 )
             time.sleep(_FULL_PAUSE)
 
@@ -187,7 +198,7 @@ class Session:
             if self.table.active[place.row]:
                 self._released.append(place)  # still running: nobody may get its cells
                 continue
-            self._cells.add(place.start, place.count)
+            self._cells.add(place.start, place.blocks)
             self._pages.add(place.pages, place.page_count)
             self._rows.append(place.row)
 

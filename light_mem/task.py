@@ -84,7 +84,7 @@ class CacheTask:
         self._shared = False  # pickled: copies may look at the table
         if table is not None and place is not None:
             self._row, self._start = place.row, place.start
-            self._end = place.start + place.count
+            self._end = place.start + place.blocks
             self._generation = int(table.rows["generation"][place.row])
             if session is not None:
                 self._release = weakref.finalize(self, session.release, place)
@@ -132,7 +132,7 @@ class CacheTask:
 
     @property
     def mode(self) -> str:
-        """"read" or "write"."""
+        """ "read" or "write"."""
         return "read" if self._mode == READ else "write"
 
     @property
@@ -198,7 +198,8 @@ class CacheTask:
         if not self.wait(timeout):
             raise LockTimeoutError(
                 f"a worker did not let go of the task's pages within {timeout:g} s: it is stopped",
-                path="task", timeout=timeout,
+                path="task",
+                timeout=timeout,
             )
 
     # --- other processes -------------------------------------------------------------------------
@@ -211,7 +212,11 @@ class CacheTask:
             address = self._table.address()
             where = (self._row, self._start, self._end, self._generation)
         fields = (
-            self._mode, list(self._hashes), self._pages, self._pages_per_hash, self._already,
+            self._mode,
+            list(self._hashes),
+            self._pages,
+            self._pages_per_hash,
+            self._already,
             self._final,
         )
         return _restore, (address, where, fields)
@@ -224,7 +229,11 @@ def _restore(
 ) -> CacheTask:
     mode, hashes, pages, pages_per_hash, already, final = fields
     task = CacheTask(
-        mode=mode, hashes=hashes, pages=pages, pages_per_hash=pages_per_hash, already=already,
+        mode=mode,
+        hashes=hashes,
+        pages=pages,
+        pages_per_hash=pages_per_hash,
+        already=already,
         final=final,
     )
     if address is not None and where is not None:
@@ -318,5 +327,8 @@ def _notifier(table: TaskTable) -> _Notifier:
 
 
 assert [int(s) for s in State] == [
-    task_table.INITIAL, task_table.WORKING, task_table.FINISHED, task_table.ABORTED,
+    task_table.INITIAL,
+    task_table.WORKING,
+    task_table.FINISHED,
+    task_table.ABORTED,
 ]

@@ -51,7 +51,7 @@ class BlockIO(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Length of the block in bytes."""
-        return len(self.rows) * self.memory.shape[1]
+        return len(self.rows) * int(self.memory.shape[1])
 
 
 Report = Callable[[int, Outcome], None]  # (position in the batch, outcome)

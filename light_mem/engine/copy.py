@@ -60,7 +60,7 @@ class Copier:
             for a, b in _pieces(len(flat), PIECE_BYTES):
                 if stopped():
                     raise Stopped
-                checksum.update(source[a:b])
+                checksum.update(source[a:b].data)
                 flat[a:b] = source[a:b]
         elif row_bytes < SMALL_PAGE_BYTES:
             for a, b in _pieces(len(rows), max(1, PIECE_BYTES // row_bytes)):
@@ -70,14 +70,14 @@ class Copier:
                 # mode="clip" writes straight to `out`; "raise" would go through a buffer. The
                 # rows were checked when the task was made.
                 np.take(memory, rows[a:b], axis=0, out=piece, mode="clip")
-                checksum.update(piece)
+                checksum.update(piece.data)
                 out[a:b] = piece
         elif row_bytes <= PIECE_BYTES:
             for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
                 if stopped():
                     raise Stopped
                 for row in rows[a:b].tolist():
-                    checksum.update(memory[row])
+                    checksum.update(memory[row].data)
                 np.take(memory, rows[a:b], axis=0, out=out[a:b], mode="clip")
         else:
             for at, row in enumerate(rows.tolist()):
@@ -102,14 +102,14 @@ class Copier:
                     raise Stopped
                 target[a:b] = flat[a:b]
                 if checksum is not None:
-                    checksum.update(flat[a:b])
+                    checksum.update(flat[a:b].data)
         elif row_bytes <= PIECE_BYTES:
             for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
                 if stopped():
                     raise Stopped
                 memory[rows[a:b]] = source[a:b]
                 if checksum is not None:
-                    checksum.update(source[a:b])
+                    checksum.update(source[a:b].data)
         else:
             for at, row in enumerate(rows.tolist()):
                 self.scatter(source[at : at + 1], memory, _single(row), checksum, stopped)

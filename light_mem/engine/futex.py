@@ -16,7 +16,12 @@ import time
 
 # The number of futex(2), from the kernel's syscall tables (asm/unistd.h).
 _NUMBERS = {
-    "x86_64": 202, "aarch64": 98, "riscv64": 98, "loongarch64": 98, "ppc64le": 221, "s390x": 238,
+    "x86_64": 202,
+    "aarch64": 98,
+    "riscv64": 98,
+    "loongarch64": 98,
+    "ppc64le": 221,
+    "s390x": 238,
 }
 _WAIT, _WAKE = 0, 1
 _SLEEP = 0.001
@@ -48,8 +53,13 @@ class FutexWords:
             return
         span = _Timespec(int(timeout), int(timeout % 1 * 1e9))
         result = _syscall(
-            ctypes.c_long(_NUMBER), ctypes.c_void_p(self._base + offset), ctypes.c_int(_WAIT),
-            ctypes.c_uint32(expected), ctypes.byref(span), None, ctypes.c_int(0),
+            ctypes.c_long(_NUMBER),
+            ctypes.c_void_p(self._base + offset),
+            ctypes.c_int(_WAIT),
+            ctypes.c_uint32(expected),
+            ctypes.byref(span),
+            None,
+            ctypes.c_int(0),
         )
         if result < 0:
             code = ctypes.get_errno()
@@ -60,6 +70,11 @@ class FutexWords:
         """Wake up to `count` waiters of the word."""
         if _NUMBER is not None:
             _syscall(
-                ctypes.c_long(_NUMBER), ctypes.c_void_p(self._base + offset),
-                ctypes.c_int(_WAKE), ctypes.c_int(count), None, None, ctypes.c_int(0),
+                ctypes.c_long(_NUMBER),
+                ctypes.c_void_p(self._base + offset),
+                ctypes.c_int(_WAKE),
+                ctypes.c_int(count),
+                None,
+                None,
+                ctypes.c_int(0),
             )

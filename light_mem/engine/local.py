@@ -70,8 +70,11 @@ class LocalStorageEngine(StorageEngine):
         geometry = description.load(self.directory)
         if geometry is None:
             raise StoreFormatError(
-                f"{self.directory} holds no store", path=str(self.directory), field="store.json",
-                found=None, expected="a description",
+                f"{self.directory} holds no store",
+                path=str(self.directory),
+                field="store.json",
+                found=None,
+                expected="a description",
             )
         self.geometry = geometry
         self._verify = verify
@@ -140,7 +143,7 @@ class LocalStorageEngine(StorageEngine):
     def _write_shard(
         self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report, stop: Stop
     ) -> None:
-        """Allocate all, copy all, publish all: two holds of the lock; more only for want of room."""
+        """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
         deadline = time.monotonic() + ROOM_SECONDS
         waiting = positions
         while waiting:
@@ -203,8 +206,11 @@ class LocalStorageEngine(StorageEngine):
             try:
                 for start, length in where.runs:
                     self._copier.gather(
-                        block.memory, block.rows[row : row + length],
-                        file.pages(start, length), checksum, lambda at=at: stop(at),  # type: ignore[misc]
+                        block.memory,
+                        block.rows[row : row + length],
+                        file.pages(start, length),
+                        checksum,
+                        lambda at=at: stop(at),  # type: ignore[misc]
                     )
                     row += length
             except Stopped:
@@ -264,7 +270,9 @@ class LocalStorageEngine(StorageEngine):
         if where.nbytes != block.nbytes:
             log.info(
                 "block %s is stored with %d bytes, not %d: a miss",
-                keymath.key_text(block.low, block.high), where.nbytes, block.nbytes,
+                keymath.key_text(block.low, block.high),
+                where.nbytes,
+                block.nbytes,
             )
             return Outcome.MISSING
         file = self._file(where.shard)
@@ -273,8 +281,11 @@ class LocalStorageEngine(StorageEngine):
         try:
             for start, length in where.runs:
                 self._copier.scatter(
-                    file.pages(start, length), block.memory, block.rows[row : row + length],
-                    checksum, stopped,  # type: ignore[arg-type]
+                    file.pages(start, length),
+                    block.memory,
+                    block.rows[row : row + length],
+                    checksum,
+                    stopped,  # type: ignore[arg-type]
                 )
                 row += length
         except Stopped:
@@ -290,7 +301,11 @@ class LocalStorageEngine(StorageEngine):
     def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
         log.warning(
             "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
-            "it is dropped", keymath.key_text(block.low, block.high), slot, shard, self.directory,
+            "it is dropped",
+            keymath.key_text(block.low, block.high),
+            slot,
+            shard,
+            self.directory,
         )
         index = self._shard(shard)
         try:
@@ -354,7 +369,12 @@ class LocalStorageEngine(StorageEngine):
     def stats(self) -> dict[str, int]:
         control = self._index.control
         names = (
-            "blocks", "used_slots", "evictions", "inserts", "removals", "damaged",
+            "blocks",
+            "used_slots",
+            "evictions",
+            "inserts",
+            "removals",
+            "damaged",
         )
         numbers = {name: int(control[name].sum()) for name in names}
         numbers["slots"] = self.geometry.slots * self.geometry.shards

@@ -41,8 +41,11 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except FileExistsError:
         raise StoreFormatError(
-            f"{directory} is not a directory", path=str(directory), field="directory",
-            found="file", expected="directory",
+            f"{directory} is not a directory",
+            path=str(directory),
+            field="directory",
+            found="file",
+            expected="directory",
         ) from None
 
 
@@ -55,7 +58,8 @@ def check_sizes(page_bytes: int, shards: int, storage_size: int, block_pages: in
         raise InvalidArgumentError(
             f"storage_size {storage_size} is too small: {shards} shards of one block of "
             f"{block_pages} pages of {page_bytes} bytes need {least}",
-            storage_size=storage_size, least=least,
+            storage_size=storage_size,
+            least=least,
         )
 
 
@@ -83,7 +87,10 @@ def prepare(
         else:
             log.warning(
                 "store %s keeps its storage_size of %d bytes (%d were asked for): another "
-                "process has it open", directory, geometry.storage_size, storage_size,
+                "process has it open",
+                directory,
+                geometry.storage_size,
+                storage_size,
             )
     _make_shards(directory, wanted, alone)
     description.save(directory, wanted)
@@ -100,7 +107,10 @@ def _require_empty(directory: Path) -> None:
         raise StoreFormatError(
             f"{directory} has shard files that describe no store of this format: {found}; "
             "nothing was changed",
-            path=str(directory), field="header", found=found, expected="a readable header",
+            path=str(directory),
+            field="header",
+            found=found,
+            expected="a readable header",
         )
 
 
@@ -113,7 +123,10 @@ def _require_same(directory: Path, geometry: Geometry, page_bytes: int, shards: 
         if found != expected:
             raise StoreFormatError(
                 f"the store {directory} has {field} {found}, not {expected}; nothing was changed",
-                path=str(directory), field=field, found=found, expected=expected,
+                path=str(directory),
+                field=field,
+                found=found,
+                expected=expected,
             )
 
 
@@ -138,11 +151,13 @@ def _make_shards(directory: Path, geometry: Geometry, alone: bool) -> None:
     for shard in range(geometry.shards):
         for path, magic, size in (
             (
-                shard_file.data_path(directory, shard), fmt.DATA_MAGIC,
+                shard_file.data_path(directory, shard),
+                fmt.DATA_MAGIC,
                 fmt.data_file_bytes(geometry.slots, geometry.page_bytes),
             ),
             (
-                shard_file.slots_path(directory, shard), fmt.SLOTS_MAGIC,
+                shard_file.slots_path(directory, shard),
+                fmt.SLOTS_MAGIC,
                 fmt.slots_file_bytes(geometry.slots),
             ),
         ):
@@ -151,8 +166,10 @@ def _make_shards(directory: Path, geometry: Geometry, alone: bool) -> None:
             if found is not None and found.tobytes() != header:
                 raise StoreFormatError(
                     f"{path} belongs to another store or shard; nothing was changed",
-                    path=str(path), field="header",
-                    found=bytes(found["store_id"]).hex(), expected=geometry.store_id,
+                    path=str(path),
+                    field="header",
+                    found=bytes(found["store_id"]).hex(),
+                    expected=geometry.store_id,
                 )
             wanted.append((path, header, size))
     _require_room(directory, sum(max(0, size - _allocated(path)) for path, _, size in wanted))
@@ -172,7 +189,8 @@ def _require_room(directory: Path, needed: int) -> None:
     if needed > available:
         raise StoreFullError(
             f"the store {directory} needs {needed} bytes more, its file system has {available}",
-            needed=needed, available=available,
+            needed=needed,
+            available=available,
         )
 
 
@@ -191,7 +209,9 @@ def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
                 if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                     raise StoreFullError(
                         f"{path} needs {size} bytes: {error.strerror}",
-                        needed=size, available=found, errno=error.errno,
+                        needed=size,
+                        available=found,
+                        errno=error.errno,
                     ) from error
                 raise
         if os.pread(descriptor, len(header), 0) != header:

@@ -173,7 +173,10 @@ class WorkerPool:
         self._reclaim()
         log.warning(
             "worker %d (pid %d) died with status %d; %d blocks were in its hands",
-            number, process.pid, process.returncode, lost,
+            number,
+            process.pid,
+            process.returncode,
+            lost,
         )
         if not again:
             self._give_up(f"{MAX_EARLY_DEATHS} workers in a row died before they were ready")

@@ -66,10 +66,13 @@ def read_header(path: Path) -> np.void | None:
         raise StoreFormatError(
             f"{path} has format version {int(header['version'][0])}, this library reads "
             f"{fmt.FORMAT_VERSION}; nothing was changed",
-            path=str(path), field="version", found=int(header["version"][0]),
+            path=str(path),
+            field="version",
+            found=int(header["version"][0]),
             expected=fmt.FORMAT_VERSION,
         )
-    return header[0]
+    found: np.void = header[0]
+    return found
 
 
 class ShardFile:
@@ -97,7 +100,12 @@ class ShardFile:
         return self._pages[start : start + length]
 
     def write_records(
-        self, runs: list[tuple[int, int]], low: int, high: int, checksum: int, nbytes: int,
+        self,
+        runs: list[tuple[int, int]],
+        low: int,
+        high: int,
+        checksum: int,
+        nbytes: int,
         now: int,
     ) -> None:
         """Describe a block whose bytes are in place; the record of its first slot comes last."""
@@ -138,7 +146,10 @@ def _map(path: Path, size: int) -> tuple[mmap.mmap, int]:
             # Mapped all the same, the missing part would be SIGBUS at the first touch.
             raise StoreFormatError(
                 f"{path} has {found} bytes, its description says {size}",
-                path=str(path), field="size", found=found, expected=size,
+                path=str(path),
+                field="size",
+                found=found,
+                expected=size,
             )
         return mmap.mmap(descriptor, size), descriptor
     except BaseException:

@@ -76,8 +76,19 @@ LANE = np.dtype(
     ]
 )
 WORKER_COUNTERS = (
-    "blocks_written", "bytes_written", "blocks_present", "blocks_read", "bytes_read", "missing",
-    "lost_races", "damaged", "no_room", "stopped", "failed", "write_ns", "read_ns",
+    "blocks_written",
+    "bytes_written",
+    "blocks_present",
+    "blocks_read",
+    "bytes_read",
+    "missing",
+    "lost_races",
+    "damaged",
+    "no_room",
+    "stopped",
+    "failed",
+    "write_ns",
+    "read_ns",
 )
 WORKER = np.dtype(
     [
@@ -161,8 +172,9 @@ class TaskTable:
         lanes, rows, cells, pages = sizes
         self.ring_length = 2 * lanes * cells  # a cell may be queued again after a worker's death
         header_at, lanes_at = place(HEADER.itemsize), place(lanes * LANE.itemsize)
-        workers_at, self.rows_at = place(MAX_WORKERS * WORKER.itemsize), place(
-            lanes * rows * ROW.itemsize
+        workers_at, self.rows_at = (
+            place(MAX_WORKERS * WORKER.itemsize),
+            place(lanes * rows * ROW.itemsize),
         )
         self.active_at, self.states_at = place(lanes * rows), place(lanes * cells)
         cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
@@ -191,7 +203,13 @@ class TaskTable:
 
     @classmethod
     def create(
-        cls, sizes: Sizes, *, store: str, page_bytes: int, num_pages: int, pages_per_block: int,
+        cls,
+        sizes: Sizes,
+        *,
+        store: str,
+        page_bytes: int,
+        num_pages: int,
+        pages_per_block: int,
         workers: int,
     ) -> TaskTable:
         """A new table of this process, the server."""
@@ -247,8 +265,11 @@ class TaskTable:
         """Where others find this table: as its server, so also from a client."""
         h = self.header
         return TableAddress(
-            bytes(h["table_id"][0]).decode(), int(h["server_pid"][0]),
-            float(h["server_started"][0]), self.fd, self.path,
+            bytes(h["table_id"][0]).decode(),
+            int(h["server_pid"][0]),
+            float(h["server_started"][0]),
+            self.fd,
+            self.path,
         )
 
     @property

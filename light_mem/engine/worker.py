@@ -59,7 +59,11 @@ class Worker:
     """One worker over a task table, the KV memory and a store. Single-threaded."""
 
     def __init__(
-        self, number: int, table: TaskTable, queue: TaskQueue, memory: Bytes2D,
+        self,
+        number: int,
+        table: TaskTable,
+        queue: TaskQueue,
+        memory: Bytes2D,
         engine: LocalStorageEngine,
     ) -> None:
         self._number = number
@@ -150,7 +154,9 @@ def main(config: dict[str, Any]) -> None:
     page_bytes = int(table.header["page_bytes"][0])
     memory = attach(source).reshape(-1, page_bytes)
     engine = LocalStorageEngine(
-        table.header["store"][0].decode(), kind="worker", verify=config["verify"],
+        table.header["store"][0].decode(),
+        kind="worker",
+        verify=config["verify"],
         durability=config["durability"],
     )
     # A descriptor of its own: the inherited one shares its locks with the server and all workers.

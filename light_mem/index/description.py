@@ -28,7 +28,10 @@ class Geometry(NamedTuple):
     def new(cls, page_bytes: int, shards: int, storage_size: int) -> Geometry:
         """Geometry of a new store: as many slots as `storage_size` bytes of pages hold."""
         return cls(
-            os.urandom(16).hex(), page_bytes, shards, slots_for(storage_size, shards, page_bytes),
+            os.urandom(16).hex(),
+            page_bytes,
+            shards,
+            slots_for(storage_size, shards, page_bytes),
             storage_size,
         )
 
@@ -82,7 +85,10 @@ def load(directory: Path) -> Geometry | None:
     raise StoreFormatError(
         f"{directory} has format version {version}, this library reads {fmt.FORMAT_VERSION}; "
         "nothing was changed",
-        path=str(directory), field="version", found=version, expected=fmt.FORMAT_VERSION,
+        path=str(directory),
+        field="version",
+        found=version,
+        expected=fmt.FORMAT_VERSION,
     )
 
 

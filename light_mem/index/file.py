@@ -77,8 +77,11 @@ class IndexFile:
         if int(header["crc"][0]) != fmt.header_crc(header, fmt.INDEX_HEADER_CRC):
             raise IndexUnusable(f"{self.path} has a damaged header")
         found = (
-            bytes(header["store_id"][0]), int(header["page_bytes"][0]), int(header["shards"][0]),
-            int(header["slots"][0]), int(header["buckets"][0]),
+            bytes(header["store_id"][0]),
+            int(header["page_bytes"][0]),
+            int(header["shards"][0]),
+            int(header["slots"][0]),
+            int(header["buckets"][0]),
         )
         wanted = (_s16(bytes.fromhex(g.store_id)), g.page_bytes, g.shards, g.slots, self.buckets)
         if found != wanted:

@@ -147,7 +147,7 @@ def slots_file_bytes(slots: int) -> int:
     return SHARD_HEADER_BYTES + RECORD.itemsize * slots
 
 
-def header_crc(header: np.ndarray, fields: tuple[str, ...]) -> int:  # type: ignore[type-arg]
+def header_crc(header: np.ndarray, fields: tuple[str, ...]) -> int:
     """Low half of xxh3-64 over the named fields, in their order on disk."""
     import xxhash
 

@@ -117,7 +117,7 @@ def mix(keys: KeyArray) -> U64Array:
     x ^= x >> np.uint64(27)
     x *= np.uint64(_M3)
     x ^= x >> np.uint64(31)
-    return x
+    return np.asarray(x)
 
 
 def mix_one(low: int, high: int) -> int:
@@ -134,7 +134,7 @@ def mix_one(low: int, high: int) -> int:
 # still use all of its buckets.
 def shards_of(mixed: U64Array, num_shards: int) -> npt.NDArray[np.int64]:
     """The shard of each mixed key; for good, so `num_shards` never changes in a store."""
-    return ((mixed >> np.uint64(32)) % np.uint64(num_shards)).astype(np.int64)
+    return np.asarray((mixed >> np.uint64(32)) % np.uint64(num_shards), np.int64)
 
 
 def shard_of(mixed: int, num_shards: int) -> int:

@@ -143,8 +143,9 @@ class RangeLock:
             kind = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, at, length)
             return kind != fcntl.F_UNLCK
         raw = struct.pack("qqihh", at, length, 0, fcntl.F_WRLCK, os.SEEK_SET)  # macOS order
-        return bool(struct.unpack("qqihh", fcntl.fcntl(self._fd, fcntl.F_GETLK, raw))[3]
-                    != fcntl.F_UNLCK)
+        return bool(
+            struct.unpack("qqihh", fcntl.fcntl(self._fd, fcntl.F_GETLK, raw))[3] != fcntl.F_UNLCK
+        )
 
     def _call(self, command: int, kind: int, at: int, length: int = 1) -> int:
         raw = struct.pack(_FLOCK, kind, os.SEEK_SET, at, length, 0)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.errors import StoreBusyError
-from light_mem.index.format import MAX_INTENTS, MAX_OWNERS, OWNER
+from light_mem.index.format import MAX_OWNERS, OWNER
 from light_mem.index.locks import RangeLock
 
 NAME = "owners"

@@ -54,7 +54,7 @@ def sound_blocks(table: Table, page_bytes: int) -> Ints:
         blocks.append((int(table["used"][head]), head, runs))
     plain = heads[single]
     if not blocks and not _overlap(plain, table["run"][plain].astype(np.int64)):
-        return plain
+        return np.asarray(plain)
     for head in plain.tolist():
         blocks.append((int(table["used"][head]), head, [(head, int(table["run"][head]))]))
     taken = np.zeros(slots, bool)

@@ -178,13 +178,10 @@ class ShardIndex:
         """Whether the block at `slot` is still being written by `owner`."""
         tag = int(self._tags[slot])
         return (
-            tag & fmt.STATE_MASK == fmt.WRITING
-            and tag >> fmt.OWNER_SHIFT & fmt.OWNER_MASK == owner
+            tag & fmt.STATE_MASK == fmt.WRITING and tag >> fmt.OWNER_SHIFT & fmt.OWNER_MASK == owner
         )
 
-    def publish(
-        self, slot: int, low: int, high: int, checksum: int, nbytes: int, now: int
-    ) -> None:
+    def publish(self, slot: int, low: int, high: int, checksum: int, nbytes: int, now: int) -> None:
         """Make a block visible. Its bytes and its record are in place."""
         entry = self._entries[slot]
         entry["low"], entry["high"] = low, high
