@@ -10,8 +10,8 @@ log = logging.getLogger("light_mem")
 # Locks there are advisory to one machine, emulated or absent, and mapped pages are not coherent
 # between machines.
 NETWORK_TYPES = frozenset(
-    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs")
-    + ("gpfs", "fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse")
+    """nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre beegfs gpfs
+    fuse.sshfs fuse.glusterfs fuse.s3fs fuse.gcsfuse""".split()
 )
 
 

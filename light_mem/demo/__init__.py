@@ -1,11 +1,11 @@
 """`light-mem demo`: a small transformer whose KV cache outlives its process.
 
-The prompt is `text.txt`: the Declaration of Independence (1776) in full without the signatures,
-then the Preamble and Article I of the Constitution of the United States (1787), in the spelling
-of the parchments. Both are in the public domain everywhere that their age or their nature as
-acts of government counts, which includes the United States. The text was taken from Debian's
-package miscfiles 1.5 and corrected, word by word, after the transcription of the National
-Archives (archives.gov/founding-docs), itself a work of the US government and in the public domain.
+The prompt is `text.txt`: the Declaration of Independence (1776) without its signatures, then the
+Preamble and Article I of the Constitution of the United States (1787), in the spelling of the
+parchments. Both are in the public domain: by their age, and as acts of government (17 U.S.C. 105).
+The words come from Debian's miscfiles 1.5, without that package's headings and notes; they were
+corrected word by word against two public copies of the National Archives' transcription
+(archives.gov/founding-docs): miscfiles lacks a sentence and modernises some spellings.
 
     model.py    the transformer, and what bit-for-bit repeatability asks of its caller
     pages.py    K and V as numbers in the rows of the page tensor; the block table

@@ -42,6 +42,7 @@ def run_demo(plan: Plan, console: Console, *, drop_cache: bool = False) -> Repor
         restart_means="a new process with new workers; the page cache of the store's files was "
         + ("dropped before it started" if drop_cache else "warm, as after any restart but a boot"),
     )
+    introduce(plan, console)
     with tempfile.TemporaryDirectory(prefix="light-mem-proof-") as scratch, bars(console) as show:
         logits_file = Path(scratch) / "logits.f32"
         sha256 = first_process(plan, report, logits_file, show)
@@ -63,6 +64,16 @@ def check(plan: Plan, drop_cache: bool) -> None:
         raise ValueError("--next, --workers and --threads must be at least 1")
     if drop_cache and not hasattr(os, "posix_fadvise"):
         raise ValueError("--drop-page-cache needs posix_fadvise, which this system lacks")
+
+
+def introduce(plan: Plan, console: Console) -> None:
+    config = plan.config
+    console.print(
+        f"Model: {config.layers} layers of {config.dim}, {config.heads} heads on {config.kv_heads} "
+        f"of keys and values, float32, random weights (seed {plan.seed}), {plan.threads} threads.\n"
+        f"Prompt: the first {plan.tokens:,} bytes of light_mem/demo/text.txt, a token each; "
+        f"{config.tokens_per_page} tokens a page of {config.page_bytes // 1024} KiB."
+    )
 
 
 def first_process(plan: Plan, report: Report, logits_file: Path, show: Bars) -> str:

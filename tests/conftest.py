@@ -1,0 +1,71 @@
+"""Fixtures that every test has: nothing may stay behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import light_mem
+
+SHM = Path("/dev/shm")
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "") -> None:
+    """Poll a condition that another process brings about; fails when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
+        time.sleep(0.002)
+
+
+def _children() -> set[int]:
+    return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _shm() -> set[str]:
+    return {p.name for p in SHM.iterdir()} if SHM.is_dir() else set()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_torch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What libraries open once and keep is not a leak of the test that came first."""
+    torch.zeros(4, dtype=torch.uint8).share_memory_()
+    kv = light_mem.allocate_kvcache(2, 4096)
+    directory = tmp_path_factory.mktemp("warm")
+    with light_mem.LocalCacheService(directory / "s", 1 << 20, 1, kv, 1) as service:
+        service.run()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind() -> Iterator[None]:
+    """A test leaves no process, no descriptor and no /dev/shm entry."""
+    gc.collect()
+    before = _children(), _descriptors(), _shm()
+    yield
+    deadline = time.monotonic() + 10
+    while True:
+        gc.collect()
+        processes, shm = _children() - before[0], _shm() - before[2]
+        descriptors = _descriptors() - before[1]
+        if not processes and not shm and descriptors <= 0:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    open_now = [
+        os.readlink(f"/proc/self/fd/{n}")
+        for n in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{n}")
+    ]
+    pytest.fail(f"left behind: {processes=} {shm=} {descriptors=} of {open_now}")
