@@ -40,6 +40,7 @@ from light_mem.task import CacheTask
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
 log = logging.getLogger("light_mem")
 
@@ -96,21 +97,20 @@ class CacheService(ABC):
             found = self._engine.lookup.find_one(low, high) >= 0
             self._count("queried", 1, "hits", int(found))
             return found
-        return self._find(hashes).tolist()  # type: ignore[arg-type]
+        found_all = self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))  # type: ignore[arg-type]
+        self._count("queried", len(found_all), "hits", int(found_all.sum()))
+        return found_all.tolist()
 
     def match_prefix(self, hashes: Sequence[HashValue]) -> int:
         """How many leading hashes are stored. These count as used; those after the gap do not."""
         self._check()
-        found = self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)), touch=False)
-        length = int(found.argmin()) if not found.all() else len(found)
+        keys = keymath.as_keys(blocks.parse_hashes(hashes))
+        found = self._engine.find(keys, touch=False)
+        length = len(found) if found.all() else int(found.argmin())
         if length:
-            self._find(blocks.parse_hashes(hashes)[:length])
+            self._engine.find(keys[:length])
+        self._count("queried", len(keys), "hits", length)
         return length
-
-    def _find(self, hashes: Sequence[HashValue]) -> npt.NDArray[np.bool_]:
-        found = self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
-        self._count("queried", len(found), "hits", int(found.sum()))
-        return found
 
     def _count(self, name: str, n: int, other: str, m: int) -> None:
         # Statistics: two threads at once may lose one of their additions.
@@ -122,15 +122,17 @@ class CacheService(ABC):
 
     def create(
         self,
+        mode: str,
         hash_values: Sequence[HashValue],
         page_indices: Sequence[int] | npt.NDArray[Any] | torch.Tensor,
-        mode: str,
     ) -> CacheTask:
         """Write pages to the store, or read them from it; returns at once.
 
+        The order of the arguments is that of the public README's example (contract, section 2).
+
+        mode          "write"/"w" or "read"/"r"
         hash_values   H hashes: one a page (H == P), or one a run of `pages_per_block` pages
         page_indices  P pages of the KV tensor: list, numpy array or torch integer tensor
-        mode          "write"/"w" or "read"/"r"
 
         A write of what is stored is Finished without a copy; a read of what is not stored is
         Aborted and touches no page. Raises InvalidArgumentError or PageIndexError (ValueError,
@@ -231,7 +233,7 @@ class CacheService(ABC):
         """Let go of the cache; calling it again does nothing."""
         raise NotImplementedError
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -212,5 +212,5 @@ def _clean(table: TaskTable, lane: int, queue: TaskQueue) -> None:
     start = lane * table.sizes.cells
     cells = slice(start, start + int(table.lanes["cells_top"][lane]))
     queue.abort_waiting(cells)
-    while np.isin(table.states[cells], (WORKING, COPIED)).any():
+    while np.isin(table.states[cells], (WORKING, COPIED)).any() and not table.shutdown:
         time.sleep(_FULL_PAUSE)  # a worker is at it, for a batch at most; the server replaces it

@@ -10,6 +10,7 @@ corrected word by word against two public copies of the National Archives' trans
     model.py    the transformer, and what bit-for-bit repeatability asks of its caller
     pages.py    K and V as numbers in the rows of the page tensor; the block table
     prefix.py   a name for every full page, made from all the tokens up to its end
+    plan.py     what both processes agree on; the prompt; the model with its page tensor
     request.py  one request as a server runs it: match, load, compute the rest, decode, store
     proof.py    logits as raw bytes with a digest, and their comparison
     restart.py  the second process: opens the store, continues, recomputes, compares

@@ -40,6 +40,7 @@ log = logging.getLogger("light_mem")
 # How long a write waits for slots that others are filling. A shard whose every slot is being
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
+MAX_BATCH = MAX_INTENTS // 2  # of one shard at a time; the other half is for what failed
 _ROOM_PAUSE = 0.002
 
 
@@ -85,6 +86,8 @@ class LocalStorageEngine(StorageEngine):
         self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._copier = Copier()
+        # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
+        self._orphans: dict[int, list[int]] = {}
         self._owner: Owner = self._owners.join(kind)
         self._closed = False
 
@@ -130,15 +133,22 @@ class LocalStorageEngine(StorageEngine):
         for at, block in enumerate(batch):
             mixed = keymath.mix_one(block.low, block.high)
             by_shard[keymath.shard_of(mixed, self.geometry.shards)].append(at)
+        open_blocks = set(range(len(batch)))
+
+        def settle(at: int, outcome: Outcome) -> None:
+            if outcome is not Outcome.COPIED:
+                open_blocks.discard(at)
+            report(at, outcome)
+
         for shard, positions in by_shard.items():
-            for first in range(0, len(positions), MAX_INTENTS):
-                part = positions[first : first + MAX_INTENTS]
+            for first in range(0, len(positions), MAX_BATCH):
+                part = positions[first : first + MAX_BATCH]
                 try:
-                    self._write_shard(shard, part, batch, report, stop)
-                except (LockTimeoutError, OSError) as error:
+                    self._write_shard(shard, part, batch, settle, stop)
+                except (LockTimeoutError, OSError, StoreFormatError) as error:
                     log.warning("write to shard %d of %s failed: %s", shard, self.directory, error)
-                    for at in part:
-                        report(at, Outcome.FAILED)
+                    for at in open_blocks.intersection(part):
+                        settle(at, Outcome.FAILED)
 
     def _write_shard(
         self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report, stop: Stop
@@ -168,6 +178,9 @@ class LocalStorageEngine(StorageEngine):
         evicted: list[int] = []
         present: list[int] = []
         with index.change():
+            for slot in self._orphans.pop(shard, []):
+                if index.is_marked(slot, self._owner.number):
+                    index.give_back(slot)
             for at in positions:
                 block = batch[at]
                 if waiting or index.find(block.low, block.high) is not None:
@@ -180,7 +193,7 @@ class LocalStorageEngine(StorageEngine):
                     taken.append((at, where))
             # The order binds: intents name the slots before the slots are marked, and the records
             # of evicted blocks are gone before their slots get other bytes.
-            self._owner.intend((shard, where.slot) for _, where in taken)
+            self._intend(shard, [where.slot for _, where in taken])
             for _, where in taken:
                 index.mark(where.runs, self._owner.number)
             if evicted:
@@ -252,16 +265,30 @@ class LocalStorageEngine(StorageEngine):
                     digest = whole[at].checksum
                     index.publish(where.slot, block.low, block.high, digest, block.nbytes, now)
                     outcomes.append((at, Outcome.STORED))
-        self._owner.settle()
+        self._orphans.pop(shard, None)
+        self._intend(shard, [])
         for at, outcome in outcomes:
             report(at, outcome)
+
+    def _intend(self, shard: int, slots: list[int]) -> None:
+        """Announce the slots of one shard that are being filled, and keep announcing those that a
+        failed lock left behind: they go back at the next change of their shard, or at our death."""
+        if slots:
+            self._orphans[shard] = [*self._orphans.get(shard, []), *slots]
+        intents = [(s, slot) for s, left in self._orphans.items() for slot in left]
+        self._owner.intend(intents[-MAX_INTENTS:])
 
     # --- reading ---------------------------------------------------------------------------------
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         keys = np.array([(b.low, b.high) for b in batch], np.uint64).reshape(-1, 2)
         for at, entry in enumerate(self.lookup.find(keys).tolist()):
-            report(at, self._read_one(batch[at], entry, lambda at=at: stop(at)))  # type: ignore[misc]
+            try:
+                outcome = self._read_one(batch[at], entry, lambda at=at: stop(at))  # type: ignore[misc]
+            except (OSError, StoreFormatError) as error:
+                log.warning("read from %s failed: %s", self.directory, error)
+                outcome = Outcome.FAILED
+            report(at, outcome)
 
     def _read_one(self, block: BlockIO, entry: int, stopped: Stop) -> Outcome:
         where = self.lookup.locate(entry, block.low, block.high) if entry >= 0 else None

@@ -70,7 +70,8 @@ def prepare(
 
     Raises StoreFormatError (other geometry), StoreFullError, StoreBusyError.
     """
-    geometry = description.load(directory) or _from_shards(directory)
+    described = description.load(directory)
+    geometry = described or _from_shards(directory)
     alone = not owners.others()
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
@@ -93,7 +94,8 @@ def prepare(
                 storage_size,
             )
     _make_shards(directory, wanted, alone)
-    description.save(directory, wanted)
+    if described != wanted:
+        description.save(directory, wanted)
     _ensure_index(directory, wanted, owners)
     if alone:
         _cut_shards(directory, wanted)

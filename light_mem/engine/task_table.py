@@ -144,9 +144,7 @@ class Sizes(NamedTuple):
     @classmethod
     def for_blocks(cls, max_blocks: int) -> Sizes:
         """Sizes of a table whose processes may each have `max_blocks` blocks in tasks."""
-        return cls(
-            1 + CLIENT_LANES, max(16, max_blocks // 4), max_blocks, max_blocks * PAGES_PER_CELL
-        )
+        return cls(1 + CLIENT_LANES, max_blocks, max_blocks, max_blocks * PAGES_PER_CELL)
 
 
 class TaskTable:

@@ -44,13 +44,11 @@ class Owner:
         self._intents = owners.records["intents"][number]
 
     def intend(self, intents: Iterable[Intent]) -> None:
-        """Announce blocks to be filled, at most MAX_INTENTS, before their slots are marked."""
-        for at, (shard, slot) in enumerate(intents):
-            self._intents[at] = 1 + (shard << 32 | slot)
-
-    def settle(self) -> None:
-        """All announced blocks are published or given back."""
-        self._intents[:] = 0
+        """Announce the blocks that are being filled, at most MAX_INTENTS: new ones before their
+        slots are marked, old ones until they are published or given back."""
+        fresh = [1 + (shard << 32 | slot) for shard, slot in intents]
+        self._intents[: len(fresh)] = fresh
+        self._intents[len(fresh) :] = 0
 
     def leave(self) -> None:
         """Leave in order: nothing is being filled."""
