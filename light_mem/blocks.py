@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +39,32 @@ def pages_per_block(page_bytes: int) -> int:
             megabytes = 0
         if megabytes <= 0:
             raise InvalidArgumentError(
-                f"{BLOCK_SIZE_VARIABLE} is a whole number of MiB above 0, not {text!r}",
+                f"{BLOCK_SIZE_VARIABLE} is a whole number of MiB above 0, not {reprlib.repr(text)}",
                 variable=BLOCK_SIZE_VARIABLE,
                 value=text,
             )
     return max(1, min(MAX_PAGES_PER_BLOCK, (megabytes << 20) // page_bytes))
 
 
+def whole_number(name: str, value: object, least: int, most: int) -> int:
+    """`value` as an int; raises InvalidArgumentError unless it is a whole number of that range."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise InvalidArgumentError(
+            f"{name} is a whole number from {least} to {most}, not {reprlib.repr(value)}",
+            **{name: value},
+        )
+    return number
+
+
 def parse_mode(mode: str) -> int:
     """READ or WRITE; raises InvalidArgumentError."""
     if not isinstance(mode, str) or mode not in _MODES:
         raise InvalidArgumentError(
-            f"mode is one of {', '.join(map(repr, _MODES))}, not {mode!r}", mode=mode
+            f"mode is one of {', '.join(map(repr, _MODES))}, not {reprlib.repr(mode)}", mode=mode
         )
     return _MODES[mode]
 

@@ -38,7 +38,7 @@ class InvalidArgumentError(LightMemError, ValueError):
     """An argument that no state of the store or service could make right."""
 
 
-class PageIndexError(LightMemError, IndexError):
+class PageIndexError(InvalidArgumentError, IndexError):
     """A page index outside the KV tensor: attributes `page`, `num_pages`."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 import weakref
 from abc import ABC
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,12 @@ import numpy.typing as npt
 from light_mem import blocks
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.opening import check_sizes
+from light_mem.engine.opening import MAX_SHARDS, check_sizes
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token, refuse_fork
 from light_mem.engine.task_table import (
+    MAX_BLOCKS,
+    MAX_PATH_BYTES,
     MAX_WORKERS,
     READ,
     WORKER_COUNTERS,
@@ -36,7 +38,7 @@ from light_mem.filesystem import warn_of_network
 from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue
 from light_mem.session import Session
-from light_mem.task import CacheTask
+from light_mem.task import CacheTask, check_server
 
 if TYPE_CHECKING:
     import torch
@@ -161,16 +163,15 @@ class CacheService(ABC):
             final = bytes([2 if kind == WRITE else 3]) * len(hashes)
             return CacheTask(**fields, final=final)
         session = self._session
-        place = session.place(keys, done, kind, pages, per_hash, self._create_timeout)
+        place = session.place(keys, kind, pages, per_hash, self._create_timeout)
         task = CacheTask(**fields, table=session.table, place=place, session=session)
-        session.watch(task)
         order = np.flatnonzero(~done)
         if kind == WRITE and len(order) > 1:
             # Blocks of one shard in a row: a worker's batch then takes one lock, not several.
             mixed = keymath.mix(keys[order])
             shards = keymath.shards_of(mixed, self._engine.geometry.shards)
             order = order[np.argsort(shards, kind="stable")]
-        session.submit(place, order, kind)
+        session.submit(task, place, done, order, kind)
         return task
 
     def abort(self, task: CacheTask) -> None:
@@ -188,6 +189,7 @@ class CacheService(ABC):
 
     def active_create_count(self, mode: str) -> int:
         """Tasks of this mode, of all processes of the service, that are not ready."""
+        self._check_open()
         return self._session.table.active_tasks(blocks.parse_mode(mode))
 
     # --- taking blocks out -----------------------------------------------------------------------
@@ -210,6 +212,7 @@ class CacheService(ABC):
     def stats(self) -> dict[str, int]:
         """Numbers of the store (blocks, slots, evictions, ...) and of this service since it was
         made (hits, misses, bytes each way, lost races, damaged blocks, restarts, ...)."""
+        self._check_open()
         table = self._session.table
         numbers = self._engine.stats()
         for name in WORKER_COUNTERS:
@@ -224,9 +227,14 @@ class CacheService(ABC):
         numbers["workers"] = int(table.workers["ready"].sum())
         return numbers
 
-    def _check(self) -> None:
+    def _check_open(self) -> None:
         refuse_fork(self._fork_token, type(self).__name__)
-        if self._closed or self._session.table.shutdown:
+        if self._closed:
+            raise ServiceClosedError("the service is closed")
+
+    def _check(self) -> None:
+        self._check_open()
+        if self._session.table.shutdown:
             raise ServiceClosedError("the service is closed")
 
     def close(self) -> None:
@@ -288,23 +296,24 @@ class LocalCacheService(CacheService):
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
         super().__init__(create_timeout)
-        if not 1 <= num_workers < MAX_WORKERS:
-            raise InvalidArgumentError(
-                f"num_workers is 1 to {MAX_WORKERS - 1}, not {num_workers}", num_workers=num_workers
-            )
+        num_workers = blocks.whole_number("num_workers", num_workers, 1, MAX_WORKERS - 1)
+        num_of_shard = blocks.whole_number("num_of_shard", num_of_shard, 1, MAX_SHARDS)
+        storage_size = blocks.whole_number("storage_size", storage_size, 1, 2**63 - 1)
+        max_blocks = blocks.whole_number("max_blocks", max_blocks, 1, MAX_BLOCKS)
         if durability not in ("kernel", "flush"):
             raise InvalidArgumentError(
                 f'durability is "kernel" or "flush", not {durability!r}', durability=durability
             )
-        if max_blocks < 1:
-            raise InvalidArgumentError(f"max_blocks is 1 or more, not {max_blocks}")
         directory = Path(file).absolute()
+        if len(os.fsencode(directory)) > MAX_PATH_BYTES:
+            raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
         page_bytes, num_pages = _tensor_sizes(kvcache)
         per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, per_block)
-        source = share_tensor(kvcache)
-        try:
-            self._engine = LocalStorageEngine.open_store(
+        with ExitStack() as undo:
+            source = share_tensor(kvcache)
+            undo.callback(close_source, source)
+            engine = LocalStorageEngine.open_store(
                 directory,
                 page_bytes=page_bytes,
                 num_of_shard=num_of_shard,
@@ -313,31 +322,32 @@ class LocalCacheService(CacheService):
                 verify=verify,
                 durability=durability,
             )
-        except BaseException:
-            close_source(source)
-            raise
-        warn_of_network(directory)
+            undo.callback(engine.close)
+            warn_of_network(directory)
+            table = TaskTable.create(
+                Sizes.for_blocks(max_blocks),
+                store=os.fsdecode(directory),
+                page_bytes=page_bytes,
+                num_pages=num_pages,
+                pages_per_block=per_block,
+                workers=num_workers,
+            )
+            undo.callback(table.close)
+            self._session = Session.open(table, _lock_path(table))
+            undo.callback(self._session.close)
+            self._pool = WorkerPool(
+                table,
+                self._session.queue,
+                num_workers,
+                source,
+                verify=verify,
+                durability=durability,
+                is_stored=lambda low, high: engine.lookup.find_one(low, high, touch=False) >= 0,
+                reclaim=engine.reclaim,
+            )
+            undo.pop_all()
+        self._engine = engine
         self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
-        table = TaskTable.create(
-            Sizes.for_blocks(max_blocks),
-            store=os.fsdecode(directory),
-            page_bytes=page_bytes,
-            num_pages=num_pages,
-            pages_per_block=per_block,
-            workers=num_workers,
-        )
-        self._session = Session.open(table, _lock_path(table))
-        engine = self._engine
-        self._pool = WorkerPool(
-            table,
-            self._session.queue,
-            num_workers,
-            source,
-            verify=verify,
-            durability=durability,
-            is_stored=lambda low, high: engine.lookup.find_one(low, high, touch=False) >= 0,
-            reclaim=engine.reclaim,
-        )
         self._started = False
         self._start_guard = threading.Lock()
         self._finalizer = weakref.finalize(
@@ -413,12 +423,12 @@ def _close(
 ) -> None:
     if token != fork_token():
         return  # a forked child: the workers and the locks are its parent's
-    pool.stop()
-    session.table.header["shutdown"] = 1
-    session.close()
-    session.table.close()
-    close_source(source)
-    engine.close()
+    with ExitStack() as steps:  # the last comes first, and none is left out when one fails
+        steps.callback(engine.close)
+        steps.callback(close_source, source)
+        steps.callback(session.table.close)
+        steps.callback(session.close)
+        steps.callback(pool.stop)
 
 
 class CacheClient(CacheService):
@@ -438,7 +448,7 @@ class CacheClient(CacheService):
         # Reached only while not connected: `_session` and `_engine` come into being here.
         if name not in ("_session", "_engine"):
             raise AttributeError(name)
-        refuse_fork(self._fork_token, "CacheClient")
+        self._check_open()
         with self._connect_guard:
             if "_session" not in self.__dict__:
                 connection = _connect(self._address)
@@ -449,15 +459,12 @@ class CacheClient(CacheService):
 
     def _check(self) -> None:
         super()._check()
-        now = time.monotonic()
-        if now - self.__dict__.get("_seen", 0.0) > 0.5:
-            from light_mem.task import check_server
-
+        if self._session.table.orphaned:
             check_server(self._session.table)
-            self._seen = now
 
     def client(self) -> CacheClient:
         """Another client of the same service."""
+        self._check_open()
         return CacheClient(self._address, self._create_timeout)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -491,6 +498,15 @@ def _disconnect(session: Session, engine: LocalStorageEngine, token: int) -> Non
 
 _connections: weakref.WeakValueDictionary[str, _Connection] = weakref.WeakValueDictionary()
 _connections_guard = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _connections_guard
+    _connections.clear()  # their locks are the parent's
+    _connections_guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _connect(address: TableAddress) -> _Connection:

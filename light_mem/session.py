@@ -26,6 +26,7 @@ from light_mem.engine.task_table import (
     READ,
     WORKING,
     TaskTable,
+    is_final,
 )
 from light_mem.errors import InvalidArgumentError, ServiceClosedError, TaskTableFullError
 from light_mem.index.keys import KeyArray
@@ -35,6 +36,7 @@ from light_mem.index.space import FreeRuns
 from light_mem.task import CacheTask
 
 _FULL_PAUSE = 0.001  # between two looks for room in a full table
+_LANE_SECONDS = 5.0  # for a worker to finish what a dead client had queued
 
 
 class Place(NamedTuple):
@@ -70,10 +72,12 @@ class Session:
         """Take a free lane (lane 0 when it is free: the server comes first)."""
         lock = RangeLock(path)
         queue = TaskQueue(table, lock)
-        for lane in range(table.sizes.lanes):
-            if lock.try_lock(LANE_BYTE + lane):
-                _clean(table, lane, queue)
-                return cls(table, lane, lock, queue)
+        for patience in (0.0, _LANE_SECONDS):
+            for lane in range(table.sizes.lanes):
+                if lock.try_lock(LANE_BYTE + lane):
+                    if _clean(table, lane, queue, patience):
+                        return cls(table, lane, lock, queue)
+                    lock.unlock(LANE_BYTE + lane)
         lock.close()
         raise TaskTableFullError(
             f"all {table.sizes.lanes - 1} client lanes of the service are taken",
@@ -85,13 +89,12 @@ class Session:
     def place(
         self,
         keys: KeyArray,
-        done: npt.NDArray[np.bool_],
         mode: int,
         pages: npt.NDArray[np.uint32],
         pages_per_hash: int,
         timeout: float,
     ) -> Place:
-        """Put a task in the table and queue its blocks but those that are `done` already.
+        """Put a task in the table; `submit` brings it to life.
 
         Raises InvalidArgumentError for a task larger than the table, TaskTableFullError when
         there is no room within `timeout` seconds.
@@ -105,27 +108,42 @@ class Session:
         cells["count"] = np.minimum(pages_per_hash, len(pages) - first)
         cells["row"], cells["mode"] = place.row, mode
         end = place.start + count
+        # Before the states: whoever still polls a former task of this row finds out.
+        table.rows["generation"][place.row] += 1
+        # A process may die before it submits: the blocks are final until then.
+        table.states[place.start : end] = ABORTED
         table.pages[place.pages : place.pages + len(pages)] = pages
         table.cells[place.start : end] = cells
-        final = FINISHED if mode != READ else ABORTED
-        table.states[place.start : end] = np.where(done, final, INITIAL)
-        row = table.rows[place.row]
-        row["generation"] += 1
-        row["abort"] = 0
-        row["start"], row["count"] = place.start, count
-        table.active[place.row] = mode
-        todo = np.flatnonzero(~done)
-        if not todo.size:
-            table.finish(place.row, 0)
         return place
 
-    def submit(self, place: Place, order: npt.NDArray[np.int64], mode: int) -> None:
-        """Queue blocks of a placed task in this order (positions within the task)."""
-        self.queue.push((place.start + order).astype(np.uint32), mode)
+    def submit(
+        self,
+        task: CacheTask,
+        place: Place,
+        done: npt.NDArray[np.bool_],
+        order: npt.NDArray[np.int64],
+        mode: int,
+    ) -> None:
+        """Queue the blocks of a placed task that are not `done` already, in this order.
 
-    def watch(self, task: CacheTask) -> None:
-        """Remember a task of this process, to take its room back early when the table is full."""
-        self._tasks.add(task)
+        done    bool [blocks]; such a block is Finished in a write and Aborted in a read
+        order   positions within the task of the others, at least one
+
+        Raises ServiceClosedError, LockTimeoutError; then nothing is queued.
+        """
+        table = self.table
+        states = np.where(done, FINISHED if mode != READ else ABORTED, INITIAL)
+
+        def publish() -> None:
+            row = table.rows[place.row]
+            row["abort"] = 0
+            row["start"], row["count"] = place.start, place.blocks
+            table.states[place.start : place.start + place.blocks] = states
+            table.active[place.row] = mode
+
+        self.queue.push((place.start + order).astype(np.uint32), mode, publish)
+        with self._guard:
+            self._tasks.add(task)  # to take its room back early when the table is full
 
     def release(self, place: Place) -> None:
         """The task object is gone or knows its final states: the room may be used again once the
@@ -134,8 +152,10 @@ class Session:
 
     def close(self) -> None:
         """Give the lane back."""
-        self.queue.abort_waiting(self._own_cells())
-        self._lock.close()
+        try:
+            self.queue.abort_waiting(self._own_cells())
+        finally:
+            self.queue.close()
 
     def _own_cells(self) -> slice:
         start = self._lane * self.table.sizes.cells
@@ -160,10 +180,9 @@ class Session:
                 place = self._try_room(count, pages)
             if place is not None:
                 return place
-            if self.table.shutdown:
-                raise ServiceClosedError("the service is closed")
-            for task in list(self._tasks):
-                task.ready()  # a ready task knows its states and gives its room back
+            if self.table.shutdown or self.table.orphaned:
+                raise ServiceClosedError("the service is closed or its server is gone")
+            self._notice_ready()
             if time.monotonic() > deadline:
                 raise TaskTableFullError(
                     f"no room for {count} blocks in the task table within {timeout:g} s: all "
@@ -174,6 +193,12 @@ class Session:
                     timeout=timeout,
                 )
             time.sleep(_FULL_PAUSE)
+
+    def _notice_ready(self) -> None:
+        with self._guard:
+            tasks = list(self._tasks)
+        for task in tasks:
+            task.ready()  # a ready task knows its states and gives its room back
 
     def _try_room(self, count: int, pages: int) -> Place | None:
         if not self._rows:
@@ -195,7 +220,9 @@ class Session:
     def _collect(self) -> None:
         for _ in range(len(self._released)):
             place = self._released.popleft()
-            if self.table.active[place.row]:
+            # Not `active`: a worker that was late to clear it may do so in the life of the next
+            # task of the row.
+            if not is_final(self.table.snapshot(place.start, place.start + place.blocks)):
                 self._released.append(place)  # still running: nobody may get its cells
                 continue
             self._cells.add(place.start, place.blocks)
@@ -207,10 +234,19 @@ def _identity() -> tuple[int, float]:
     return os.getpid(), process_start(os.getpid())
 
 
-def _clean(table: TaskTable, lane: int, queue: TaskQueue) -> None:
-    """Empty a lane whose owner died: nobody waits for its tasks any more."""
+def _clean(table: TaskTable, lane: int, queue: TaskQueue, patience: float) -> bool:
+    """Empty a lane whose owner died: nobody waits for its tasks any more.
+
+    False: a worker is still at it after `patience` seconds; it is stopped, or dead and not yet
+    replaced.
+    """
     start = lane * table.sizes.cells
     cells = slice(start, start + int(table.lanes["cells_top"][lane]))
-    queue.abort_waiting(cells)
-    while np.isin(table.states[cells], (WORKING, COPIED)).any() and not table.shutdown:
-        time.sleep(_FULL_PAUSE)  # a worker is at it, for a batch at most; the server replaces it
+    if cells.stop > start:
+        queue.abort_waiting(cells)
+    deadline = time.monotonic() + patience
+    while np.isin(table.states[cells], (WORKING, COPIED)).any():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_FULL_PAUSE)
+    return True

@@ -4,6 +4,7 @@ no lock and no system call."""
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 import weakref
@@ -58,7 +59,8 @@ class CacheTask:
     Any thread may use it, and so may any process of the server that it is pickled to. Dropping it
     lets the work go on. When the object that `create` returned is dropped, or knows that the task
     is ready, its room in the table may go to a later task; a pickled copy that asks after that
-    gets TaskExpiredError. So keep the original while others poll copies.
+    gets TaskExpiredError. So keep the original while others poll copies. In another process than
+    the server's, asking for an unready task raises ServiceClosedError once the server has died.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class CacheTask:
             self._final = states
             if not self._shared and hasattr(self, "_release"):
                 self._release()
+        elif table.orphaned:
+            raise _server_is_gone(table)
         return states
 
     def ready(self) -> bool:
@@ -150,8 +154,8 @@ class CacheTask:
     def __repr__(self) -> str:
         try:
             states = self.state()
-        except TaskExpiredError:
-            return f"<CacheTask {self.mode}, expired>"
+        except (TaskExpiredError, ServiceClosedError) as error:
+            return f"<CacheTask {self.mode}, {len(self)} blocks: {error}>"
         counts = ", ".join(f"{states.count(s)} {s.name}" for s in State if s in states)
         return f"<CacheTask {self.mode}, {len(self)} blocks: {counts}>"
 
@@ -194,7 +198,7 @@ class CacheTask:
         table = self._table
         if table is None or self.ready():
             return
-        queue.abort(self._start, self._end, self._row)
+        queue.abort(table, self._start, self._end, self._row, self._generation)
         if not self.wait(timeout):
             raise LockTimeoutError(
                 f"a worker did not let go of the task's pages within {timeout:g} s: it is stopped",
@@ -246,8 +250,13 @@ def check_server(table: TaskTable) -> None:
     """Raise ServiceClosedError when the process that runs the workers is gone."""
     header = table.header
     pid, started = int(header["server_pid"][0]), float(header["server_started"][0])
-    if not is_alive(pid, started):
-        raise ServiceClosedError(f"the server (pid {pid}) is gone", pid=pid)
+    if table.orphaned or (pid != os.getpid() and not is_alive(pid, started)):
+        raise _server_is_gone(table)
+
+
+def _server_is_gone(table: TaskTable) -> ServiceClosedError:
+    pid = int(table.header["server_pid"][0])
+    return ServiceClosedError(f"the server (pid {pid}) is gone", pid=pid)
 
 
 class _Notifier:
@@ -258,6 +267,7 @@ class _Notifier:
         self._guard = threading.Lock()
         self._waiting: list[tuple[CacheTask, asyncio.Future[None]]] = []
         self._running = False
+        self._looked = 0.0  # when the server was last seen alive
 
     def add(self, task: CacheTask, future: asyncio.Future[None]) -> None:
         with self._guard:
@@ -275,14 +285,13 @@ class _Notifier:
                     return
                 waiting = list(self._waiting)
             seen = int(table.header["done_seq"][0])
-            open_tasks = []
+            gone = self._gone(table)
+            done = set()
             for task, future in waiting:
-                error = _outcome(task, table)
-                if error is None:
-                    open_tasks.append((task, future))
-                else:
-                    _complete(future, error)
-            done = {id(f) for _, f in waiting} - {id(f) for _, f in open_tasks}
+                outcome = _outcome(task) or gone
+                if outcome is not None:
+                    _complete(future, outcome)
+                    done.add(id(future))
             with self._guard:
                 self._waiting = [
                     (t, f) for t, f in self._waiting if id(f) not in done and not f.cancelled()
@@ -291,16 +300,24 @@ class _Notifier:
                 # One that was added meanwhile has the old word to wait for: a short nap covers it.
                 table.futex.wait(table.done_word, seen, _LIVENESS_SECONDS / 10)
 
+    def _gone(self, table: TaskTable) -> ServiceClosedError | None:
+        now = time.monotonic()
+        if now - self._looked < _LIVENESS_SECONDS:
+            return None
+        self._looked = now
+        try:
+            check_server(table)
+        except ServiceClosedError as error:
+            return error
+        return None
 
-def _outcome(task: CacheTask, table: TaskTable) -> Exception | bool | None:
+
+def _outcome(task: CacheTask) -> Exception | bool | None:
     """None: not ready; True: ready; else what the awaiter gets raised."""
     try:
-        if task.ready():
-            return True
-        check_server(table)
+        return task.ready() or None
     except (TaskExpiredError, ServiceClosedError) as error:
         return error
-    return None
 
 
 def _complete(future: asyncio.Future[None], error: Exception | bool) -> None:

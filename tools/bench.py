@@ -114,16 +114,17 @@ def bench_copies(directory: Path, page_bytes: int, args: argparse.Namespace) -> 
         def move(mode: str, round_number: int) -> float:
             hashes = [(round_number << 32) + n for n in range(blocks)]
             started = time.perf_counter()
-            task = service.create(hashes, pages, mode)
+            task = service.create(mode, hashes, pages)
             assert task.wait(600)
             taken = time.perf_counter() - started
             assert all(s == light_mem.State.Finished for s in task.state())
             return taken
 
         first_fill = move("write", 0)
-        filled = 1
-        while service.stats()["evictions"] < blocks:  # from here on each write evicts
+        filled, used = 1, []  # until every shard is full: from then on each write evicts
+        while len(used) < 3 or used[-1] != used[-3]:
             move("write", filled)
+            used.append(service.stats()["used_slots"])
             filled += 1
         for n in range(filled, filled + args.rounds):
             seconds["gather"].append(baseline.run("gather"))
@@ -156,7 +157,7 @@ def bench_queries(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     with light_mem.LocalCacheService(path, 2 * entries * page_bytes, 4, kv, args.workers) as s:
         s.run()
         for at in range(0, entries, 20_000):
-            task = s.create(hashes[at : at + 20_000], range(at, at + 20_000), "write")
+            task = s.create("write", hashes[at : at + 20_000], range(at, at + 20_000))
             assert task.wait(600)
         some = [hashes[i] for i in np.random.default_rng(1).permutation(entries)[:1024]]
         texts = [f"prompt-{n}" for n in range(1024)]
@@ -167,13 +168,13 @@ def bench_queries(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
         ):
             out[f"query 1,024 {name} us/hash"] = 1e6 * median_of(lambda a=asked: s.query(a)) / 1024
         out["query one us"] = 1e6 * median_of(lambda: s.query(some[5]), 2001)
-        done = s.create(some, range(1024), "read")
+        done = s.create("read", some, range(1024))
         done.wait()
         out["ready() us"] = 1e6 * median_of(done.ready, 2001)
-        one = [s.create(["x"], [0], "w") for _ in range(1)][0]
+        one = [s.create("w", ["x"], [0]) for _ in range(1)][0]
         one.wait()
         out["create to ready, one page us"] = 1e6 * median_of(
-            lambda: s.create([some[7]], [0], "r").wait(), 501
+            lambda: s.create("r", [some[7]], [0]).wait(), 501
         )
     opened = []
     for _ in range(args.rounds):
@@ -195,7 +196,7 @@ def bench_workers(directory: Path) -> dict[str, Any]:
         started = time.perf_counter()
         service.run()
         start = time.perf_counter() - started
-        service.create(range(64), range(64), "w").wait()
+        service.create("w", range(64), range(64)).wait()
         time.sleep(0.5)
         family = [psutil.Process(), *map(psutil.Process, service.worker_pids)]
 
@@ -248,8 +249,10 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine, "workers": args.workers}
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         if args.only in (None, "copies"):
-            print(f"{'block':>9} {'gather':>7} {'write':>7} {'ratio':>6} {'scatter':>8} "
-                  f"{'read':>7} {'ratio':>6} {'first fill':>11}   GB/s, {args.workers} workers")
+            print(
+                f"{'block':>9} {'gather':>7} {'write':>7} {'ratio':>6} {'scatter':>8} "
+                f"{'read':>7} {'ratio':>6} {'first fill':>11}   GB/s, {args.workers} workers"
+            )
             for page_bytes in args.pages:
                 r = bench_copies(Path(directory), page_bytes, args)
                 results[f"copies {page_bytes}"] = r
@@ -267,8 +270,11 @@ def main() -> None:
                 results[name] = bench()
                 print()
                 for key, value in results[name].items():
-                    print(f"{key:42} {value:10.2f}" if isinstance(value, float) else
-                          f"{key:42} {value:10}")
+                    print(
+                        f"{key:42} {value:10.2f}"
+                        if isinstance(value, float)
+                        else f"{key:42} {value:10}"
+                    )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -4,6 +4,7 @@ base.py         StorageEngine: what a storage behind the service must do
 local.py        LocalStorageEngine: shards on a local disk
 memory.py       MemoryStorageEngine: the same promises in one process's memory, for tests
 opening.py      makes, opens, resizes and rebuilds a store's files
+reindex.py      a store's index made anew from its slots files, order of use included
 shard_file.py   one shard's data and slot records, mapped
 copy.py         copies between KV pages and mapped slots, with the checksum
 kvmemory.py     how another process reaches the KV tensor's memory

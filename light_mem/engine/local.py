@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +30,7 @@ from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
 from light_mem.index.format import MAX_INTENTS
 from light_mem.index.keys import KeyArray
-from light_mem.index.locks import PathLock, lock_path
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
 
@@ -80,16 +82,21 @@ class LocalStorageEngine(StorageEngine):
         self.geometry = geometry
         self._verify = verify
         self._flush = durability == "flush"
-        self._owners = Owners(self.directory)
-        self._index = IndexFile(self.directory / index_file.NAME, geometry)
-        self.lookup = Lookup(self._index)
         self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
+        self._files_guard = threading.Lock()
         self._copier = Copier()
         # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
         self._orphans: dict[int, list[int]] = {}
-        self._owner: Owner = self._owners.join(kind)
         self._closed = False
+        self._owners = Owners(self.directory)
+        try:
+            self._index = IndexFile(self.directory / index_file.NAME, geometry)
+            self.lookup = Lookup(self._index)
+            self._owner: Owner = self._owners.join(kind)
+        except BaseException:
+            self._owners.close()
+            raise
 
     @classmethod
     def open_store(
@@ -154,39 +161,57 @@ class LocalStorageEngine(StorageEngine):
         self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report, stop: Stop
     ) -> None:
         """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
-        deadline = time.monotonic() + ROOM_SECONDS
         waiting = positions
+        deadline = time.monotonic() + ROOM_SECONDS
         while waiting:
             taken, waiting = self._allocate(shard, waiting, batch, report)
             written = self._copy_in(shard, taken, batch, report, stop)
             if taken:
                 self._publish(shard, taken, written, batch, report)
+                deadline = time.monotonic() + ROOM_SECONDS
             elif waiting:
-                if time.monotonic() > deadline or any(map(stop, waiting)):
-                    break
-                self.reclaim()
-                time.sleep(_ROOM_PAUSE)
+                waiting = self._wait_for_room(waiting, deadline, report, stop)
+
+    def _wait_for_room(
+        self, waiting: list[int], deadline: float, report: Report, stop: Stop
+    ) -> list[int]:
+        """Wait a moment; returns the blocks that shall go on waiting."""
+        late = time.monotonic() > deadline
+        left: list[int] = []
         for at in waiting:
-            report(at, Outcome.STOPPED if stop(at) else Outcome.NO_ROOM)
+            if stop(at):
+                report(at, Outcome.STOPPED)
+            elif late:
+                report(at, Outcome.NO_ROOM)
+            else:
+                left.append(at)
+        if left:
+            self.reclaim()
+            time.sleep(_ROOM_PAUSE)
+        return left
 
     def _allocate(
         self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report
     ) -> tuple[list[tuple[int, Allocation]], list[int]]:
-        index = self._shard(shard)
         taken: list[tuple[int, Allocation]] = []
         waiting: list[int] = []
         evicted: list[int] = []
-        present: list[int] = []
-        with index.change():
-            for slot in self._orphans.pop(shard, []):
-                if index.is_marked(slot, self._owner.number):
-                    index.give_back(slot)
+        outcomes: list[tuple[int, Outcome]] = []
+        with self._change(shard) as (index, file):
+            self._give_back_orphans(shard, index, file)
             for at in positions:
                 block = batch[at]
-                if waiting or index.find(block.low, block.high) is not None:
-                    (waiting if waiting else present).append(at)
+                slots = -(-block.nbytes // self.geometry.page_bytes)
+                if slots > self.geometry.slots:
+                    outcomes.append((at, Outcome.NO_ROOM))
                     continue
-                where = index.allocate(-(-block.nbytes // self.geometry.page_bytes), evicted)
+                if waiting or index.find(block.low, block.high) is not None:
+                    if waiting:
+                        waiting.append(at)
+                    else:
+                        outcomes.append((at, Outcome.PRESENT))
+                    continue
+                where = index.allocate(slots, evicted)
                 if where is None:
                     waiting.append(at)
                 else:
@@ -197,9 +222,9 @@ class LocalStorageEngine(StorageEngine):
             for _, where in taken:
                 index.mark(where.runs, self._owner.number)
             if evicted:
-                self._file(shard).clear_records(evicted)
-        for at in present:
-            report(at, Outcome.PRESENT)
+                file.clear_records(evicted)
+        for at, outcome in outcomes:
+            report(at, outcome)
         return taken, waiting
 
     def _copy_in(
@@ -218,10 +243,11 @@ class LocalStorageEngine(StorageEngine):
             row = 0
             try:
                 for start, length in where.runs:
-                    self._copier.gather(
+                    file.gather(
+                        self._copier,
+                        (start, length),
                         block.memory,
                         block.rows[row : row + length],
-                        file.pages(start, length),
                         checksum,
                         lambda at=at: stop(at),  # type: ignore[misc]
                     )
@@ -245,10 +271,9 @@ class LocalStorageEngine(StorageEngine):
         batch: Sequence[BlockIO],
         report: Report,
     ) -> None:
-        index = self._shard(shard)
         whole = {w.at: w for w in written}
         outcomes: list[tuple[int, Outcome]] = []
-        with index.change():
+        with self._change(shard) as (index, file):
             now = time.time_ns()
             for at, where in taken:
                 block = batch[at]
@@ -258,25 +283,30 @@ class LocalStorageEngine(StorageEngine):
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.STOPPED))
                 elif index.find(block.low, block.high) is not None:
-                    self._file(shard).clear_records([where.slot])
+                    file.clear_records([where.slot])
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.PRESENT))
                 else:
                     digest = whole[at].checksum
                     index.publish(where.slot, block.low, block.high, digest, block.nbytes, now)
                     outcomes.append((at, Outcome.STORED))
-        self._orphans.pop(shard, None)
         self._intend(shard, [])
         for at, outcome in outcomes:
             report(at, outcome)
 
     def _intend(self, shard: int, slots: list[int]) -> None:
         """Announce the slots of one shard that are being filled, and keep announcing those that a
-        failed lock left behind: they go back at the next change of their shard, or at our death."""
-        if slots:
-            self._orphans[shard] = [*self._orphans.get(shard, []), *slots]
+        failed lock left behind in others: they go back when their shard is written to again, when
+        we leave, or at our death."""
+        self._orphans[shard] = slots
         intents = [(s, slot) for s, left in self._orphans.items() for slot in left]
         self._owner.intend(intents[-MAX_INTENTS:])
+
+    def _give_back_orphans(self, shard: int, index: ShardIndex, file: ShardFile) -> None:
+        for slot in self._orphans.get(shard, []):
+            if index.is_marked(slot, self._owner.number):
+                file.clear_records([slot])
+                index.give_back(slot)
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -285,7 +315,7 @@ class LocalStorageEngine(StorageEngine):
         for at, entry in enumerate(self.lookup.find(keys).tolist()):
             try:
                 outcome = self._read_one(batch[at], entry, lambda at=at: stop(at))  # type: ignore[misc]
-            except (OSError, StoreFormatError) as error:
+            except (LockTimeoutError, OSError, StoreFormatError) as error:
                 log.warning("read from %s failed: %s", self.directory, error)
                 outcome = Outcome.FAILED
             report(at, outcome)
@@ -293,7 +323,7 @@ class LocalStorageEngine(StorageEngine):
     def _read_one(self, block: BlockIO, entry: int, stopped: Stop) -> Outcome:
         where = self.lookup.locate(entry, block.low, block.high) if entry >= 0 else None
         if where is None:
-            return Outcome.MISSING
+            return self._drop_senseless(entry, block) if entry >= 0 else Outcome.MISSING
         if where.nbytes != block.nbytes:
             log.info(
                 "block %s is stored with %d bytes, not %d: a miss",
@@ -325,6 +355,18 @@ class LocalStorageEngine(StorageEngine):
             return Outcome.DAMAGED
         return Outcome.LOADED
 
+    def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
+        """Drop a block that is listed with runs that make no sense: it would be found for good and
+        never be read. Usually it is only gone by now."""
+        tag = self.lookup.tag(entry)
+        shard, slot = divmod(entry, self.geometry.slots)
+        with self._change(shard) as (index, _):
+            listed = index.find(block.low, block.high) == slot and self.lookup.tag(entry) == tag
+            if not listed or self.lookup.locate(entry, block.low, block.high) is not None:
+                return Outcome.MISSING
+        self._drop_damaged(shard, slot, tag, block)
+        return Outcome.DAMAGED
+
     def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
         log.warning(
             "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
@@ -334,12 +376,11 @@ class LocalStorageEngine(StorageEngine):
             shard,
             self.directory,
         )
-        index = self._shard(shard)
         try:
-            with index.change():
+            with self._change(shard) as (index, file):
                 if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
                     index.remove(slot)
-                    self._file(shard).clear_records([slot])
+                    file.clear_records([slot])
                     self._index.control["removals"][shard] += 1
                     self._index.control["damaged"][shard] += 1
         except LockTimeoutError as error:
@@ -351,13 +392,12 @@ class LocalStorageEngine(StorageEngine):
         shards = keymath.shards_of(keymath.mix(keys), self.geometry.shards)
         deleted = 0
         for shard in np.unique(shards).tolist():
-            index = self._shard(shard)
-            with index.change():
+            with self._change(shard) as (index, file):
                 for low, high in keys[shards == shard].tolist():
                     slot = index.find(low, high)
                     if slot is not None:
                         index.remove(slot)
-                        self._file(shard).clear_records([slot])
+                        file.clear_records([slot])
                         self._index.control["removals"][shard] += 1
                         deleted += 1
         return deleted
@@ -365,10 +405,9 @@ class LocalStorageEngine(StorageEngine):
     def clear(self) -> int:
         cleared = 0
         for shard in range(self.geometry.shards):
-            index = self._shard(shard)
-            with index.change():
+            with self._change(shard) as (index, file):
                 slots = index.clear()
-                self._file(shard).clear_records(slots)
+                file.clear_records(slots)
                 cleared += len(slots)
         return cleared
 
@@ -379,10 +418,9 @@ class LocalStorageEngine(StorageEngine):
             for shard, slot in intents:
                 if shard >= self.geometry.shards or slot >= self.geometry.slots:
                     continue
-                index = self._shard(shard)
-                with index.change():
+                with self._change(shard) as (index, file):
                     if index.is_marked(slot, owner):
-                        self._file(shard).clear_records([slot])
+                        file.clear_records([slot])
                         index.give_back(slot)
 
         return self._owners.reclaim(take_back)
@@ -414,7 +452,14 @@ class LocalStorageEngine(StorageEngine):
         if self._closed:
             return
         self._closed = True
-        self._owner.leave()
+        try:
+            for shard in [shard for shard, slots in self._orphans.items() if slots]:
+                with self._change(shard, timeout=1) as (index, file):
+                    self._give_back_orphans(shard, index, file)
+            self._owner.leave()
+        except (LockTimeoutError, OSError, StoreFormatError) as error:
+            # Our record stays, without its lock: whoever opens the store next gives them back.
+            log.warning("store %s is left with slots of failed writes: %s", self.directory, error)
         try:
             with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
                 if not self._owners.others():
@@ -425,6 +470,19 @@ class LocalStorageEngine(StorageEngine):
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    @contextmanager
+    def _change(
+        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
+    ) -> Iterator[tuple[ShardIndex, ShardFile]]:
+        """Change a shard, under its lock; raises LockTimeoutError."""
+        index, file = self._shard(shard), self._file(shard)
+        with index.change(timeout) as recovered:
+            if recovered:
+                # The holder that died may have taken blocks out and not cleared their records:
+                # an index made anew from them must not list what others have written over.
+                file.clear_records(index.free_slots())
+            yield index, file
 
     def _shard(self, shard: int) -> ShardIndex:
         index = self._shards.get(shard)
@@ -439,5 +497,8 @@ class LocalStorageEngine(StorageEngine):
     def _file(self, shard: int) -> ShardFile:
         file = self._files.get(shard)
         if file is None:
-            file = self._files[shard] = ShardFile(self.directory, self.geometry, shard)
+            with self._files_guard:
+                file = self._files.get(shard)
+                if file is None:
+                    file = self._files[shard] = ShardFile(self.directory, self.geometry, shard)
         return file

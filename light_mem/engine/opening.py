@@ -8,27 +8,26 @@ another store or version is an error that changes nothing.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from light_mem.engine import shard_file
+from light_mem.engine.reindex import make_index
 from light_mem.errors import (
     InvalidArgumentError,
     StoreBusyError,
     StoreFormatError,
     StoreFullError,
 )
-from light_mem.index import description, recovery
+from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.owners import Owners
+from light_mem.index.room import allocate
 
 log = logging.getLogger("light_mem")
 
@@ -71,16 +70,21 @@ def prepare(
     Raises StoreFormatError (other geometry), StoreFullError, StoreBusyError.
     """
     described = description.load(directory)
-    geometry = described or _from_shards(directory)
+    geometry = described or describe(directory)
     alone = not owners.others()
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
         _require_empty(directory)
-        _make_shards(directory, geometry, alone)
-        _make_index(directory, geometry)
-        description.save(directory, geometry)  # last: from here on the store exists
+        try:
+            _make_shards(directory, geometry, geometry, alone)
+            make_index(directory, geometry)
+            description.save(directory, geometry)  # last: from here on the store exists
+        except BaseException:
+            _remove_shards(directory, geometry)  # else another try would have to be of this size
+            raise
         return geometry
     _require_same(directory, geometry, page_bytes, shards)
+    _drop_unfinished(directory)
     wanted = geometry
     if storage_size != geometry.storage_size:
         if alone:
@@ -93,7 +97,7 @@ def prepare(
                 geometry.storage_size,
                 storage_size,
             )
-    _make_shards(directory, wanted, alone)
+    _make_shards(directory, wanted, geometry, alone)
     if described != wanted:
         description.save(directory, wanted)
     _ensure_index(directory, wanted, owners)
@@ -102,9 +106,24 @@ def prepare(
     return wanted
 
 
+def _drop_unfinished(directory: Path) -> None:
+    # What a process that was killed was about to rename; the open lock keeps living ones out.
+    for path in directory.glob("*.tmp"):
+        name, _, pid = path.stem.rpartition(".")
+        if name in (index_file.NAME, description.NAME) and pid.isdigit():
+            path.unlink(missing_ok=True)
+
+
+def _remove_shards(directory: Path, geometry: Geometry) -> None:
+    for shard in range(geometry.shards):
+        shard_file.data_path(directory, shard).unlink(missing_ok=True)
+        shard_file.slots_path(directory, shard).unlink(missing_ok=True)
+
+
 def _require_empty(directory: Path) -> None:
-    # A directory with shards but without any readable header is not ours to overwrite.
-    found = sorted(p.name for p in directory.glob("shard-*.data") if p.stat().st_size)
+    # A directory with shards but without any readable header is not ours to overwrite. (One that
+    # is nothing but room was not finished: its header did not reach the device.)
+    found = sorted(p.name for p in directory.glob("shard-*") if shard_file.is_foreign(p))
     if found:
         raise StoreFormatError(
             f"{directory} has shard files that describe no store of this format: {found}; "
@@ -132,6 +151,14 @@ def _require_same(directory: Path, geometry: Geometry, page_bytes: int, shards: 
             )
 
 
+def describe(directory: Path) -> Geometry | None:
+    """The geometry of a store, from its description or the shards' own headers; changes nothing.
+
+    None: there is no store. Raises StoreFormatError for one of another format version.
+    """
+    return description.load(directory) or _from_shards(directory)
+
+
 def _from_shards(directory: Path) -> Geometry | None:
     """The description from the shards' own headers; None when there are none."""
     for path in sorted(directory.glob("shard-*.data")):
@@ -140,28 +167,36 @@ def _from_shards(directory: Path) -> Geometry | None:
             continue
         shards, page_bytes = int(header["shards"]), int(header["page_bytes"])
         sizes = [p.stat().st_size for p in directory.glob("shard-*.data")]
-        slots = (max(sizes) - fmt.SHARD_HEADER_BYTES) // page_bytes
+        slots = max(0, max(sizes) - fmt.SHARD_HEADER_BYTES) // page_bytes
         log.warning("store %s: its description was lost; made anew from the shards", directory)
         store_id = bytes(header["store_id"]).ljust(16, b"\0").hex()
         return Geometry(store_id, page_bytes, shards, slots, slots * shards * page_bytes)
     return None
 
 
-def _make_shards(directory: Path, geometry: Geometry, alone: bool) -> None:
-    """Make or lengthen the shards' files; refuse those of another store before any change."""
+def _shard_sizes(directory: Path, geometry: Geometry, shard: int) -> dict[Path, int]:
+    """A shard's data file and slots file, and their sizes in bytes."""
+    return {
+        shard_file.data_path(directory, shard): fmt.data_file_bytes(
+            geometry.slots, geometry.page_bytes
+        ),
+        shard_file.slots_path(directory, shard): fmt.slots_file_bytes(geometry.slots),
+    }
+
+
+def _make_shards(directory: Path, geometry: Geometry, before: Geometry, alone: bool) -> None:
+    """Make or lengthen the shards' files; refuse those of another store before any change.
+
+    `before` is what the description said until now.
+    """
     wanted: list[tuple[Path, bytes, int]] = []
+    lost: list[str] = []
     for shard in range(geometry.shards):
-        for path, magic, size in (
-            (
-                shard_file.data_path(directory, shard),
-                fmt.DATA_MAGIC,
-                fmt.data_file_bytes(geometry.slots, geometry.page_bytes),
-            ),
-            (
-                shard_file.slots_path(directory, shard),
-                fmt.SLOTS_MAGIC,
-                fmt.slots_file_bytes(geometry.slots),
-            ),
+        least = _shard_sizes(directory, before, shard)
+        for (path, size), magic in zip(
+            _shard_sizes(directory, geometry, shard).items(),
+            (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC),
+            strict=True,
         ):
             header = shard_file.header_bytes(magic, geometry, shard)
             found = shard_file.read_header(path)
@@ -174,6 +209,10 @@ def _make_shards(directory: Path, geometry: Geometry, alone: bool) -> None:
                     expected=geometry.store_id,
                 )
             wanted.append((path, header, size))
+            if path.exists() and path.stat().st_size < min(size, least[path]):
+                lost.append(path.name)
+    if lost:
+        log.warning("store %s: %s were cut short; what they lost is a miss", directory, lost)
     _require_room(directory, sum(max(0, size - _allocated(path)) for path, _, size in wanted))
     for path, header, size in wanted:
         _make_file(path, header, size, alone)
@@ -200,24 +239,12 @@ def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         found = os.fstat(descriptor).st_size
-        # A file restored by a tool that makes holes is long enough and yet has no room.
-        if found < size or (alone and _allocated(path) < size):
-            if 0 < found < size:
-                log.warning("%s had %d of %d bytes; what it lost is a miss", path, found, size)
-            try:
-                os.posix_fallocate(descriptor, 0, size)
-            except OSError as error:
-                os.ftruncate(descriptor, found)
-                if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                    raise StoreFullError(
-                        f"{path} needs {size} bytes: {error.strerror}",
-                        needed=size,
-                        available=found,
-                        errno=error.errno,
-                    ) from error
-                raise
+        # Before the file grows: one that is not empty says whose it is, also after a kill.
         if os.pread(descriptor, len(header), 0) != header:
             os.pwrite(descriptor, header, 0)
+        # A file restored by a tool that makes holes is long enough and yet has no room.
+        if found < size or (alone and _allocated(path) < size):
+            allocate(descriptor, path, size)
     finally:
         os.close(descriptor)
 
@@ -225,13 +252,7 @@ def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
 def _cut_shards(directory: Path, geometry: Geometry) -> None:
     # After the index no longer names what lies behind the end, and with nobody else mapping it.
     for shard in range(geometry.shards):
-        for path, size in (
-            (
-                shard_file.data_path(directory, shard),
-                fmt.data_file_bytes(geometry.slots, geometry.page_bytes),
-            ),
-            (shard_file.slots_path(directory, shard), fmt.slots_file_bytes(geometry.slots)),
-        ):
+        for path, size in _shard_sizes(directory, geometry, shard).items():
             if path.stat().st_size > size:
                 os.truncate(path, size)
 
@@ -240,7 +261,8 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners) -> None:
     reason = ""
     try:
         file = IndexFile(directory / index_file.NAME, geometry)
-        if not file.trustworthy:
+        # Whoever has the store open has proved that this kernel wrote the index.
+        if not file.trustworthy and not owners.others():
             reason = "the machine went down with the index unsynced"
         file.close()
     except FileNotFoundError:
@@ -255,24 +277,5 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners) -> None:
                 f"{owners.alive()}",
                 owners=owners.alive(),
             )
-        blocks = _make_index(directory, geometry)
+        blocks = make_index(directory, geometry)
         log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)
-
-
-def _make_index(directory: Path, geometry: Geometry) -> int:
-    """A new index from the slots files; returns its blocks."""
-    temporary = index_file.create(directory, geometry)
-    try:
-        file = IndexFile(temporary, geometry)
-        blocks = 0
-        for shard in range(geometry.shards):
-            with shard_file.slots_path(directory, shard).open("rb") as records_file:
-                records_file.seek(fmt.SHARD_HEADER_BYTES)
-                raw = bytearray(records_file.read(fmt.RECORD.itemsize * geometry.slots))
-            blocks += recovery.fill_shard(file, shard, np.frombuffer(raw, fmt.RECORD))
-        file.close()
-        index_file.publish(directory, temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return blocks

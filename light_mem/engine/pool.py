@@ -23,7 +23,7 @@ from light_mem.engine import worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import TaskTable
-from light_mem.errors import WorkerStartError
+from light_mem.errors import LockTimeoutError, ServiceClosedError, WorkerStartError
 
 log = logging.getLogger("light_mem")
 
@@ -62,6 +62,8 @@ class WorkerPool:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
+        self._pipes: list[int] = []
+        self._life = threading.Lock()  # keeps `start` and `stop` apart
         self._stopping = False
         self._early_deaths = 0
         self._tail: list[str] = []  # last lines of the workers, for the error at start
@@ -74,30 +76,46 @@ class WorkerPool:
         return [p.pid for p in list(self._processes.values())]
 
     def start(self) -> None:
-        """Start all workers and return when they are ready; raises WorkerStartError."""
-        self._log_read, self._log_write = os.pipe()
-        os.set_blocking(self._log_read, False)
-        self._wake_read, self._wake_write = os.pipe()
-        self._selector.register(self._log_read, selectors.EVENT_READ, "log")
-        self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
-        for number in range(1, self._count + 1):
-            self._spawn(number)
-        self._thread = threading.Thread(target=self._watch, name="lightmem-pool", daemon=True)
-        self._thread.start()
+        """Start all workers and return when they are ready; once.
+
+        Raises WorkerStartError, and ServiceClosedError when another thread stops them meanwhile.
+        """
+        with self._life:
+            self._start()
         deadline = time.monotonic() + START_SECONDS
         workers = self._table.workers["ready"][1 : self._count + 1]
         while not workers.all():
-            if self.failure or time.monotonic() > deadline:
-                reason = self.failure or f"not ready within {START_SECONDS:g} s"
+            if self._stopping:
+                raise ServiceClosedError("the service is closed")
+            if time.monotonic() > deadline and not self.failure:
+                self.failure = f"not ready within {START_SECONDS:g} s"
+            if self.failure:
                 self.stop()
                 raise WorkerStartError(
-                    f"workers did not start: {reason}\n" + "\n".join(self._tail[-10:])
+                    f"workers did not start: {self.failure}\n" + "\n".join(self._tail[-10:])
                 )
             seen = int(self._table.header["done_seq"][0])
             self._table.futex.wait(self._table.done_word, seen, 0.02)
 
+    def _start(self) -> None:
+        if self._stopping:
+            raise ServiceClosedError("the service is closed")
+        self._log_read, self._log_write = os.pipe()
+        self._wake_read, self._wake_write = os.pipe()
+        self._pipes = [self._log_read, self._log_write, self._wake_read, self._wake_write]
+        os.set_blocking(self._log_read, False)
+        self._selector.register(self._log_read, selectors.EVENT_READ, "log")
+        self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
+        try:
+            for number in range(1, self._count + 1):
+                self._spawn(number)
+        except OSError as error:  # no such executable, no more processes or descriptors
+            self.failure = str(error)
+            return
+        self._thread = threading.Thread(target=self._watch, name="lightmem-pool", daemon=True)
+        self._thread.start()
+
     def _spawn(self, number: int) -> None:
-        self._table.workers[number : number + 1]["ready"] = 0
         root = str(Path(light_mem.__file__).resolve().parent.parent)
         config = {
             "number": number,
@@ -158,6 +176,7 @@ class WorkerPool:
 
     def _forget(self, number: int) -> None:
         self._processes.pop(number).wait()
+        self._table.workers[number : number + 1]["ready"] = 0
         pidfd = self._pidfds.pop(number, -1)
         if pidfd >= 0:
             self._selector.unregister(pidfd)
@@ -168,9 +187,17 @@ class WorkerPool:
         self._early_deaths = 0 if ready else self._early_deaths + 1
         self._relay()
         self._forget(number)
+        if self.failure or self._table.shutdown:
+            # It left in order, or its service ends: there is nobody to do its blocks again.
+            self._queue.recover(number, self._is_stored, again=False)
+            return
         again = self._early_deaths < MAX_EARLY_DEATHS
         lost = self._queue.recover(number, self._is_stored, again)
-        self._reclaim()
+        try:
+            self._reclaim()
+        except (LockTimeoutError, OSError) as error:
+            # A write that finds no room, and the next open, will do it.
+            log.warning("the slots that worker %d was filling stay taken: %s", number, error)
         log.warning(
             "worker %d (pid %d) died with status %d; %d blocks were in its hands",
             number,
@@ -185,28 +212,24 @@ class WorkerPool:
         self._spawn(number)
 
     def _give_up(self, reason: str) -> None:
+        """Workers that live finish what they have in hand and leave; the rest is aborted."""
         self.failure = reason
-        self._table.header["shutdown"] = 1
         log.error("the service stops: %s", reason)
-        self._queue.abort_all()
+        self._shut_down()
 
     # --- the end ---------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Let the workers finish what they have in hand and leave; kill those who do not."""
-        table = self._table
-        if self._thread is None:
-            return
-        self._stopping = True
-        table.header["shutdown"] = 1
-        for cells in table.used_cells():
-            self._queue.abort_waiting(cells)
-        table.header["work_seq"] += 1
-        table.futex.wake(table.work_word)
-        os.write(self._wake_write, b"x")
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        self._thread = None
+        with self._life:
+            if self._stopping:
+                return
+            self._stopping = True
+        self._shut_down()
+        if self._thread is not None:
+            os.write(self._wake_write, b"x")
+            if self._thread is not threading.current_thread():
+                self._thread.join()
         deadline = time.monotonic() + STOP_SECONDS
         for process in self._processes.values():
             try:
@@ -216,8 +239,21 @@ class WorkerPool:
                 process.kill()
         for number in list(self._processes):
             self._forget(number)
-        self._relay()
         self._queue.abort_all()
         self._selector.close()
-        for descriptor in (self._log_read, self._log_write, self._wake_read, self._wake_write):
+        if self._pipes:
+            self._relay()
+        for descriptor in self._pipes:
             os.close(descriptor)
+
+    def _shut_down(self) -> None:
+        """From now on nothing is queued, what waits is aborted, and idle workers leave."""
+        table = self._table
+        table.header["shutdown"] = 1
+        try:
+            self._queue.abort_waiting()
+        except LockTimeoutError as error:
+            # A worker that is stopped holds the queue: `stop` kills it and aborts the rest.
+            log.warning("%s", error)
+        table.header["work_seq"] += 1
+        table.futex.wake(table.work_word)

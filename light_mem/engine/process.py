@@ -1,11 +1,17 @@
-"""Who a process is, and whether this one was forked from one that used the library."""
+"""Who a process is, whether it lives, and whether it was forked from one that used the library."""
 
 from __future__ import annotations
 
 import os
+import select
+import threading
+import weakref
+from collections.abc import Callable
 
 from light_mem.errors import ForkedProcessError
 from light_mem.index.owners import process_start
+
+_LOOK_SECONDS = 0.5  # only where there are no pidfds
 
 _forks = 0
 
@@ -34,7 +40,10 @@ def refuse_fork(token: int, what: str) -> None:
 
 
 def is_alive(pid: int, started: float) -> bool:
-    """Whether the process with this pid *and* start time runs; a pid alone is reused."""
+    """Whether the process with this pid *and* start time runs; a pid alone is reused.
+
+    One that has ended and that its parent has not waited for yet (a zombie) does not run.
+    """
     found = process_start(pid)
     if not found and not started:
         try:
@@ -44,4 +53,90 @@ def is_alive(pid: int, started: float) -> bool:
         except PermissionError:
             pass
         return True
-    return bool(found) and abs(found - started) < 1.5
+    return bool(found) and abs(found - started) < 1.5 and not _has_exited(pid)
+
+
+def _has_exited(pid: int) -> bool:
+    # Not the state in /proc/<pid>/stat: it is the main thread's, which may end before the others.
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except (AttributeError, OSError):
+        return False  # no pidfds on this system
+    try:
+        return bool(_readable(pidfd, timeout=0))
+    finally:
+        os.close(pidfd)
+
+
+def _readable(*descriptors: int, timeout: int | None = None) -> list[int]:
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(timeout)]
+
+
+class DeathWatch:
+    """Says whether another process has died: `dead`, an attribute that costs no system call.
+
+    A thread sleeps on the process's pidfd; it ends with this object. Any thread may look.
+    """
+
+    def __init__(self, pid: int, started: float) -> None:
+        self.dead = False
+        end = _watch(pid, started, weakref.ref(self))
+        # A forked child shares the eventfd with its parent: it must not end the parent's thread.
+        weakref.finalize(self, _end_watch, end, fork_token())
+
+    def tell(self) -> None:
+        """The process has died."""
+        self.dead = True
+
+
+def _end_watch(end: Callable[[], object], token: int) -> None:
+    if token == fork_token():
+        end()
+
+
+def _watch(pid: int, started: float, watch: weakref.ref[DeathWatch]) -> Callable[[], object]:
+    """Start the thread; returns what ends it."""
+
+    def tell() -> None:
+        told = watch()
+        if told is not None:
+            told.tell()
+
+    def sleep(pidfd: int, stop: int) -> None:
+        # Only this thread closes the descriptors: nobody else can meet a number that was reused.
+        if stop not in _readable(pidfd, stop):
+            tell()
+            _readable(stop)
+        os.close(pidfd)
+        os.close(stop)
+
+    def look(ended: threading.Event) -> None:
+        while is_alive(pid, started):
+            if ended.wait(_LOOK_SECONDS):
+                return
+        tell()
+
+    if not hasattr(os, "eventfd"):
+        pidfd = -1
+    else:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            tell()
+            return lambda: None
+        except (AttributeError, OSError):
+            pidfd = -1
+    if pidfd < 0:  # no pidfds on this system
+        ended = threading.Event()
+        threading.Thread(target=look, args=(ended,), name="lightmem-watch", daemon=True).start()
+        return ended.set
+    stop = os.eventfd(0, os.EFD_CLOEXEC)
+    if not is_alive(pid, started):  # it has died, or another process has the pid by now
+        tell()
+    threading.Thread(target=sleep, args=(pidfd, stop), name="lightmem-watch", daemon=True).start()
+    return lambda: os.eventfd_write(stop, 1)

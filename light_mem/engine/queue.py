@@ -1,11 +1,12 @@
 """TaskQueue: the blocks that wait for a worker.
 
 Two rings of cell numbers in the task table, one for reads, one for writes, behind one lock that
-the kernel frees when its holder dies. The rings are hints, the cells' states the truth: a cell is
-claimed only while it is INITIAL, so an entry that is there twice, or for a block aborted since,
-does no harm, and a holder may die between any two stores:
+the kernel frees when its holder dies. The rings are hints, the cells the truth: a cell is claimed
+only while it is INITIAL and of the ring's mode, so an entry that is there twice, or for a block
+aborted since whose cell another task has by now, does no harm, and a holder may die between any
+two stores:
 
-push    ring entries -> tail
+push    ring entries -> tail -> states of the cells
 claim   worker and state of the cells -> head
 """
 
@@ -28,6 +29,7 @@ from light_mem.engine.task_table import (
     WRITE,
     TaskTable,
 )
+from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.locks import RangeLock
 
 QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
@@ -45,6 +47,7 @@ class TaskQueue:
     def __init__(self, table: TaskTable, lock: RangeLock) -> None:
         self._table = table
         self._lock = lock
+        self._closed = False
         self._threads = threading.Lock()
         self._turn = 0
 
@@ -52,29 +55,57 @@ class TaskQueue:
     def held(self) -> Iterator[None]:
         """Hold the queue; raises LockTimeoutError when its holder is stopped."""
         with self._threads:
+            if self._closed:
+                raise ServiceClosedError("the service is closed")
             self._lock.lock(QUEUE_BYTE)
             try:
                 yield
             finally:
                 self._lock.unlock(QUEUE_BYTE)
 
-    def push(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
-        """Queue cells of one mode, in this order, and wake as many workers as can help."""
-        if not len(cells):
-            return
+    def close(self) -> None:
+        """Let go of the lock; whoever comes later gets ServiceClosedError."""
+        with self._threads:
+            self._closed = True
+            self._lock.close()
+
+    def push(self, cells: npt.NDArray[np.uint32], mode: int, publish: Callable[[], object]) -> None:
+        """Queue cells of one mode, in this order, and wake as many workers as can help.
+
+        `publish` makes them INITIAL; it runs while nobody can claim or abort them. Raises
+        ServiceClosedError when there will be no worker for them.
+        """
         with self.held():
+            if self._table.shutdown:  # asked under the lock: who shuts down aborts what is queued
+                raise ServiceClosedError("the service is closed")
             self._append(cells, mode)
+            publish()
         self._table.futex.wake(self._table.work_word, len(cells))
 
     def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
         ring, name = self._table.rings[mode], _name(mode)
         tail = int(self._table.header[f"{name}_tail"][0])
+        if self.depth(mode) + len(cells) > self._table.ring_length:
+            tail = self._compact(mode)
         at = tail % self._table.ring_length
         first = min(len(cells), self._table.ring_length - at)
         ring[at : at + first] = cells[:first]
         ring[: len(cells) - first] = cells[first:]
         self._table.header[f"{name}_tail"] = tail + len(cells)
         self._table.header["work_seq"] += 1
+
+    def _compact(self, mode: int) -> int:
+        """Drop the entries of blocks that nobody will claim, which abort leaves; the new tail."""
+        table, name = self._table, _name(mode)
+        head, tail = int(table.header[f"{name}_head"][0]), int(table.header[f"{name}_tail"][0])
+        at = np.arange(head, tail) % table.ring_length
+        cells = table.rings[mode][at]
+        cells = cells[(table.states[cells] == INITIAL) & (table.cells["mode"][cells] == mode)]
+        _, first = np.unique(cells, return_index=True)
+        cells = cells[np.sort(first)]
+        table.rings[mode][at[: len(cells)]] = cells
+        table.header[f"{name}_tail"] = head + len(cells)
+        return head + len(cells)
 
     def depth(self, mode: int) -> int:
         """Blocks waiting, aborted ones among them."""
@@ -108,7 +139,7 @@ class TaskQueue:
         while head < tail and len(claimed) < limit and nbytes < BATCH_BYTES:
             at = int(ring[head % table.ring_length])
             head += 1
-            if states[at] != INITIAL:
+            if states[at] != INITIAL or cell["mode"][at] != mode:
                 continue
             cell["worker"][at] = worker
             states[at] = WORKING
@@ -117,19 +148,29 @@ class TaskQueue:
         table.header[f"{name}_head"] = head
         return claimed
 
-    def abort(self, start: int, end: int, row: int) -> None:
-        """Abort a task: blocks nobody has begun at once, the others when their worker looks."""
+    def abort(self, table: TaskTable, start: int, end: int, row: int, generation: int) -> None:
+        """Abort a task: blocks nobody has begun at once, the others when their worker looks.
+
+        Does nothing when the task's row has another generation by now. Raises
+        InvalidArgumentError for a task of another table.
+        """
+        if table is not self._table:
+            raise InvalidArgumentError("the task belongs to another service")
         with self.held():
+            # A row gets a new generation without this lock, but its cells get their states with it.
+            if table.rows["generation"][row] != generation:
+                return
             self._table.rows["abort"][row] = 1
             states = self._table.states[start:end]
             states[states == INITIAL] = ABORTED
         self._table.finish(row, 0)
 
-    def abort_waiting(self, cells: slice) -> None:
-        """Abort every block of these cells that nobody has begun."""
+    def abort_waiting(self, cells: slice | None = None) -> None:
+        """Abort every block of these cells, or of all, that nobody has begun."""
         with self.held():
-            states = self._table.states[cells]
-            states[states == INITIAL] = ABORTED
+            for part in self._table.used_cells() if cells is None else [cells]:
+                states = self._table.states[part]
+                states[states == INITIAL] = ABORTED
         self._finish_lost_tasks()
 
     def abort_all(self) -> None:

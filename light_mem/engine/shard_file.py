@@ -7,14 +7,18 @@ the mapping cannot fail for want of room (it would be SIGBUS, which Python canno
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from light_mem.engine.base import Bytes2D
+from light_mem.engine.copy import Copier, Rows
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
@@ -75,6 +79,18 @@ def read_header(path: Path) -> np.void | None:
     return found
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a file without a readable header holds any data, not only room for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.lseek(descriptor, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    finally:
+        os.close(descriptor)
+    return True
+
+
 class ShardFile:
     """A shard's pages and records in this process. Any process may hold one; slots are written
     only by the process whose intents name them, records only by it or under the shard's lock."""
@@ -85,15 +101,44 @@ class ShardFile:
         self._data, self._data_fd = _map(
             data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
         )
-        self._slots, self._slots_fd = _map(
-            slots_path(directory, shard), fmt.slots_file_bytes(geometry.slots)
-        )
+        try:
+            self._slots, self._slots_fd = _map(
+                slots_path(directory, shard), fmt.slots_file_bytes(geometry.slots)
+            )
+        except BaseException:
+            os.close(self._data_fd)
+            raise
         self._pages = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         ).reshape(geometry.slots, geometry.page_bytes)
+        self._touched = np.zeros(geometry.slots, bool)  # slots that this process has written
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
+
+    def gather(
+        self,
+        copier: Copier,
+        run: tuple[int, int],
+        memory: Bytes2D,
+        rows: Rows,
+        checksum: xxhash.xxh3_64,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Copy rows of `memory` into a run of slots, whole or up to Stopped; raises OSError.
+
+        Through the mapping where this process has written before, else by `pwrite`: mapped slots
+        that were never touched cost a fault every 4 KiB (measured with two writers: fresh file 1-2
+        against 6 GB/s; in the page cache 7.8 against 9.5, but 12.6 once they are mapped).
+        """
+        start, length = run
+        touched = self._touched[start : start + length]
+        if touched.all():
+            copier.gather(memory, rows, self.pages(start, length), checksum, stopped)
+        else:
+            at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
+            copier.gather_to_file(memory, rows, self._data_fd, at, checksum, stopped)
+            touched[:] = True
 
     def pages(self, start: int, length: int) -> Bytes2D:
         """The mapped pages of a run of slots, uint8 [length, page_bytes]."""
@@ -120,15 +165,17 @@ class ShardFile:
             record["crc"] = record_crc(record)
             self.records[start] = record
 
-    def clear_records(self, starts: list[int]) -> None:
+    def clear_records(self, starts: Sequence[int] | npt.NDArray[np.intp]) -> None:
         """The blocks that began at these slots are gone."""
-        self.records["tag"][starts] = fmt.FREE
+        starts = np.asarray(starts, np.intp)
+        tags = self.records["tag"]
+        tags[starts[tags[starts] != fmt.FREE]] = fmt.FREE  # leaves clean pages clean
 
     def sync(self) -> None:
         """Put pages and records on the device; raises OSError."""
         # fdatasync also writes what was changed through a mapping (fsync(2), msync(2)).
-        os.fdatasync(self._data_fd)
-        os.fdatasync(self._slots_fd)
+        for descriptor in (self._data_fd, self._slots_fd):
+            _sync(descriptor)
 
     def close(self) -> None:
         """Close the descriptors; the mappings go with the last array over them."""
@@ -136,6 +183,9 @@ class ShardFile:
             if descriptor >= 0:
                 os.close(descriptor)
         self._data_fd = self._slots_fd = -1
+
+
+_sync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 def _map(path: Path, size: int) -> tuple[mmap.mmap, int]:

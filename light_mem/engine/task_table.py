@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.engine.futex import FutexWords
-from light_mem.engine.process import is_alive
-from light_mem.errors import ServiceClosedError
+from light_mem.engine.process import DeathWatch, is_alive
+from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.format import align
 from light_mem.index.owners import process_start
 
@@ -33,6 +34,8 @@ READ, WRITE = 1, 2
 MAGIC = b"LMTABLE1"
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
+MAX_BLOCKS = 1 << 22  # a lane: page indices of all lanes are numbered with 32 bits
+MAX_PATH_BYTES = 2047
 PAGES_PER_CELL = 16  # room for page indices; a table full of 64-page blocks holds a quarter as many
 
 HEADER = np.dtype(
@@ -49,16 +52,16 @@ HEADER = np.dtype(
         ("pages_per_block", "<u4"),
         ("page_bytes", "<u8"),
         ("num_pages", "<u8"),
-        ("shutdown", "<u4"),  # 1: workers leave when they find no work, nobody creates
+        ("shutdown", "<u4"),  # 1: workers leave when they find no work, nobody queues anything
         ("work_seq", "<u4"),  # futex: changes when blocks are queued
         ("done_seq", "<u4"),  # futex: changes when a task is ready
-        ("pad", "<u4"),
+        ("server_fd", "<u4"),  # descriptor of this table in the server
         ("read_head", "<u8"),
         ("read_tail", "<u8"),
         ("write_head", "<u8"),
         ("write_tail", "<u8"),
         ("restarts", "<u8"),  # workers replaced
-        ("store", "S2048"),  # the store's directory, UTF-8
+        ("store", f"S{MAX_PATH_BYTES + 1}"),  # the store's directory
     ]
 )
 LANE = np.dtype(
@@ -150,9 +153,13 @@ class Sizes(NamedTuple):
 class TaskTable:
     """A mapped table. Layout: header, lanes, workers, rows, active, states, cells, pages, rings."""
 
+    # Of the server; None in the server itself and in its workers, which die with it.
+    _server: DeathWatch | None = None
+
     def __init__(self, fd: int, sizes: Sizes | None, path: str = "") -> None:
         self.fd = fd
         self.path = path
+        create = sizes is not None
         if sizes is None:
             with mmap.mmap(fd, align(HEADER.itemsize), access=mmap.ACCESS_READ) as first:
                 header = np.frombuffer(bytes(first[: HEADER.itemsize]), HEADER)
@@ -178,7 +185,7 @@ class TaskTable:
         cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
         read_at, write_at = place(self.ring_length * 4), place(self.ring_length * 4)
         self.nbytes = at[0]
-        if os.fstat(fd).st_size < self.nbytes:
+        if create and os.fstat(fd).st_size < self.nbytes:
             os.ftruncate(fd, self.nbytes)  # pages come when they are touched
         self.map = mmap.mmap(fd, self.nbytes)
         self.header = np.frombuffer(self.map, HEADER, 1, header_at)
@@ -218,9 +225,17 @@ class TaskTable:
             import tempfile
 
             fd, path = tempfile.mkstemp(prefix="lightmem-tasks-")
-        table = cls(fd, sizes, path)
+        try:
+            table = cls(fd, sizes, path)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            os.close(fd)
+            raise InvalidArgumentError(
+                f"no memory for a task table of {sizes.cells} blocks ({error}): lower max_blocks",
+                max_blocks=sizes.cells,
+            ) from error
         h = table.header
-        h["table_id"], h["store"] = os.urandom(16).hex().encode(), store.encode()
+        h["table_id"], h["store"] = os.urandom(16).hex().encode(), os.fsencode(store)
+        h["server_fd"] = fd
         h["server_pid"], h["server_started"] = os.getpid(), process_start(os.getpid())
         h["lanes"], h["rows"], h["cells"], h["pages"] = sizes
         h["workers"], h["page_bytes"], h["num_pages"] = workers, page_bytes, num_pages
@@ -235,9 +250,14 @@ class TaskTable:
 
         Raises ServiceClosedError when the server is gone.
         """
-        known = _tables.get(address.table_id)
-        if known is not None:
+        with _attach_guard:
+            known = _tables.get(address.table_id)
+            if known is None:
+                known = _tables[address.table_id] = cls._attach(address)
             return known
+
+    @classmethod
+    def _attach(cls, address: TableAddress) -> TaskTable:
         gone = ServiceClosedError(
             f"the server of this task (pid {address.pid}) has closed its service or is gone",
             pid=address.pid,
@@ -252,12 +272,15 @@ class TaskTable:
             raise gone from None
         try:
             table = cls(fd, None, address.path)
+            if table.address() != address:
+                raise gone
         except (ServiceClosedError, ValueError, OSError):
             os.close(fd)
             raise gone from None
-        if table.address().table_id != address.table_id:
-            raise gone
-        return _tables.setdefault(address.table_id, table)
+        weakref.finalize(table, os.close, fd)
+        if address.pid != os.getpid():
+            table._server = DeathWatch(address.pid, address.started)
+        return table
 
     def address(self) -> TableAddress:
         """Where others find this table: as its server, so also from a client."""
@@ -266,9 +289,14 @@ class TaskTable:
             bytes(h["table_id"][0]).decode(),
             int(h["server_pid"][0]),
             float(h["server_started"][0]),
-            self.fd,
+            int(h["server_fd"][0]),
             self.path,
         )
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the server has died: nobody works on tasks any more. No system call."""
+        return self._server is not None and self._server.dead
 
     @property
     def shutdown(self) -> bool:
@@ -341,6 +369,17 @@ class TaskTable:
 
 
 _tables: weakref.WeakValueDictionary[str, TaskTable] = weakref.WeakValueDictionary()
+_attach_guard = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    # A client that the child is handed attaches anew: it needs its own watch over the server.
+    global _attach_guard
+    _tables.clear()
+    _attach_guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def is_final(states: bytes) -> bool:

@@ -154,7 +154,7 @@ def main(config: dict[str, Any]) -> None:
     page_bytes = int(table.header["page_bytes"][0])
     memory = attach(source).reshape(-1, page_bytes)
     engine = LocalStorageEngine(
-        table.header["store"][0].decode(),
+        os.fsdecode(bytes(table.header["store"][0])),
         kind="worker",
         verify=config["verify"],
         durability=config["durability"],

@@ -15,8 +15,10 @@ import numpy as np
 
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry, sync_directory
+from light_mem.index.room import allocate
 
 NAME = "index"
+_LOOKUPS_WORD, _HITS_WORD = (fmt.INDEX_HEADER.fields[f][1] // 8 for f in ("lookups", "hits"))  # type: ignore[index]
 
 
 def boot_id() -> bytes:
@@ -41,7 +43,8 @@ class IndexFile:
     words32, words64: the whole file as machine words, for scalar access from Python
     """
 
-    def __init__(self, path: Path, geometry: Geometry) -> None:
+    def __init__(self, path: Path, geometry: Geometry, writable: bool = True) -> None:
+        """Map it; raises FileNotFoundError, IndexUnusable. Tools that only look do not write."""
         g = geometry
         self.path = path
         self.geometry = g
@@ -49,11 +52,12 @@ class IndexFile:
         self.slots = g.slots
         self.buckets = fmt.buckets_for(g.slots)
         control, heads, entries, size = fmt.index_layout(g.shards, g.slots)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         try:
             if os.fstat(descriptor).st_size < size:
                 raise IndexUnusable(f"{path} is shorter than its {size} bytes")
-            self.map = mmap.mmap(descriptor, size)
+            self.map = mmap.mmap(descriptor, size, access=access)
         finally:
             os.close(descriptor)
         self.header = np.frombuffer(self.map, fmt.INDEX_HEADER, 1)
@@ -110,6 +114,11 @@ class IndexFile:
         self.header["clean"][0] = 1
         self.map.flush(0, fmt.BLOCK_ALIGN)
 
+    def count(self, lookups: int, hits: int) -> None:
+        """Add to the statistics of look-ups; two processes at once may lose an addition."""
+        self.words64[_LOOKUPS_WORD] += lookups
+        self.words64[_HITS_WORD] += hits
+
     def close(self) -> None:
         """Let go of the mapping once nobody holds an array over it."""
         self.words32.release()
@@ -139,7 +148,7 @@ def create(directory: Path, geometry: Geometry) -> Path:
     header["boot_id"] = boot_id()
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        allocate(descriptor, temporary, size)
         os.pwrite(descriptor, header.tobytes(), 0)
     except BaseException:
         os.unlink(temporary)

@@ -61,6 +61,8 @@ INDEX_HEADER = np.dtype(
         ("buckets", "<u4"),  # a shard; a power of two
         ("clean", "<u4"),  # 1: synced by the last owner that left
         ("boot_id", "S16"),  # of the kernel that may hold unsynced pages of this file
+        ("lookups", "<u8"),  # hashes that servers asked for ever; a statistic, not exact
+        ("hits", "<u8"),  # ... and found
     ]
 )
 INDEX_HEADER_CRC = ("version", "store_id", "page_bytes", "shards", "slots", "buckets")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import TypeAlias
@@ -54,11 +55,12 @@ def _one(value: object) -> bytes:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise InvalidArgumentError(
-            f"a hash is a str, bytes or int, not {type(value).__name__}: {value!r}", value=value
+            f"a hash is a str, bytes or int, not {type(value).__name__}: {reprlib.repr(value)}",
+            value=value,
         ) from None
     if not 0 <= number < 1 << 128:
         raise InvalidArgumentError(
-            f"an int hash lies in 0 <= hash < 2**128: {number}", value=number
+            f"an int hash lies in 0 <= hash < 2**128: {reprlib.repr(number)}", value=number
         )
     return number.to_bytes(16, "big")
 

@@ -43,6 +43,14 @@ class _Held:
         self.thread = threading.Lock()
         self.file = filelock.FileLock(path, mode=0o600, thread_local=False)
 
+    def abandon(self) -> None:
+        """In a forked child: close the inherited descriptor. `release` would free the parent's
+        lock, and left open it would outlive the parent for as long as the child lives."""
+        context = self.file._context
+        if context.lock_file_fd is not None:
+            os.close(context.lock_file_fd)
+            context.lock_file_fd = None
+
 
 _held: dict[str, _Held] = {}
 _held_guard = threading.Lock()
@@ -167,6 +175,8 @@ def _after_fork_in_child() -> None:
     global _held_guard
     for lock in list(_range_locks):
         lock.close()
+    for held in _held.values():
+        held.abandon()
     _held.clear()
     _held_guard = threading.Lock()
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
-from light_mem.index.format import ENTRY, LIVE, STATE_MASK
+from light_mem.index.format import ENTRY, EXTENT, LIVE, STATE_MASK
 from light_mem.index.keys import KeyArray
 
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
@@ -154,28 +154,36 @@ class Lookup:
         if tag & STATE_MASK != LIVE or int(record["low"]) != low or int(record["high"]) != high:
             return None
         checksum, nbytes = int(record["checksum"]), int(record["nbytes"])
-        runs = self.runs(shard, slot)
+        runs = self.runs(shard, slot, nbytes)
         if runs is None or self.tag(entry) != tag:
-            return None
-        if sum(n for _, n in runs) * f.geometry.page_bytes < nbytes:
             return None
         return Location(entry, shard, slot, tag, checksum, nbytes, runs)
 
-    def runs(self, shard: int, slot: int) -> list[tuple[int, int]] | None:
-        """The runs of the block that starts at `slot`; None when they make no sense."""
+    def runs(
+        self, shard: int, slot: int, nbytes: int | None = None
+    ) -> list[tuple[int, int]] | None:
+        """The runs of the block that starts at `slot`; None when they make no sense.
+
+        `nbytes` is the length of a stored block, which its runs must fit.
+        """
         f = self._f
         runs: list[tuple[int, int]] = []
         at, left = slot + 1, f.slots
         while at:
             if at > f.slots:
                 return None
-            word = f.entries_word32 + (shard * f.slots + at - 1) * _ENTRY32
+            entry = shard * f.slots + at - 1
+            if runs and self.tag(entry) & STATE_MASK != EXTENT:
+                return None
+            word = f.entries_word32 + entry * _ENTRY32
             length = f.words32[word + RUN]
             if not 0 < length <= left or at - 1 + length > f.slots:
                 return None
             runs.append((at - 1, length))
             left -= length
             at = f.words32[word + NEXT_RUN]
+        if nbytes is not None and f.slots - left != -(-nbytes // f.geometry.page_bytes):
+            return None
         return runs
 
     def tag(self, entry: int) -> int:

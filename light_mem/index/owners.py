@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from light_mem.errors import StoreBusyError
 from light_mem.index.format import MAX_OWNERS, OWNER
 from light_mem.index.locks import RangeLock
+from light_mem.index.room import allocate
 
 NAME = "owners"
 Intent = tuple[int, int]  # shard, first slot
@@ -65,28 +67,32 @@ class Owners:
         try:
             if os.fstat(descriptor).st_size < size:
                 # Never shortened and never replaced: others may have it mapped and locked.
-                os.posix_fallocate(descriptor, 0, size)
+                allocate(descriptor, path, size)
             self._map = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
         self.records = np.frombuffer(self._map, OWNER)
         self.locks = RangeLock(path)
-        self._joined: set[int] = set()  # a lock of our own does not keep us out
+        # A lock of our own does not keep us out, nor does it keep our threads apart.
+        self._joined: set[int] = set()
+        self._guard = threading.Lock()
 
     def join(self, kind: str) -> Owner:
         """Become an owner; `kind` is at most 16 ASCII letters. Raises StoreBusyError when full."""
-        for number in range(1, MAX_OWNERS):
-            # A record with a pid whose lock is free is a dead owner with intents to be taken
-            # back first; `reclaim` does that.
-            if not self.records["pid"][number] and self.locks.try_lock(number):
+        record = np.zeros((), OWNER)
+        record["pid"] = os.getpid()
+        record["started"] = process_start(os.getpid())
+        record["kind"] = kind.encode()
+        record["joined"] = time.time_ns()
+        with self._guard:
+            for number in range(1, MAX_OWNERS):
+                # A record with a pid whose lock is free is a dead owner with intents to be taken
+                # back first; `reclaim` does that.
+                if self.records["pid"][number] or not self.locks.try_lock(number):
+                    continue
                 if self.records["pid"][number]:
                     self.locks.unlock(number)
                     continue
-                record = np.zeros((), OWNER)
-                record["pid"] = os.getpid()
-                record["started"] = process_start(os.getpid())
-                record["kind"] = kind.encode()
-                record["joined"] = time.time_ns()
                 self.records[number] = record
                 self._joined.add(number)
                 return Owner(self, number)
@@ -95,12 +101,21 @@ class Owners:
         )
 
     def reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
-        """Call `take_back(owner, intents)` for each dead owner; returns how many there were."""
+        """Call `take_back(owner, intents)` for each dead owner; returns how many there were.
+
+        One thread at a time: the loser of two would empty the record of a new owner.
+        """
+        with self._guard:
+            return self._reclaim(take_back)
+
+    def _reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
         dead = 0
         for number in np.flatnonzero(self.records["pid"]).tolist():
             if number in self._joined or not self.locks.try_lock(number):
                 continue
             try:
+                if not self.records["pid"][number]:
+                    continue  # another process has just reclaimed it
                 intents = [
                     (int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF)
                     for i in self.records["intents"][number].tolist()
@@ -115,9 +130,10 @@ class Owners:
 
     def forget(self, number: int) -> None:
         """The membership has ended: its record is empty, its lock goes."""
-        self.records[number] = np.zeros((), OWNER)
-        self._joined.discard(number)
-        self.locks.unlock(number)
+        with self._guard:
+            self.records[number] = np.zeros((), OWNER)
+            self._joined.discard(number)
+            self.locks.unlock(number)
 
     def alive(self) -> list[OwnerInfo]:
         """The other processes that have the store open now."""

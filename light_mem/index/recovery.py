@@ -7,6 +7,8 @@ checksum when it is read; that is a miss.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -46,19 +48,18 @@ def sound_blocks(table: Table, page_bytes: int) -> Ints:
     single = fits & (follow == 0) & (~live | (pages == run))
     blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # used, head, runs
     for head in heads[fits & (follow != 0)].tolist():
-        runs = _follow(table, states, head)
+        runs = follow_runs(table, states, head)
         if runs is None:
             continue
         if states[head] == fmt.LIVE and sum(n for _, n in runs) != _pages(table, head, page_bytes):
             continue
         blocks.append((int(table["used"][head]), head, runs))
     plain = heads[single]
-    if not blocks and not _overlap(plain, table["run"][plain].astype(np.int64)):
-        return np.asarray(plain)
-    for head in plain.tolist():
+    contested = _contested(slots, plain, run[single], blocks)
+    kept: list[int] = plain[~contested].tolist()
+    for head in plain[contested].tolist():
         blocks.append((int(table["used"][head]), head, [(head, int(table["run"][head]))]))
     taken = np.zeros(slots, bool)
-    kept: list[int] = []
     for _, _, runs in sorted(blocks, key=lambda b: b[0], reverse=True):
         if any(taken[start : start + length].any() for start, length in runs):
             continue
@@ -72,14 +73,25 @@ def _pages(table: Table, head: int, page_bytes: int) -> int:
     return -(-int(table["nbytes"][head]) // page_bytes)
 
 
-def _overlap(starts: Ints, lengths: Ints) -> bool:
-    # `starts` come sorted from flatnonzero
-    return bool((starts[:-1] + lengths[:-1] > starts[1:]).any())
+def _contested(
+    slots: int, starts: Ints, lengths: Ints, blocks: list[tuple[int, int, list[tuple[int, int]]]]
+) -> npt.NDArray[np.bool_]:
+    """Which of the runs have a slot that another run has too: only those need a decision."""
+    change = np.zeros(slots + 1, np.int64)
+    np.add.at(change, starts, 1)
+    np.subtract.at(change, starts + lengths, 1)
+    for _, _, runs in blocks:
+        for start, length in runs:
+            change[start] += 1
+            change[start + length] -= 1
+    double = np.concatenate([[0], np.cumsum(np.cumsum(change[:-1]) > 1)])
+    return np.asarray(double[starts + lengths] > double[starts])
 
 
-def _follow(
+def follow_runs(
     table: Table, states: npt.NDArray[np.uint64], head: int
 ) -> list[tuple[int, int]] | None:
+    """The runs (first slot, slots) of the block at `head`; None when they make no sense."""
     runs = [(head, int(table["run"][head]))]
     at = int(table["next_run"][head])
     while at:
@@ -90,6 +102,9 @@ def _follow(
             return None
         runs.append((at - 1, length))
         at = int(table["next_run"][at - 1])
+    by_place = sorted(runs)
+    if any(a + n > b for (a, n), (b, _) in pairwise(by_place)):
+        return None
     return runs
 
 
@@ -138,35 +153,44 @@ def drop_foreign_extents(records: Table) -> None:
     """
     states = states_of(records)
     for head in np.flatnonzero((states == fmt.LIVE) & (records["next_run"] != 0)).tolist():
-        for start, _ in (_follow(records, states, head) or [])[1:]:
+        for start, _ in (follow_runs(records, states, head) or [])[1:]:
             if any(records[f][start] != records[f][head] for f in ("low", "high", "checksum")):
                 records["tag"][head] = fmt.FREE
                 break
 
 
-def fill_shard(file: IndexFile, shard: int, records: Table) -> int:
-    """Fill one shard of a new, empty index from its records (a copy); returns the blocks.
+def entries_of(records: Table, page_bytes: int) -> Table:
+    """The entries that a shard's records describe, shape [slots]; chains are not linked yet.
 
-    A key that two records hold goes to the one written later.
+    A key that two records hold goes to the one written later. `records` is changed: the state of
+    those that are not believed becomes FREE.
     """
-    slots = file.slots
-    records = records[:slots]
     drop_damaged_records(records)
     drop_foreign_extents(records)
-    sound = sound_blocks(records, file.geometry.page_bytes)
-    entries = file.entries[shard * slots : (shard + 1) * slots]
+    sound = sound_blocks(records, page_bytes)
+    entries = np.zeros(len(records), fmt.ENTRY)
     for name in fmt.ENTRY.names or ():
         if name in (fmt.RECORD.names or ()) and name != "pad":
             entries[name][sound] = records[name][sound]
     _drop_older_twins(entries)
     states = states_of(entries)
-    tag = np.where(states != fmt.FREE, states | np.uint64(1 << fmt.GENERATION_SHIFT), np.uint64(0))
-    entries["tag"] = tag
+    entries["tag"] = np.where(
+        states != fmt.FREE, states | np.uint64(1 << fmt.GENERATION_SHIFT), np.uint64(0)
+    )
+    return entries
+
+
+def fill_shard(file: IndexFile, shard: int, entries: Table) -> int:
+    """Fill one shard of a new, empty index; returns its blocks."""
+    slots = file.slots
+    into = file.entries[shard * slots : (shard + 1) * slots]
+    into[: len(entries)] = entries
     heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
-    link_chains(entries, heads, file.buckets)
+    link_chains(into, heads, file.buckets)
+    states = states_of(into)
     control = file.control[shard : shard + 1]
     control["blocks"] = np.count_nonzero(states == fmt.LIVE)
-    control["used_slots"] = int(entries["run"][states != fmt.FREE].sum())
+    control["used_slots"] = int(into["run"][states != fmt.FREE].sum())
     return int(control["blocks"][0])
 
 
@@ -177,5 +201,5 @@ def _drop_older_twins(entries: Table) -> None:
     low, high, live = low[order], high[order], live[order]
     twin = (low[:-1] == low[1:]) & (high[:-1] == high[1:])
     for head in live[:-1][twin].tolist():
-        for start, _ in _follow(entries, states_of(entries), head) or [(head, 0)]:
+        for start, _ in follow_runs(entries, states_of(entries), head) or [(head, 0)]:
             entries["tag"][start] = fmt.FREE

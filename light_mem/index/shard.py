@@ -1,7 +1,7 @@
 """Changes to one shard's index, under the shard's lock.
 
 A holder marks the shard dirty, changes it, and takes the mark back. Whoever finds the mark knows
-that the holder died in between and first puts the shard in order from its entries (`_recover`).
+that the holder died in between and first puts the shard in order from its entries.
 Look-ups go on all the time, so every change keeps this order:
 
 publish  fields of the entry -> tag LIVE -> head of the chain: found only when whole
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -59,21 +60,33 @@ class ShardIndex:
         self._order = EvictionOrder(self._tags, self._entries["used"])
         self._space: FreeRuns | None = None
         self._epoch = -1
+        self._unmarked: list[Run] = []  # allocated in this hold; the entries do not show it yet
 
     @contextmanager
-    def change(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+    def change(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[bool]:
         """Hold the shard's lock and have its state at hand; raises LockTimeoutError.
 
-        An exception inside leaves the dirty mark: the next holder then puts things in order,
-        exactly as after a death.
+        Yields whether the shard had to be put in order: then some slots that are free now may
+        still have records. An exception inside leaves the dirty mark: the next holder then puts
+        things in order, exactly as after a death.
         """
         with self._lock.hold(timeout):
-            if self._control["dirty"][0]:
-                self._recover()
+            self._unmarked = []
+            recovered = bool(self._control["dirty"][0])
             self._control["dirty"] = 1
+            if recovered:
+                self._put_in_order()
             self._catch_up()
-            yield
+            try:
+                yield recovered
+            except BaseException:
+                self._space = None  # it may know of changes that nobody else does
+                raise
             self._control["dirty"] = 0
+
+    def free_slots(self) -> npt.NDArray[np.intp]:
+        """Slots at which no block and no run of one starts."""
+        return np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.FREE)
 
     # --- free space ------------------------------------------------------------------------------
 
@@ -88,9 +101,9 @@ class ShardIndex:
         for at in range(self._epoch, epoch):
             record = int(journal[at % fmt.JOURNAL_LENGTH])
             start, length = record >> 32, record & fmt.JOURNAL_LENGTH_MASK
-            if record & fmt.JOURNAL_FREED:
-                space.add(start, length)
-            elif not space.remove(start, length):
+            replay = space.add if record & fmt.JOURNAL_FREED else space.remove
+            sound = 0 < length <= self._f.slots - start
+            if not sound or not replay(start, length):
                 self._read_space(epoch)
                 return
         self._epoch = epoch
@@ -105,6 +118,8 @@ class ShardIndex:
             free_from = max(free_from, start + length)
         if free_from < self._f.slots:
             space.add(free_from, self._f.slots - free_from)
+        for start, length in self._unmarked:
+            space.remove(start, length)
         self._space = space
         self._epoch = epoch
 
@@ -128,12 +143,14 @@ class ShardIndex:
         """Take room for one block, evicting the least recently used ones where needed.
 
         The first slots of evicted blocks are appended to `evicted`: the caller clears their
-        records before anything is copied. None: what is not free is being written. The room is
-        the caller's only after `mark`.
+        records before anything is copied. None: what is not free is being written, or the block
+        is larger than the shard. The room is the caller's only after `mark`.
         """
-        space = self._space
-        assert space is not None
+        if slots > self._f.slots:
+            return None
         while True:
+            space = self._space  # evicting a damaged block reads it anew
+            assert space is not None
             start = space.take(slots)
             if start is not None:
                 runs = [(start, slots)]
@@ -157,12 +174,13 @@ class ShardIndex:
             self.remove(victim)
         self._journal(runs, freed=False)
         self._control["used_slots"] += slots
+        self._unmarked += runs
         return Allocation(runs[0][0], runs)
 
-    def _put_back(self, runs: Iterable[Run]) -> None:
-        assert self._space is not None
-        for start, length in runs:
-            self._space.add(start, length)
+    def _put_back(self, runs: Iterable[Run]) -> bool:
+        space = self._space
+        assert space is not None
+        return all([space.add(start, length) for start, length in runs])
 
     def mark(self, runs: list[Run], owner: int) -> None:
         """Mark allocated slots as being written by `owner`, whose intents already name them."""
@@ -173,6 +191,7 @@ class ShardIndex:
             entry["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
             state = fmt.WRITING if at == 0 else fmt.EXTENT
             entry["tag"] = fmt.make_tag(state, owner, generation)
+        self._unmarked = [run for run in self._unmarked if run not in runs]
 
     def is_marked(self, slot: int, owner: int) -> bool:
         """Whether the block at `slot` is still being written by `owner`."""
@@ -198,13 +217,13 @@ class ShardIndex:
     def remove(self, slot: int) -> None:
         """Take out the stored block at `slot`; its slots are free."""
         entry = self._entries[slot]
-        runs = self._lookup.runs(self.shard, slot)
+        runs = self._lookup.runs(self.shard, slot, int(entry["nbytes"]))
         self._free_tags([slot] if runs is None else [start for start, _ in runs])
         bucket = keymath.mix_one(int(entry["low"]), int(entry["high"])) & (self._f.buckets - 1)
         self._unlink(bucket, slot)
         self._control["blocks"] -= 1
         if runs is None:
-            self._put_in_order()  # a damaged entry: what it held is found by the free tags
+            self._put_in_order()  # a damaged entry: what it held is what no other block holds
         else:
             self._free_runs(runs)
 
@@ -223,7 +242,9 @@ class ShardIndex:
             self._tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
 
     def _free_runs(self, runs: list[Run]) -> None:
-        self._put_back(runs)
+        if not self._put_back(runs):
+            self._put_in_order()  # damaged entries: two blocks in the same slots
+            return
         self._journal(runs, freed=True)
         self._control["used_slots"] -= sum(length for _, length in runs)
 
@@ -249,7 +270,7 @@ class ShardIndex:
         self._control["removals"] += live.size
         starts: list[int] = []
         for slot in live.tolist():
-            runs = self._lookup.runs(self.shard, slot)
+            runs = self._lookup.runs(self.shard, slot, int(self._entries["nbytes"][slot]))
             starts += [slot] if runs is None else [start for start, _ in runs]
         self._free_tags(starts)
         self._put_in_order()
@@ -257,20 +278,16 @@ class ShardIndex:
 
     # --- after a death ---------------------------------------------------------------------------
 
-    def _recover(self) -> None:
-        """Put the shard in order from its entries; what makes no sense is dropped."""
+    def _put_in_order(self) -> None:
+        """Chains, counts and free space, from the entries; what makes no sense is dropped."""
         sound = sound_blocks(self._entries, self._f.geometry.page_bytes)
         wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
         self._free_tags(wrong.tolist())
-        self._put_in_order()
-        self._control["dirty"] = 0
-
-    def _put_in_order(self) -> None:
-        """Chains, counts and free space, from the tags."""
         link_chains(self._entries, self._heads, self._f.buckets)
         states = self._tags & np.uint64(fmt.STATE_MASK)
         self._control["blocks"] = np.count_nonzero(states == fmt.LIVE)
-        self._control["used_slots"] = int(self._entries["run"][states != fmt.FREE].sum())
+        used = int(self._entries["run"][states != fmt.FREE].sum())
+        self._control["used_slots"] = used + sum(length for _, length in self._unmarked)
         self._control["unlinks"] += 1
         # Further than the journal reaches: every replica reads the entries.
         self._control["epoch"] += fmt.JOURNAL_LENGTH + 1

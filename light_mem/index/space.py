@@ -77,21 +77,27 @@ class FreeRuns:
         self.total -= length
         return True
 
-    def add(self, start: int, length: int) -> None:
-        """Free a run; it merges with its neighbours."""
-        self.total += length
+    def add(self, start: int, length: int) -> bool:
+        """Free a run; it merges with its neighbours. False: some of it was free, nothing changed."""
         at = self._by_start.bisect_left(start)
+        after, after_length = before, before_length = -1, 0
         if at < len(self._by_start):
             after, after_length = self._by_start.peekitem(at)
-            if start + length == after:
-                self._drop(after, after_length)
-                length += after_length
+            if start + length > after:
+                return False
         if at > 0:
             before, before_length = self._by_start.peekitem(at - 1)
-            if before + before_length == start:
-                self._drop(before, before_length)
-                start, length = before, before_length + length
+            if before + before_length > start:
+                return False
+        self.total += length
+        if start + length == after:
+            self._drop(after, after_length)
+            length += after_length
+        if before >= 0 and before + before_length == start:
+            self._drop(before, before_length)
+            start, length = before, before_length + length
         self._insert(start, length)
+        return True
 
     def _insert(self, start: int, length: int) -> None:
         self._by_start[start] = length

@@ -1,0 +1,140 @@
+"""MemoryStorageEngine: the promises of a storage engine in one process's memory, in a page of code.
+
+The example of a second engine, and what tests compare the local one with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine.base import BlockIO, Bytes2D, Outcome, Report, Stop, StorageEngine, never
+from light_mem.errors import InvalidArgumentError
+from light_mem.index.keys import KeyArray
+
+Key = tuple[int, int]  # low, high
+
+
+class MemoryStorageEngine(StorageEngine):
+    """Blocks in a dictionary, the least recently used first; exact.
+
+    page_bytes, pages   what the store holds: `pages` pages of `page_bytes` bytes. A block takes
+                        whole pages; any `pages` free pages hold it, for nothing is contiguous here
+
+    What it leaves out: other processes, and everything that outlives this one. Nothing here is
+    damaged or lost, so no block has a checksum. Any method, any thread: one lock guards the
+    dictionary and is not held while bytes are copied, as blocks are never changed once they are
+    stored.
+    """
+
+    def __init__(self, page_bytes: int, pages: int) -> None:
+        if page_bytes < 1 or pages < 1:
+            raise InvalidArgumentError(
+                f"page_bytes and pages are 1 or more, not {page_bytes} and {pages}"
+            )
+        self._page_bytes = page_bytes
+        self._pages = pages
+        self._guard = threading.Lock()
+        self._blocks: OrderedDict[Key, Bytes2D] = OrderedDict()
+        self._used = 0
+        self._counters = {"evictions": 0, "inserts": 0, "removals": 0}
+
+    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.bool_]:
+        with self._guard:
+            found = [self._get(key, touch) is not None for key in map(tuple, keys.tolist())]
+        return np.array(found, np.bool_)
+
+    def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        for at, block in enumerate(batch):
+            report(at, self._write_one(at, block, report, stop))
+
+    def _write_one(self, at: int, block: BlockIO, report: Report, stop: Stop) -> Outcome:
+        key = block.low, block.high
+        with self._guard:
+            if self._get(key, touch=False) is not None:
+                return Outcome.PRESENT
+        if self._pages_of(block.nbytes) > self._pages:
+            return Outcome.NO_ROOM
+        stored = np.empty((len(block.rows), block.memory.shape[1]), np.uint8)
+        if not _copy(block, stored, at, stop, to_memory=False):
+            return Outcome.STOPPED
+        report(at, Outcome.COPIED)
+        with self._guard:
+            if self._get(key, touch=False) is not None:
+                return Outcome.PRESENT
+            while self._used + self._pages_of(block.nbytes) > self._pages:
+                self._take(next(iter(self._blocks)))
+                self._counters["evictions"] += 1
+            self._blocks[key] = stored
+            self._used += self._pages_of(block.nbytes)
+            self._counters["inserts"] += 1
+        return Outcome.STORED
+
+    def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        for at, block in enumerate(batch):
+            with self._guard:
+                stored = self._get((block.low, block.high), touch=True)
+            if stored is None or stored.nbytes != block.nbytes:
+                outcome = Outcome.MISSING
+            elif _copy(block, stored.reshape(len(block.rows), -1), at, stop, to_memory=True):
+                outcome = Outcome.LOADED
+            else:
+                outcome = Outcome.STOPPED
+            report(at, outcome)
+
+    def delete(self, keys: KeyArray) -> int:
+        with self._guard:
+            stored = [
+                key for key in dict.fromkeys(map(tuple, keys.tolist())) if key in self._blocks
+            ]
+            return self._remove(stored)
+
+    def clear(self) -> int:
+        with self._guard:
+            return self._remove(list(self._blocks))
+
+    def stats(self) -> dict[str, int]:
+        with self._guard:
+            return {
+                "blocks": len(self._blocks),
+                "used_slots": self._used,
+                "slots": self._pages,
+                **self._counters,
+            }
+
+    def close(self) -> None:
+        """Nothing to let go of: what is stored stays, for as long as this object does."""
+
+    def _get(self, key: Key, touch: bool) -> Bytes2D | None:
+        stored = self._blocks.get(key)
+        if stored is not None and touch:
+            self._blocks.move_to_end(key)
+        return stored
+
+    def _remove(self, stored: list[Key]) -> int:
+        for key in stored:
+            self._take(key)
+        self._counters["removals"] += len(stored)
+        return len(stored)
+
+    def _take(self, key: Key) -> None:
+        self._used -= self._pages_of(self._blocks.pop(key).nbytes)
+
+    def _pages_of(self, nbytes: int) -> int:
+        return -(-nbytes // self._page_bytes)
+
+
+def _copy(block: BlockIO, stored: Bytes2D, at: int, stop: Stop, to_memory: bool) -> bool:
+    """Copy between a block's rows and its stored bytes; False: stopped between two rows."""
+    for number, row in enumerate(block.rows.tolist()):
+        if stop(at):
+            return False
+        if to_memory:
+            block.memory[row] = stored[number]
+        else:
+            stored[number] = block.memory[row]
+    return True

@@ -1,0 +1,182 @@
+"""A store's index made anew from its slots files, in the order of use that the old one knew.
+
+What the blocks are is said by the records alone: each carries a crc. The index that was there until
+now, whole or not, is only asked when each block was last used: it is believed about a block when
+its entry, at the same slot, names the same key and checksum, which no garbage does by chance. A
+block that it does not know keeps the time of its writing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine import shard_file
+from light_mem.index import file as index_file
+from light_mem.index import format as fmt
+from light_mem.index import recovery
+from light_mem.index.description import Geometry
+from light_mem.index.file import IndexFile
+from light_mem.index.recovery import Table
+
+# A clock that was set back since: what an entry says lies in the future by more is garbage, and
+# would keep its block from eviction for good.
+_CLOCK_SLACK_NS = 24 * 3600 * 10**9
+_SECTOR = 4096
+_COUNTERS = ("evictions", "inserts", "removals", "damaged")
+
+
+class Plan(NamedTuple):
+    """What a shard's new entries will be."""
+
+    entries: Table  # ENTRY [slots], chains not linked
+    kept_order: int  # blocks whose last use is known from the old index
+    dropped: int  # records of blocks that were not believed: wrong crc, overlap, older twin, cut
+
+
+def read_at(path: Path, at: int, size: int) -> bytearray:
+    """`size` bytes of a file from `at` on; zeros for what it does not have, or cannot give."""
+    raw = bytearray(size)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return raw
+    try:
+        view, done, piece = memoryview(raw), 0, 1 << 24
+        while done < size:
+            try:
+                count = os.preadv(descriptor, [view[done : done + piece]], at + done)
+            except OSError:  # an unreadable sector: go round it
+                done += _SECTOR if piece == _SECTOR else 0
+                piece = _SECTOR
+                continue
+            if not count:
+                break
+            done += count
+    finally:
+        os.close(descriptor)
+    return raw
+
+
+def read_records(directory: Path, geometry: Geometry, shard: int) -> Table:
+    """A copy of a shard's records, RECORD [slots]; FREE for those that the file does not have."""
+    path = shard_file.slots_path(directory, shard)
+    raw = read_at(path, fmt.SHARD_HEADER_BYTES, fmt.RECORD.itemsize * geometry.slots)
+    return np.frombuffer(raw, fmt.RECORD)
+
+
+class OldIndex:
+    """Entries of an index file that need not be whole, nor of the size that is wanted."""
+
+    def __init__(self, path: Path, geometry: Geometry) -> None:
+        """`geometry` is what the store has, or will have."""
+        self._path = path
+        self._shards = geometry.shards
+        self._slots = geometry.slots
+        header = np.frombuffer(read_at(path, 0, fmt.INDEX_HEADER.itemsize), fmt.INDEX_HEADER)
+        self.sound = (
+            bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
+            and int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
+            and int(header["version"][0]) == fmt.FORMAT_VERSION
+            and bytes(header["store_id"][0]).ljust(16, b"\0").hex() == geometry.store_id
+            and int(header["shards"][0]) == geometry.shards
+        )
+        if self.sound:  # else the size that the store has: only the header may be damaged
+            self._slots = int(header["slots"][0])
+
+    def entries(self, shard: int) -> Table:
+        """A copy of a shard's entries, as far as there are any."""
+        at = fmt.index_layout(self._shards, self._slots)[2]
+        at += fmt.ENTRY.itemsize * self._slots * shard
+        return np.frombuffer(read_at(self._path, at, fmt.ENTRY.itemsize * self._slots), fmt.ENTRY)
+
+    def counter(self, shard: int, name: str) -> int:
+        """One of the counters of a shard that only ever grow; 0 when it cannot be believed."""
+        if not self.sound:
+            return 0
+        raw = read_at(self._path, fmt.BLOCK_ALIGN * (1 + shard), fmt.BLOCK_ALIGN)
+        return int(np.frombuffer(raw, fmt.CONTROL)[name][0])
+
+    def looked_up(self) -> tuple[int, int]:
+        """Look-ups and hits ever."""
+        if not self.sound:
+            return 0, 0
+        raw = read_at(self._path, 0, fmt.INDEX_HEADER.itemsize)
+        header = np.frombuffer(raw, fmt.INDEX_HEADER)
+        return int(header["lookups"][0]), int(header["hits"][0])
+
+
+def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | None) -> Plan:
+    """The new entries of a shard; changes nothing."""
+    records = read_records(directory, geometry, shard)
+    listed = np.count_nonzero(recovery.states_of(records) == fmt.LIVE)
+    within = _slots_within(directory, geometry, shard)
+    entries = np.zeros(geometry.slots, fmt.ENTRY)
+    entries[:within] = recovery.entries_of(records[:within], geometry.page_bytes)
+    live = np.flatnonzero(recovery.states_of(entries) == fmt.LIVE)
+    kept = 0
+    if old is not None:
+        kept = _keep_order(entries, live, old.entries(shard))
+    return Plan(entries, kept, int(listed - live.size))
+
+
+def _slots_within(directory: Path, geometry: Geometry, shard: int) -> int:
+    """Slots that the data file really has: a file that was cut short has lost the others."""
+    try:
+        size = shard_file.data_path(directory, shard).stat().st_size
+    except FileNotFoundError:
+        return 0
+    return max(0, min(geometry.slots, (size - fmt.SHARD_HEADER_BYTES) // geometry.page_bytes))
+
+
+def same_block(a: Table, b: Table) -> npt.NDArray[np.bool_]:
+    """Where two tables of entries or records, of one length, tell of the same stored block."""
+    same = (recovery.states_of(a) == fmt.LIVE) & (recovery.states_of(b) == fmt.LIVE)
+    for name in ("low", "high", "checksum", "nbytes", "run", "next_run"):
+        same &= a[name] == b[name]
+    return np.asarray(same)
+
+
+def _keep_order(entries: Table, live: npt.NDArray[np.intp], old: Table) -> int:
+    live = live[live < len(old)]
+    live = live[same_block(entries[live], old[live])]
+    used, written = old["used"][live], entries["used"][live]
+    known = (used >= written) & (used <= np.uint64(time.time_ns() + _CLOCK_SLACK_NS))
+    entries["used"][live[known]] = used[known]
+    return int(np.count_nonzero(known))
+
+
+def fill(file: IndexFile, plans: Iterable[Plan], old: OldIndex | None) -> int:
+    """Fill a new index, one plan a shard; returns its blocks."""
+    blocks = 0
+    for shard, plan in enumerate(plans):
+        blocks += recovery.fill_shard(file, shard, plan.entries)
+        if old is not None:
+            for name in _COUNTERS:
+                file.control[name][shard] = old.counter(shard, name)
+    if old is not None:
+        file.header["lookups"][0], file.header["hits"][0] = old.looked_up()
+    return blocks
+
+
+def make_index(directory: Path, geometry: Geometry) -> int:
+    """Make the index of a store anew, in one step; returns its blocks. The store is ours alone."""
+    path = directory / index_file.NAME
+    old = OldIndex(path, geometry) if path.exists() else None
+    temporary = index_file.create(directory, geometry)
+    try:
+        file = IndexFile(temporary, geometry)
+        plans = (plan_shard(directory, geometry, s, old) for s in range(geometry.shards))
+        blocks = fill(file, plans, old)
+        file.close()
+        index_file.publish(directory, temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return blocks

@@ -1,0 +1,111 @@
+"""EvictionOrder: exactly the least recently used block, against a naive model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from light_mem.index.format import FREE, LIVE, WRITING, make_tag
+from light_mem.index.order import MIN_BATCH, EvictionOrder
+
+
+class Shard:
+    """Tags and times of use of a shard, and what the naive model says of them."""
+
+    def __init__(self, slots: int) -> None:
+        self.tags = np.zeros(slots, np.uint64)
+        self.used = np.zeros(slots, np.uint64)
+        self.clock = 0
+        self.order = EvictionOrder(self.tags, self.used)
+
+    def use(self, slot: int) -> None:
+        self.clock += 1
+        self.used[slot] = self.clock
+
+    def store(self, slot: int) -> None:
+        self.use(slot)
+        self.tags[slot] = make_tag(LIVE, 0, int(self.tags[slot]) >> 32)
+
+    def drop(self, slot: int) -> None:
+        self.tags[slot] = make_tag(FREE, 0, (int(self.tags[slot]) >> 32) + 1)
+
+    def live(self) -> list[int]:
+        return np.flatnonzero((self.tags & np.uint64(0xFF)) == LIVE).tolist()
+
+    def expected(self) -> int | None:
+        return min(self.live(), key=lambda slot: self.used[slot], default=None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("slots", [5, 3 * MIN_BATCH, 20 * MIN_BATCH])
+def test_the_least_recently_used_block_goes_first(seed: int, slots: int) -> None:
+    rng = np.random.default_rng(seed)
+    shard = Shard(slots)
+    for slot in rng.permutation(slots)[: slots // 2].tolist():
+        shard.store(slot)
+    for _ in range(1500):
+        operation, slot = rng.integers(0, 10), int(rng.integers(0, slots))
+        live = shard.live()
+        if operation < 4:
+            expected = shard.expected()
+            assert shard.order.oldest() == expected
+            if expected is not None:
+                shard.drop(expected)
+        elif operation < 7 and slot not in live:
+            shard.store(slot)
+        elif live:
+            shard.use(live[slot % len(live)])
+            if operation == 9:  # taken out by someone else
+                shard.drop(live[slot % len(live)])
+
+
+def test_a_block_used_after_it_was_sorted_out_goes_later() -> None:
+    shard = Shard(4)
+    for slot in (2, 0, 3, 1):
+        shard.store(slot)
+    assert shard.order.oldest() == 2  # all four are sorted out now
+    shard.drop(2)
+    shard.use(0)
+    shard.use(3)
+    assert [shard.order.oldest()] == [1]
+    shard.drop(1)
+    assert shard.order.oldest() == 0
+
+
+def test_a_sorted_out_block_that_was_used_keeps_its_place_among_the_sorted() -> None:
+    shard = Shard(2 * MIN_BATCH)
+    for slot in range(2 * MIN_BATCH):
+        shard.store(slot)
+    assert shard.order.oldest() == 0  # the oldest MIN_BATCH are sorted out, up to time MIN_BATCH
+    shard.drop(0)
+    shard.used[1] = 10  # another process's clock is a little behind: still among the sorted
+    order = []
+    while (slot := shard.order.oldest()) is not None:
+        order.append(slot)
+        shard.drop(slot)
+    assert order[:11] == [2, 3, 4, 5, 6, 7, 8, 1, 9, 10, 11]
+    assert sorted(order) == list(range(1, 2 * MIN_BATCH))
+
+
+def test_blocks_being_written_and_free_slots_never_go() -> None:
+    shard = Shard(4)
+    assert shard.order.oldest() is None
+    shard.tags[0] = make_tag(WRITING, 7, 1)
+    assert shard.order.oldest() is None
+    shard.store(1)
+    shard.store(2)
+    assert shard.order.oldest() == 1
+    shard.drop(1)
+    shard.tags[2] = make_tag(WRITING, 7, 2)  # its slot was taken again
+    assert shard.order.oldest() is None
+
+
+def test_all_blocks_used_between_two_evictions_still_go_in_order() -> None:
+    shard = Shard(3 * MIN_BATCH)
+    for slot in range(3 * MIN_BATCH):
+        shard.store(slot)
+    assert shard.order.oldest() == 0
+    shard.drop(0)
+    for slot in reversed(range(1, 3 * MIN_BATCH)):
+        shard.use(slot)
+    assert shard.order.oldest() == 3 * MIN_BATCH - 1
