@@ -8,6 +8,7 @@ Python code there is no moment that it does not see.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,8 @@ class Camera:
 
     def __init__(self, directory: Path) -> None:
         self._maps: dict[str, mmap.mmap] = {}
-        names = ["index", "owners", *(p.name for p in directory.glob("shard-*[as]"))]
-        for name in names:
+        names = {"index", "owners", *(p.name for p in directory.glob("shard-*[as]"))}
+        for name in sorted(names.intersection(p.name for p in directory.iterdir())):
             size = OWNERS_BYTES if name == "owners" else 0
             with (directory / name).open("rb") as file:
                 self._maps[name] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
@@ -106,11 +107,12 @@ def interleave(call: Callable[[], Any], change: Callable[[], object], at: int) -
 
 
 def restore(files: Files, source: Path, target: Path) -> Path:
-    """A store as the dead process left it."""
+    """The files as the dead process left them, and the description, in a new directory."""
     target.mkdir(parents=True)
     for name, content in files.items():
         (target / name).write_bytes(content)
-    with (target / "owners").open("r+b") as owners:
-        owners.truncate(MAX_OWNERS * OWNER.itemsize)
-    (target / description.NAME).write_bytes((source / description.NAME).read_bytes())
+        if name == "owners":
+            os.truncate(target / name, MAX_OWNERS * OWNER.itemsize)
+    if (source / description.NAME).exists():
+        (target / description.NAME).write_bytes((source / description.NAME).read_bytes())
     return target

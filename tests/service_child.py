@@ -10,6 +10,7 @@ import selectors
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,9 +39,11 @@ def unpack(text: str) -> Any:
 class Child:
     """A running script. It hears what is said to it with `hear()` and answers with `say(...)`."""
 
-    def __init__(self, script: str, *arguments: object) -> None:
+    def __init__(self, script: str, *arguments: object, through: Sequence[str] = ()) -> None:
+        """`through`: a command that runs the command that follows it, such as unshare."""
+        program = [sys.executable, "-c", _PRELUDE + textwrap.dedent(script)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PRELUDE + textwrap.dedent(script), *map(str, arguments)],
+            [*through, *program, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,

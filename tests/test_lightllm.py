@@ -190,14 +190,14 @@ def test_five_hundred_threads_poll_and_load_their_own_prompts(start: Start) -> N
     assert len(workers) == 24
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(caller.persist, prompts, rows))
-        wait_until(lambda: not caller.service.active_threads("w"))
+        wait_until(lambda: not caller.service.active_threads("w"), 60)
         assert caller.cache.users() == 0
         caller.cache.wipe()
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         try:
             loads = [pool.submit(caller.load, *pair) for pair in zip(prompts, rows, strict=True)]
-            wait_until(lambda: caller.service.active_threads("r") == threads)
+            wait_until(lambda: caller.service.active_threads("r") == threads, 60)
         finally:
             for pid in workers:
                 os.kill(pid, signal.SIGCONT)

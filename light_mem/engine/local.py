@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("light_mem")
 
+# Log records keep their arguments: an exception among them would keep its frames, and with them
+# mappings of a store that is long closed. So errors are logged as text.
+
 # How long a write waits for slots that others are filling. A shard whose every slot is being
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
@@ -89,6 +92,7 @@ class LocalStorageEngine(StorageEngine):
         # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
         self._orphans: dict[int, list[int]] = {}
         self._closed = False
+        self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
         self._owners = Owners(self.directory)
         try:
             self._index = IndexFile(self.directory / index_file.NAME, geometry)
@@ -153,7 +157,9 @@ class LocalStorageEngine(StorageEngine):
                 try:
                     self._write_shard(shard, part, batch, settle, stop)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    log.warning("write to shard %d of %s failed: %s", shard, self.directory, error)
+                    log.warning(
+                        "write to shard %d of %s failed: %s", shard, self.directory, str(error)
+                    )
                     for at in open_blocks.intersection(part):
                         settle(at, Outcome.FAILED)
 
@@ -197,7 +203,7 @@ class LocalStorageEngine(StorageEngine):
         waiting: list[int] = []
         evicted: list[int] = []
         outcomes: list[tuple[int, Outcome]] = []
-        with self._change(shard) as (index, file):
+        with self.change(shard) as (index, file):
             self._give_back_orphans(shard, index, file)
             for at in positions:
                 block = batch[at]
@@ -211,7 +217,7 @@ class LocalStorageEngine(StorageEngine):
                     else:
                         outcomes.append((at, Outcome.PRESENT))
                     continue
-                where = index.allocate(slots, evicted)
+                where = index.allocate(slots, evicted, self.evicts)
                 if where is None:
                     waiting.append(at)
                 else:
@@ -273,7 +279,7 @@ class LocalStorageEngine(StorageEngine):
     ) -> None:
         whole = {w.at: w for w in written}
         outcomes: list[tuple[int, Outcome]] = []
-        with self._change(shard) as (index, file):
+        with self.change(shard) as (index, file):
             now = time.time_ns()
             for at, where in taken:
                 block = batch[at]
@@ -316,7 +322,7 @@ class LocalStorageEngine(StorageEngine):
             try:
                 outcome = self._read_one(batch[at], entry, lambda at=at: stop(at))  # type: ignore[misc]
             except (LockTimeoutError, OSError, StoreFormatError) as error:
-                log.warning("read from %s failed: %s", self.directory, error)
+                log.warning("read from %s failed: %s", self.directory, str(error))
                 outcome = Outcome.FAILED
             report(at, outcome)
 
@@ -360,7 +366,7 @@ class LocalStorageEngine(StorageEngine):
         never be read. Usually it is only gone by now."""
         tag = self.lookup.tag(entry)
         shard, slot = divmod(entry, self.geometry.slots)
-        with self._change(shard) as (index, _):
+        with self.change(shard) as (index, _):
             listed = index.find(block.low, block.high) == slot and self.lookup.tag(entry) == tag
             if not listed or self.lookup.locate(entry, block.low, block.high) is not None:
                 return Outcome.MISSING
@@ -377,14 +383,14 @@ class LocalStorageEngine(StorageEngine):
             self.directory,
         )
         try:
-            with self._change(shard) as (index, file):
+            with self.change(shard) as (index, file):
                 if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
                     index.remove(slot)
                     file.clear_records([slot])
                     self._index.control["removals"][shard] += 1
                     self._index.control["damaged"][shard] += 1
         except LockTimeoutError as error:
-            log.warning("the damaged block stays listed: %s", error)
+            log.warning("the damaged block stays listed: %s", str(error))
 
     # --- taking blocks out -----------------------------------------------------------------------
 
@@ -392,7 +398,7 @@ class LocalStorageEngine(StorageEngine):
         shards = keymath.shards_of(keymath.mix(keys), self.geometry.shards)
         deleted = 0
         for shard in np.unique(shards).tolist():
-            with self._change(shard) as (index, file):
+            with self.change(shard) as (index, file):
                 for low, high in keys[shards == shard].tolist():
                     slot = index.find(low, high)
                     if slot is not None:
@@ -405,7 +411,7 @@ class LocalStorageEngine(StorageEngine):
     def clear(self) -> int:
         cleared = 0
         for shard in range(self.geometry.shards):
-            with self._change(shard) as (index, file):
+            with self.change(shard) as (index, file):
                 slots = index.clear()
                 file.clear_records(slots)
                 cleared += len(slots)
@@ -418,12 +424,23 @@ class LocalStorageEngine(StorageEngine):
             for shard, slot in intents:
                 if shard >= self.geometry.shards or slot >= self.geometry.slots:
                     continue
-                with self._change(shard) as (index, file):
+                with self.change(shard) as (index, file):
                     if index.is_marked(slot, owner):
                         file.clear_records([slot])
                         index.give_back(slot)
 
         return self._owners.reclaim(take_back)
+
+    def free_slots(self, shard: int) -> int:
+        """Slots of a shard that hold nothing, about now."""
+        return self.geometry.slots - int(self._index.control["used_slots"][shard])
+
+    def set_used(self, low: int, high: int, used: int) -> None:
+        """Say when a stored block was last used, ns since 1970: one that was moved here keeps its
+        place in the order of use."""
+        entry = self.lookup.find_one(low, high, touch=False)
+        if entry >= 0:
+            self._index.entries["used"][entry] = used
 
     # --- the rest --------------------------------------------------------------------------------
 
@@ -454,28 +471,32 @@ class LocalStorageEngine(StorageEngine):
         self._closed = True
         try:
             for shard in [shard for shard, slots in self._orphans.items() if slots]:
-                with self._change(shard, timeout=1) as (index, file):
+                with self.change(shard, timeout=1) as (index, file):
                     self._give_back_orphans(shard, index, file)
             self._owner.leave()
         except (LockTimeoutError, OSError, StoreFormatError) as error:
             # Our record stays, without its lock: whoever opens the store next gives them back.
-            log.warning("store %s is left with slots of failed writes: %s", self.directory, error)
+            log.warning(
+                "store %s is left with slots of failed writes: %s", self.directory, str(error)
+            )
         try:
             with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
                 if not self._owners.others():
                     self._index.mark_clean()
         except (LockTimeoutError, OSError) as error:
-            log.warning("store %s is left without a sync: %s", self.directory, error)
+            log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
         for file in self._files.values():
             file.close()
         self._files.clear()
 
     @contextmanager
-    def _change(
+    def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
     ) -> Iterator[tuple[ShardIndex, ShardFile]]:
-        """Change a shard, under its lock; raises LockTimeoutError."""
+        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (files that
+        are too short), OSError. For the engine and for tools: what is taken out of the index must
+        be cleared from the records before this ends."""
         index, file = self._shard(shard), self._file(shard)
         with index.change(timeout) as recovered:
             if recovered:

@@ -134,14 +134,19 @@ def record_crc(record: Table) -> int:
     return xxhash.xxh3_64_intdigest(record.tobytes()[: fmt.RECORD_CRC_BYTES]) & 0xFFFFFFFF
 
 
-def drop_damaged_records(records: Table) -> int:
-    """Set the state of records with a wrong crc to FREE, in place; returns how many."""
-    used = np.flatnonzero(states_of(records))
-    raw = records[used].tobytes()
+def crc_fits(records: Table) -> npt.NDArray[np.bool_]:
+    """Which records carry the crc that they must."""
+    raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
     digest = xxhash.xxh3_64_intdigest
     crcs = [digest(raw[at : at + end]) & 0xFFFFFFFF for at in range(0, len(raw), size)]
-    wrong = used[np.array(crcs, np.uint32) != records["crc"][used]]
+    return np.asarray(np.array(crcs, np.uint32) == records["crc"])
+
+
+def drop_damaged_records(records: Table) -> int:
+    """Set the state of records with a wrong crc to FREE, in place; returns how many."""
+    used = np.flatnonzero(states_of(records))
+    wrong = used[~crc_fits(records[used])]
     records["tag"][wrong] = fmt.FREE
     return int(wrong.size)
 

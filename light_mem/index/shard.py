@@ -84,6 +84,23 @@ class ShardIndex:
                 raise
             self._control["dirty"] = 0
 
+    @property
+    def entries(self) -> npt.NDArray[np.void]:
+        """The shard's entries, ENTRY [slots]: the shared ones, not a copy."""
+        return self._entries
+
+    @property
+    def control(self) -> npt.NDArray[np.void]:
+        """The shard's control page, CONTROL [1]: the shared one, not a copy."""
+        return self._control
+
+    def put_in_order(self) -> None:
+        """Chains, counts and free space anew from the entries; what makes no sense is freed.
+
+        For repairs; after a death it happens by itself.
+        """
+        self._put_in_order()
+
     def free_slots(self) -> npt.NDArray[np.intp]:
         """Slots at which no block and no run of one starts."""
         return np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.FREE)
@@ -139,8 +156,10 @@ class ShardIndex:
         entry = self._lookup.find_one(low, high, touch=False)
         return None if entry < 0 else entry - self.shard * self._f.slots
 
-    def allocate(self, slots: int, evicted: list[int]) -> Allocation | None:
+    def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
         """Take room for one block, evicting the least recently used ones where needed.
+
+        `evict=False`: only free room, in as many pieces as it takes; None when there is too little.
 
         The first slots of evicted blocks are appended to `evicted`: the caller clears their
         records before anything is copied. None: what is not free is being written, or the block
@@ -156,6 +175,11 @@ class ShardIndex:
                 runs = [(start, slots)]
                 break
             pieces = space.take_pieces(slots)
+            if not evict:
+                if pieces is None:
+                    return None
+                runs = pieces
+                break
             if pieces is not None and len(pieces) > MAX_PIECES and len(evicted) < 2 * MAX_PIECES:
                 self._put_back(pieces)
                 pieces = None
@@ -174,6 +198,22 @@ class ShardIndex:
             self.remove(victim)
         self._journal(runs, freed=False)
         self._control["used_slots"] += slots
+        self._unmarked += runs
+        return Allocation(runs[0][0], runs)
+
+    def take(self, runs: list[Run]) -> Allocation:
+        """Take exactly these free slots for one block, as `allocate` would.
+
+        Raises ValueError when they are not free: nothing was taken.
+        """
+        space = self._space
+        assert space is not None
+        for at, (start, length) in enumerate(runs):
+            if not space.remove(start, length):
+                self._put_back(runs[:at])
+                raise ValueError(f"slots {start} to {start + length - 1} are not free")
+        self._journal(runs, freed=False)
+        self._control["used_slots"] += sum(length for _, length in runs)
         self._unmarked += runs
         return Allocation(runs[0][0], runs)
 

@@ -1,0 +1,168 @@
+"""Takes blocks out on request: all of them, those unused for long, those that do not fit any more.
+
+Each change is one of the engine's own, under a shard's lock, so servers may go on meanwhile (but
+for `resize`, which needs the store alone) and a kill at any moment leaves nothing half done: what
+is not yet taken out is taken out by running it again. `dry_run` says what would go.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.opening import check_sizes
+from light_mem.errors import StoreBusyError
+from light_mem.index import format as fmt
+from light_mem.index.recovery import Ints
+from light_mem.maintenance.compacting import compact
+from light_mem.maintenance.inspecting import listed
+from light_mem.maintenance.opening import open_tool
+from light_mem.maintenance.owners import Ownership, listing, require_alone
+from light_mem.maintenance.report import ChangeReport
+from light_mem.maintenance.store import Store
+
+BATCH = 256  # blocks taken out in one hold of a shard's lock: some milliseconds
+
+
+def clear(directory: str | os.PathLike[str], *, dry_run: bool = False) -> ChangeReport:
+    """Take out every stored block; the files keep their size. Raises as opening does."""
+    started = time.monotonic()
+    store = Store(directory)
+    parts = list(listed(store))
+    removed = sum(len(part.heads) for part in parts)
+    nbytes = sum(int(part.table["nbytes"][part.heads].sum()) for part in parts)
+    if not dry_run:
+        engine = open_tool(directory)
+        try:
+            removed = engine.clear()
+        finally:
+            engine.close()
+    return _report(store, dry_run, removed, nbytes, 0, started)
+
+
+def evict(
+    directory: str | os.PathLike[str], older_than: float, *, dry_run: bool = False
+) -> ChangeReport:
+    """Take out the blocks that nobody has used for `older_than` seconds. A block that is used
+    meanwhile stays. Raises as opening does."""
+    started = time.monotonic()
+    store = Store(directory)
+    before = time.time_ns() - int(older_than * 1e9)
+    removed = nbytes = 0
+    engine = None if dry_run else open_tool(directory)
+    try:
+        for part in listed(store):
+            used = part.table["used"][part.heads]
+            old = part.heads[used < np.uint64(max(0, before))]
+            if engine is None:
+                removed += len(old)
+                nbytes += int(part.table["nbytes"][old].sum())
+                continue
+            for first in range(0, len(old), BATCH):
+                batch = old[first : first + BATCH]
+                count, size = _evict(engine, part.shard, batch, before)
+                removed, nbytes = removed + count, nbytes + size
+    finally:
+        if engine is not None:
+            engine.close()
+    return _report(store, dry_run, removed, nbytes, 0, started)
+
+
+def _evict(engine: LocalStorageEngine, shard: int, slots: Ints, before: int) -> tuple[int, int]:
+    removed = nbytes = 0
+    with engine.change(shard) as (index, file):
+        for slot in slots.tolist():
+            entry = index.entries[slot]
+            # Whatever is stored there now: what counts is that nobody has used it for so long.
+            if int(entry["tag"]) & fmt.STATE_MASK == fmt.LIVE and int(entry["used"]) < before:
+                nbytes += int(entry["nbytes"])
+                removed += 1
+                index.remove(slot)
+                file.clear_records([slot])
+        index.control["evictions"] += removed
+    return removed, nbytes
+
+
+def resize(
+    directory: str | os.PathLike[str], storage_size: int, *, dry_run: bool = False
+) -> ChangeReport:
+    """Give a store another `storage_size` (bytes of pages). Nobody else may have it open.
+
+    A larger store keeps every block. In a smaller one the most recently used blocks that fit a
+    shard's new size move to its front first; what is left behind the new end goes. Killed in the
+    middle, the store has its old size and all blocks that are not yet given up, or the new one.
+    Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError.
+    """
+    started = time.monotonic()
+    store = Store(directory)
+    geometry = store.geometry
+    check_sizes(geometry.page_bytes, geometry.shards, storage_size, 1)
+    slots = geometry.resized(storage_size).slots
+    before = _totals(store)
+    if dry_run:
+        kept = _would_keep(store, slots)
+        removed, nbytes = before[0] - kept[0], before[1] - kept[1]
+        return _report(store, True, removed, nbytes, 0, started)._replace(
+            storage_size=storage_size, blocks=kept[0]
+        )
+    require_alone(store.directory, "another size")
+    moved = 0
+    if slots < geometry.slots:
+        engine = open_tool(directory)
+        try:
+            for shard in range(geometry.shards):
+                moved += compact(engine, shard, slots)
+        finally:
+            engine.close()
+    open_tool(directory, storage_size).close()
+    resized = Store(directory)
+    if resized.geometry.storage_size != storage_size:
+        alive = Ownership(store.directory).alive
+        raise StoreBusyError(
+            f"{directory} was opened meanwhile by {listing(alive)} and keeps its size", owners=alive
+        )
+    after = _totals(resized)
+    return _report(
+        resized, False, max(0, before[0] - after[0]), max(0, before[1] - after[1]), moved, started
+    )
+
+
+def _totals(store: Store) -> tuple[int, int]:
+    """Stored blocks and their bytes."""
+    count = nbytes = 0
+    for part in listed(store):
+        count += len(part.heads)
+        nbytes += int(part.table["nbytes"][part.heads].sum())
+    return count, nbytes
+
+
+def _would_keep(store: Store, slots: int) -> tuple[int, int]:
+    """Blocks, and their bytes, that fit `slots` a shard when the last used come first."""
+    count = nbytes = 0
+    for part in listed(store):
+        rows = part.table[part.heads]
+        order = np.argsort(rows["used"])[::-1]
+        pages = -(-rows["nbytes"][order].astype(np.int64) // store.geometry.page_bytes)
+        fits = np.cumsum(pages) <= slots
+        count += int(np.count_nonzero(fits))
+        nbytes += int(rows["nbytes"][order][fits].sum())
+    return count, nbytes
+
+
+def _report(
+    store: Store, dry_run: bool, removed: int, nbytes: int, moved: int, started: float
+) -> ChangeReport:
+    left = _totals(store)[0] - (removed if dry_run else 0)
+    return ChangeReport(
+        str(store.directory),
+        dry_run,
+        removed,
+        nbytes,
+        moved,
+        left,
+        store.geometry.storage_size,
+        time.monotonic() - started,
+    )

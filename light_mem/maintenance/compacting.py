@@ -1,0 +1,155 @@
+"""Moves a shard's blocks to its front, before the shard is made shorter.
+
+The most recently used block behind the new end moves first: into free slots in front, else into
+those of blocks there that were used longer ago. A block is listed at its new place before it
+leaves the old one, its bytes and record before it is listed; so at every moment it is stored at
+least once, and whoever is killed leaves at most the same block twice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.shard_file import ShardFile
+from light_mem.index import recovery
+from light_mem.index.owners import Owner, Owners
+from light_mem.index.shard import Run, ShardIndex
+from light_mem.index.space import FreeRuns
+from light_mem.maintenance.store import blocks_in
+
+BATCH_BYTES = 256 << 20  # moved in one hold of the shard's lock
+BATCH_BLOCKS = 1024
+
+
+class _Block(NamedTuple):
+    used: int
+    slot: int
+    runs: list[Run]
+
+    @property
+    def pages(self) -> int:
+        return sum(length for _, length in self.runs)
+
+
+def compact(engine: LocalStorageEngine, shard: int, slots: int) -> int:
+    """Move blocks of a shard into its first `slots` slots; returns how many were moved.
+
+    Blocks that stay behind are older than all in front, or found no room. Works under the shard's
+    lock, in batches. Raises LockTimeoutError.
+    """
+    owners = Owners(engine.directory)
+    try:
+        owner = owners.join("tool")  # its intents name the slots that are being filled
+        moved = 0
+        while True:
+            with engine.change(shard) as (index, file):
+                count, more = _Compaction(engine, index, file, owner, slots).run()
+            moved += count
+            if not more:
+                break
+        owner.leave()
+        return moved
+    finally:
+        owners.close()
+
+
+class _Compaction:
+    """One batch, within a change of the shard."""
+
+    def __init__(
+        self,
+        engine: LocalStorageEngine,
+        index: ShardIndex,
+        file: ShardFile,
+        owner: Owner,
+        slots: int,
+    ) -> None:
+        self._index = index
+        self._file = file
+        self._owner = owner
+        heads, several = blocks_in(index.entries, engine.geometry.page_bytes)
+        used = index.entries["used"][heads].tolist()
+        run = index.entries["run"][heads].tolist()
+        blocks = [
+            _Block(when, slot, several.get(slot) or [(slot, length)])
+            for when, slot, length in zip(used, heads.tolist(), run, strict=True)
+        ]
+        behind = {b.slot for b in blocks if any(a + n > slots for a, n in b.runs)}
+        self._behind = sorted((b for b in blocks if b.slot in behind), reverse=True)
+        self._front = sorted(b for b in blocks if b.slot not in behind)  # victims, oldest first
+        self._used = [b.used for b in self._front]
+        self._pages = [0, *accumulate(b.pages for b in self._front)]  # of those before each
+        self._gone = 0  # how many of them have been evicted
+        self._free = _free_below(index, slots)
+        self._page_bytes = engine.geometry.page_bytes
+
+    def run(self) -> tuple[int, bool]:
+        """Move a batch; returns how many, and whether there may be more."""
+        moved = nbytes = 0
+        for block in self._behind:
+            if moved >= BATCH_BLOCKS or nbytes >= BATCH_BYTES:
+                return moved, True
+            runs = self._room(block)
+            if runs is not None:
+                self._move(block, runs)
+                moved += 1
+                nbytes += block.pages * self._page_bytes
+        return moved, False
+
+    def _room(self, block: _Block) -> list[Run] | None:
+        """Free slots in front for a block; for want of them, those of blocks used before it."""
+        older = bisect_left(self._used, block.used)
+        evictable = self._pages[max(older, self._gone)] - self._pages[self._gone]
+        if self._free.total + evictable < block.pages:
+            return None
+        while self._free.total < block.pages:
+            victim = self._front[self._gone]
+            self._gone += 1
+            self._index.remove(victim.slot)
+            self._file.clear_records([victim.slot])
+            self._index.control["evictions"] += 1
+            for start, length in victim.runs:
+                self._free.add(start, length)
+        place = self._free.take(block.pages)
+        return self._free.take_pieces(block.pages) if place is None else [(place, block.pages)]
+
+    def _move(self, block: _Block, runs: list[Run]) -> None:
+        index, file = self._index, self._file
+        entry = index.entries[block.slot].copy()
+        names = ("low", "high", "checksum", "nbytes")
+        low, high, checksum, nbytes = (int(entry[name]) for name in names)
+        written = int(file.records["used"][block.slot])
+        index.take(runs)
+        self._owner.intend([(index.shard, runs[0][0])])
+        index.mark(runs, self._owner.number)
+        source = np.concatenate([np.arange(a, a + n) for a, n in block.runs])
+        target = np.concatenate([np.arange(a, a + n) for a, n in runs])
+        for a, b in zip(source.tolist(), target.tolist(), strict=True):
+            file.pages(b, 1)[:] = file.pages(a, 1)
+        file.write_records(runs, low, high, checksum, nbytes, written)
+        index.publish(runs[0][0], low, high, checksum, nbytes, block.used)
+        index.remove(block.slot)
+        file.clear_records([block.slot])
+        self._owner.intend([])
+        index.control["inserts"] -= 1  # it was stored before
+
+
+def _free_below(index: ShardIndex, slots: int) -> FreeRuns:
+    """The free runs of the first `slots` slots."""
+    starts, lengths = recovery.occupied_runs(index.entries)
+    free = FreeRuns()
+    at = 0
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        if start >= slots:
+            break
+        if start > at:
+            free.add(at, start - at)
+        at = max(at, start + length)
+    if at < slots:
+        free.add(at, slots - at)
+    return free

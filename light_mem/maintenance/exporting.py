@@ -1,0 +1,187 @@
+"""Writes blocks of a store into one file for another machine.
+
+The store may be in use: nothing is locked. A block that does not fit its checksum is left out and
+reported. The file has a temporary name until it is whole and on the device.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from light_mem.errors import InvalidArgumentError
+from light_mem.index import keys as keymath
+from light_mem.index.description import sync_directory
+from light_mem.index.keys import HashValue
+from light_mem.maintenance import transfer_format as fmt
+from light_mem.maintenance.data import Progress
+from light_mem.maintenance.inspecting import Listed, listed
+from light_mem.maintenance.reading import BlockReader
+from light_mem.maintenance.report import DamagedBlock, TransferReport
+from light_mem.maintenance.store import Store
+
+
+def export_store(
+    directory: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    hashes: Sequence[HashValue] | None = None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> TransferReport:
+    """Write all blocks of a store, or those of `hashes`, to `file`, the last used first.
+
+    Raises StoreFormatError (no store), FileExistsError (`file` is there and not `overwrite`),
+    InvalidArgumentError (a value that is no hash), OSError (no room). An export that fails leaves
+    no file.
+    """
+    started = time.monotonic()
+    store = Store(directory)
+    target = Path(file)
+    if target.is_dir():
+        raise InvalidArgumentError(f"{target} is a directory")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} is there already")
+    keys = None if hashes is None else keymath.as_keys(hashes)
+    parts = list(listed(store, keys))
+    missing: list[str] = []
+    if keys is not None:
+        found = {key for part in parts for key in _keys(part)}
+        missing = [keymath.key_text(*key) for key in keys.tolist() if tuple(key) not in found]
+    writer = _Export(store, parts, progress)
+    if dry_run:
+        writer.read_only()
+    else:
+        # Always the same name: what a killed export left is written over by the next.
+        temporary = target.with_name(f".{target.name}.light-mem-part")
+        with _created(temporary) as out:
+            try:
+                writer.write(out)
+                os.replace(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        sync_directory(target.absolute().parent)
+    return TransferReport(
+        str(store.directory),
+        str(target),
+        dry_run,
+        writer.blocks,
+        writer.nbytes,
+        0,
+        tuple(missing),
+        writer.changed,
+        0,
+        tuple(writer.damaged),
+        (),
+        time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[BinaryIO]:
+    """An empty file that no other export writes to meanwhile."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb", 1 << 20) as out:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another export is writing {path}") from None
+        os.ftruncate(descriptor, 0)
+        yield out
+
+
+def _keys(part: Listed) -> list[tuple[int, int]]:
+    rows = part.table[part.heads]
+    return list(zip(rows["low"].tolist(), rows["high"].tolist(), strict=True))
+
+
+class _Export:
+    """One export."""
+
+    def __init__(self, store: Store, parts: list[Listed], progress: Progress | None) -> None:
+        self._store = store
+        self._parts = parts
+        self._progress = progress
+        self.blocks = self.nbytes = self.changed = 0
+        self.damaged: list[DamagedBlock] = []
+
+    def _order(self) -> list[tuple[int, int]]:
+        """(part, slot) of all blocks, the last used first."""
+        used = [part.table["used"][part.heads] for part in self._parts]
+        number = [np.full(len(part.heads), n) for n, part in enumerate(self._parts)]
+        order = np.argsort(np.concatenate(used), kind="stable")[::-1]
+        slots = np.concatenate([part.heads for part in self._parts])[order].tolist()
+        return list(zip(np.concatenate(number)[order].tolist(), slots, strict=True))
+
+    def write(self, out: BinaryIO) -> None:
+        """Write the file and sync it."""
+        geometry = self._store.geometry
+        order = self._order()
+        header = np.zeros(1, fmt.EXPORT_HEADER)
+        header["magic"], header["version"] = fmt.EXPORT_MAGIC, fmt.EXPORT_VERSION
+        header["store_id"] = bytes.fromhex(geometry.store_id)
+        header["page_bytes"], header["made"] = geometry.page_bytes, time.time_ns()
+        header["blocks"] = len(order)
+        digest = xxhash.xxh3_128()
+        out.write(fmt.sealed(header))
+        for raw, data in self._read(order):
+            digest.update(raw)
+            out.write(raw)
+            out.write(data)
+            out.write(bytes(fmt.padding(len(data))))
+        trailer = np.zeros(1, fmt.TRAILER)
+        trailer["magic"] = fmt.TRAILER_MAGIC
+        trailer["blocks"], trailer["nbytes"] = self.blocks, self.nbytes
+        trailer["digest"] = digest.digest()
+        out.write(fmt.sealed(trailer))
+        out.flush()
+        os.fsync(out.fileno())
+
+    def read_only(self) -> None:
+        """Read and check the blocks, for a dry run."""
+        for _ in self._read(self._order()):
+            pass
+
+    def _read(self, order: list[tuple[int, int]]) -> Iterator[tuple[bytes, bytes]]:
+        """Header and bytes of each block that fits its checksum."""
+        total = sum(int(self._parts[n].table["nbytes"][slot]) for n, slot in order)
+        reader = BlockReader(self._store)
+        done = 0
+        try:
+            for number, slot in order:
+                part = self._parts[number]
+                entry = part.table[slot]
+                found = reader.read(part, slot)
+                done += int(entry["nbytes"])
+                if found.changed:
+                    self.changed += 1
+                elif found.problem:
+                    key = keymath.key_text(int(entry["low"]), int(entry["high"]))
+                    nbytes = int(entry["nbytes"])
+                    self.damaged.append(DamagedBlock(key, part.shard, slot, nbytes, found.problem))
+                else:
+                    self.blocks += 1
+                    self.nbytes += len(found.data)
+                    yield self._header(part, slot), found.data
+                if self._progress is not None:
+                    self._progress(done, total)
+        finally:
+            reader.close()
+
+    def _header(self, part: Listed, slot: int) -> bytes:
+        entry = part.table[slot]
+        header = np.zeros(1, fmt.BLOCK_HEADER)
+        header["magic"] = fmt.BLOCK_MAGIC
+        for name in ("low", "high", "nbytes", "checksum", "used"):
+            header[name] = entry[name]
+        return fmt.sealed(header)

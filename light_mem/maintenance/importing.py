@@ -1,0 +1,194 @@
+"""Puts the blocks of an export file into a store: verified first, published as any write is.
+
+The store may be in use, and may have another number of shards; its pages must be of the same size.
+Nothing is evicted: a block for which there is no free room is left out and reported. What is
+stored already is passed over, so an import that was interrupted is simply run again. The order of
+use goes over: blocks take their place among the store's own by the time of their last use.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.opening import describe
+from light_mem.errors import StoreFormatError
+from light_mem.index import format as index_format
+from light_mem.index import keys as keymath
+from light_mem.maintenance.data import Progress
+from light_mem.maintenance.export_file import ExportedBlock, ExportFile
+from light_mem.maintenance.opening import open_tool
+from light_mem.maintenance.report import TransferReport
+from light_mem.maintenance.store import Store
+
+BATCH_BYTES = 8 << 20
+BATCH_BLOCKS = 64
+
+
+def import_store(
+    directory: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    *,
+    storage_size: int | None = None,
+    shards: int = 1,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> TransferReport:
+    """Store the blocks of an export that are whole and not stored yet.
+
+    storage_size, shards   make the store with these when there is none; else they are not used
+    dry_run                only read and check the file
+
+    Raises FileNotFoundError, StoreFormatError (no export; no store; another page size),
+    StoreBusyError, StoreFullError.
+    """
+    started = time.monotonic()
+    source = ExportFile(file)
+    try:
+        importing = _Import(source, progress)
+        if dry_run:
+            _require_same_pages(directory, source)
+            importing.check(directory)
+        else:
+            engine = _open(directory, source, storage_size, shards)
+            try:
+                importing.run(engine)
+            finally:
+                engine.close()
+    finally:
+        source.close()
+    return TransferReport(
+        os.fspath(directory),
+        str(source.path),
+        dry_run,
+        importing.blocks,
+        importing.nbytes,
+        importing.present,
+        (),
+        0,
+        importing.no_room,
+        tuple(source.damaged),
+        tuple(source.problems),
+        time.monotonic() - started,
+    )
+
+
+def _require_same_pages(directory: str | os.PathLike[str], source: ExportFile) -> None:
+    geometry = describe(Path(directory)) if Path(directory).is_dir() else None
+    if geometry is not None and geometry.page_bytes != source.page_bytes:
+        raise StoreFormatError(
+            f"{source.path} holds pages of {source.page_bytes} bytes, the store {directory} pages "
+            f"of {geometry.page_bytes}; nothing was changed",
+            path=str(source.path),
+            field="page_bytes",
+            found=source.page_bytes,
+            expected=geometry.page_bytes,
+        )
+
+
+def _open(
+    directory: str | os.PathLike[str], source: ExportFile, storage_size: int | None, shards: int
+) -> LocalStorageEngine:
+    _require_same_pages(directory, source)
+    path = Path(directory)
+    if storage_size is None or (path.is_dir() and describe(path) is not None):
+        return open_tool(directory)
+    return LocalStorageEngine.open_store(
+        path,
+        page_bytes=source.page_bytes,
+        num_of_shard=shards,
+        storage_size=storage_size,
+        block_pages=1,
+        kind="tool",
+    )
+
+
+class _Import:
+    """One import."""
+
+    def __init__(self, source: ExportFile, progress: Progress | None) -> None:
+        self._source = source
+        self._progress = progress
+        self.blocks = self.nbytes = self.present = self.no_room = 0
+
+    def check(self, directory: str | os.PathLike[str]) -> None:
+        """Read the file; count what an import would store, room not considered."""
+        try:
+            store = Store(directory)
+        except StoreFormatError:
+            stored = set()
+        else:
+            stored = {
+                key for shard in range(store.geometry.shards) for key in _keys_of(store, shard)
+            }
+        for block in self._source.blocks():
+            if (block.low, block.high) in stored:
+                self.present += 1
+            else:
+                self.blocks += 1
+                self.nbytes += len(block.data)
+            self._tell(block)
+
+    def run(self, engine: LocalStorageEngine) -> None:
+        """Store the blocks."""
+        engine.evicts = False
+        batch: list[ExportedBlock] = []
+        size = 0
+        for block in self._source.blocks():
+            if self._fits(engine, block):
+                batch.append(block)
+                size += len(block.data)
+            if size >= BATCH_BYTES or len(batch) >= BATCH_BLOCKS:
+                self._store(engine, batch)
+                batch, size = [], 0
+            self._tell(block)
+        self._store(engine, batch)
+
+    def _fits(self, engine: LocalStorageEngine, block: ExportedBlock) -> bool:
+        """Whether a block is to be stored: it is not there, and there may be room. Asked before
+        it is tried, because a write would wait some time for room."""
+        if engine.lookup.find_one(block.low, block.high, touch=False) >= 0:
+            self.present += 1
+            return False
+        geometry = engine.geometry
+        shard = keymath.shard_of(keymath.mix_one(block.low, block.high), geometry.shards)
+        if engine.free_slots(shard) < -(-len(block.data) // geometry.page_bytes):
+            self.no_room += 1
+            return False
+        return True
+
+    def _store(self, engine: LocalStorageEngine, blocks: list[ExportedBlock]) -> None:
+        page_bytes = self._source.page_bytes
+        batch = []
+        for block in blocks:
+            pages = np.frombuffer(block.data, np.uint8).reshape(-1, page_bytes)
+            batch.append(BlockIO(block.low, block.high, pages, np.arange(len(pages))))
+
+        def report(at: int, outcome: Outcome) -> None:
+            if outcome is Outcome.STORED:
+                self.blocks += 1
+                self.nbytes += len(blocks[at].data)
+                engine.set_used(blocks[at].low, blocks[at].high, blocks[at].used)
+            elif outcome is Outcome.PRESENT:
+                self.present += 1
+            elif outcome is Outcome.NO_ROOM:
+                self.no_room += 1
+            elif outcome is not Outcome.COPIED:
+                raise OSError(f"block {blocks[at].low:x} could not be stored: {outcome.name}")
+
+        engine.write(batch, report)
+
+    def _tell(self, block: ExportedBlock) -> None:
+        if self._progress is not None:
+            self._progress(block.end, self._source.size)
+
+
+def _keys_of(store: Store, shard: int) -> list[tuple[int, int]]:
+    table = store.table(shard)
+    live = table[(table["tag"] & np.uint64(index_format.STATE_MASK)) == index_format.LIVE]
+    return list(zip(live["low"].tolist(), live["high"].tolist(), strict=True))

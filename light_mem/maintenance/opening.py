@@ -1,0 +1,28 @@
+"""Opens an existing store for changes as a server would: joins it, gives back what kills left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.maintenance.store import Store
+
+
+def open_tool(
+    directory: str | os.PathLike[str], storage_size: int | None = None
+) -> LocalStorageEngine:
+    """An engine over a store that is there already, as kind "tool"; with another size if given.
+
+    Raises StoreFormatError (no store, or a file of another one), StoreBusyError (its index cannot
+    be used and others have it open), StoreFullError.
+    """
+    geometry = Store(directory).geometry
+    return LocalStorageEngine.open_store(
+        Path(directory),
+        page_bytes=geometry.page_bytes,
+        num_of_shard=geometry.shards,
+        storage_size=geometry.storage_size if storage_size is None else storage_size,
+        block_pages=1,
+        kind="tool",
+    )

@@ -1,0 +1,101 @@
+"""Who has a store open, for people: kinds, process ids, commands. Only looks.
+
+Whether an owner lives is said by its lock in the `owners` file; its pid is what it called itself,
+which in another container is another number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from light_mem.errors import StoreBusyError
+from light_mem.index import file as index_file
+from light_mem.index import format as fmt
+from light_mem.index.owners import NAME, Owners, process_start
+from light_mem.maintenance.report import OwnerReport
+
+Intents = dict[int, set[tuple[int, int]]]  # owner -> (shard, first slot) of blocks being written
+
+
+class Ownership:
+    """The owners file at one moment."""
+
+    def __init__(self, directory: Path) -> None:
+        self.alive: tuple[OwnerReport, ...] = ()
+        self.dead: tuple[OwnerReport, ...] = ()
+        self.intents: Intents = {}
+        path = directory / NAME
+        # `Owners` would make or lengthen the file; one that is too short was never in use.
+        if not path.exists() or path.stat().st_size < fmt.MAX_OWNERS * fmt.OWNER.itemsize:
+            return
+        owners = Owners(directory)
+        try:
+            living = {info.owner for info in owners.alive()}
+            records = owners.records.copy()
+        finally:
+            owners.close()
+        reports = {
+            number: _report(records[number]) for number in np.flatnonzero(records["pid"]).tolist()
+        }
+        self.alive = tuple(r for number, r in reports.items() if number in living)
+        self.dead = tuple(r for number, r in reports.items() if number not in living)
+        for number in reports:
+            listed = records["intents"][number]
+            self.intents[number] = {
+                (int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF) for i in listed[listed != 0].tolist()
+            }
+
+
+def _report(record: np.void) -> OwnerReport:
+    pid = int(record["pid"])
+    return OwnerReport(
+        pid,
+        bytes(record["kind"]).decode("ascii", "replace"),
+        float(record["started"]),
+        int(record["joined"]) / 1e9,
+        _command(pid, float(record["started"])),
+    )
+
+
+def _command(pid: int, started: float) -> str:
+    if abs(process_start(pid) - started) > 1:
+        return ""  # not that process: another container's, or one that took the number over
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    words = raw.decode("utf-8", "replace").split("\0")
+    text = " ".join(os.path.basename(word) if "/" in word else word for word in words[:3]).strip()
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def require_alone(directory: Path, what: str) -> None:
+    """Raise StoreBusyError, which names the processes, when anyone has the store open."""
+    alive = Ownership(directory).alive
+    if alive:
+        raise StoreBusyError(
+            f"{what} needs {directory} alone, and it is open in: {listing(alive)}", owners=alive
+        )
+
+
+def listing(owners: Sequence[OwnerReport]) -> str:
+    """The processes in one line; a server's workers are counted, not listed."""
+    named = [str(o) for o in owners if o.kind != "worker"] or [str(o) for o in owners]
+    workers = sum(o.kind == "worker" for o in owners)
+    more = f" and {workers} workers" if workers and len(named) < len(owners) else ""
+    return ", ".join(named) + more
+
+
+def maps_index(pid: int, directory: Path) -> bool | None:
+    """Whether a process has mapped the index file that lies there now; None: it cannot be seen."""
+    try:
+        wanted = (directory / index_file.NAME).stat()
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return None
+    inodes = {int(words[4]) for words in map(str.split, lines) if len(words) > 5}
+    return wanted.st_ino in inodes

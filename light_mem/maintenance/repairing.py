@@ -1,0 +1,147 @@
+"""Puts a store right: damaged blocks are dropped, indexes and records made to agree.
+
+Every step is one that the engine could also have made (take a block out, write a record, put a
+shard in order) under the same lock, so servers may go on meanwhile, and a kill at any moment
+leaves what a kill of a server leaves. What cannot be told right from wrong is left as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.shard_file import ShardFile, data_path
+from light_mem.errors import LightMemError
+from light_mem.index import format as fmt
+from light_mem.index import keys as keymath
+from light_mem.index.shard import ShardIndex
+from light_mem.maintenance.data import DataFile, block_at
+from light_mem.maintenance.opening import open_tool
+from light_mem.maintenance.owners import Ownership
+from light_mem.maintenance.rebuilding import rebuild
+from light_mem.maintenance.report import DamagedBlock, Finding
+from light_mem.maintenance.store import Snapshot, Store
+from light_mem.maintenance.structure import StructureCheck
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+log = logging.getLogger("light_mem")
+
+
+def prepare_files(store: Store, findings: list[Finding]) -> None:
+    """Make an index that can be used, and files that have their size, where nobody has the store
+    open; where someone has, or a file is another store's, the findings stay."""
+    try:
+        if any(finding.kind == "index" for finding in findings):
+            rebuild(store.directory)
+        open_tool(store.directory).close()  # what any server does when it opens
+    except LightMemError as error:
+        log.warning("store %s: %s", store.directory, error)
+
+
+class Repair:
+    """A repair of a store; joins it as a tool, as servers do."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises what opening raises: StoreBusyError, StoreFormatError, StoreFullError."""
+        self._engine: LocalStorageEngine = open_tool(directory)
+        self._directory = directory
+        self._dropped = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._engine.close()
+
+    def run(self, damaged: list[DamagedBlock], findings: list[Finding]) -> int:
+        """Repair the shards that these tell of; returns the damaged blocks that were dropped."""
+        shards = {block.shard for block in damaged} | {f.shard for f in findings if f.shard >= 0}
+        for shard in sorted(shards):
+            self._repair_shard(shard, [block for block in damaged if block.shard == shard])
+        return self._dropped
+
+    def _repair_shard(self, shard: int, damaged: list[DamagedBlock]) -> None:
+        with self._engine.change(shard) as (index, file):
+            for block in damaged:
+                self._drop_damaged(index, file, block)
+            self._settle(index, file)
+            # Now that each slot has one owner, the records can be made to say so.
+            check = self._check(index, file)
+            for finding in check.findings():
+                if finding.kind == "stale":
+                    file.clear_records([finding.slot])
+            for slot in check.without_record():
+                self._write_record(index, file, slot)
+
+    def _check(self, index: ShardIndex, file: ShardFile) -> StructureCheck:
+        # Under the lock: the shard cannot change, so its arrays need no copy. Its heads are read
+        # from the file; only chains need them.
+        store = Store(self._directory)
+        snapshot = store.snapshot(index.shard)
+        snapshot = Snapshot(index.shard, index.entries, snapshot.heads, index.control, file.records)
+        return StructureCheck(snapshot, store.geometry, Ownership(self._directory).intents)
+
+    def _drop_damaged(self, index: ShardIndex, file: ShardFile, block: DamagedBlock) -> None:
+        """Drop a block if it is still the one that was found damaged, and still is."""
+        entry = index.entries[block.slot]
+        key = keymath.key_text(int(entry["low"]), int(entry["high"]))
+        state = int(entry["tag"]) & fmt.STATE_MASK
+        if state != fmt.LIVE or key != block.key:
+            return
+        runs = self._engine.lookup.runs(index.shard, block.slot, int(entry["nbytes"]))
+        if runs is not None:
+            data = DataFile(data_path(self._directory, index.shard))
+            try:
+                page_bytes = self._engine.geometry.page_bytes
+                if not data.problem(block_at(entry, block.slot, runs, page_bytes)):
+                    return
+            finally:
+                data.close()
+        self._remove(index, file, block.slot)
+        index.control["damaged"] += 1
+        self._dropped += 1
+        log.warning(
+            "store %s: damaged block %s dropped from slot %d of shard %d",
+            self._directory,
+            block.key,
+            block.slot,
+            index.shard,
+        )
+
+    def _remove(self, index: ShardIndex, file: ShardFile, slot: int) -> None:
+        index.remove(slot)
+        file.clear_records([slot])
+        index.control["removals"] += 1
+
+    def _settle(self, index: ShardIndex, file: ShardFile) -> None:
+        """Entries, chains, counters and free space; each slot has one owner afterwards."""
+        wrong = [
+            f for f in self._check(index, file).findings() if f.kind not in ("record", "stale")
+        ]
+        for finding in wrong:
+            state = int(index.entries["tag"][finding.slot]) & fmt.STATE_MASK
+            if finding.kind == "leak" and state == fmt.WRITING:
+                index.give_back(finding.slot)
+            elif finding.kind in ("twin", "place") and state == fmt.LIVE:
+                self._remove(index, file, finding.slot)
+        if wrong:
+            index.put_in_order()
+
+    def _write_record(self, index: ShardIndex, file: ShardFile, slot: int) -> None:
+        entry = index.entries[slot]
+        low, high, nbytes = int(entry["low"]), int(entry["high"]), int(entry["nbytes"])
+        runs = self._engine.lookup.runs(index.shard, slot, nbytes)
+        if runs is not None:
+            # When it was written nobody knows any more: not after its last use.
+            used = int(entry["used"])
+            file.write_records(runs, low, high, int(entry["checksum"]), nbytes, used)

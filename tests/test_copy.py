@@ -1,0 +1,181 @@
+"""Copies between rows and slots: every byte, the checksum, and stopping in between."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from light_mem.engine.base import never
+from light_mem.engine.copy import PIECE_BYTES, SMALL_PAGE_BYTES, Copier, Stopped, new_checksum
+from light_mem.index.keys import key_bytes
+
+KEY = (0x0123456789ABCDEF, 0xFEDCBA9876543210)
+PAGE_SIZES = [1, 7, 100, 4096, SMALL_PAGE_BYTES - 1, SMALL_PAGE_BYTES, SMALL_PAGE_BYTES + 1]
+PAGE_SIZES += [61440, PIECE_BYTES, 600 * 1024]
+ROWS = {
+    "one": [3],
+    "contiguous": [2, 3, 4, 5, 6],
+    "scattered": [8, 0, 5, 1],
+    "backwards": [6, 5, 4],
+    "like a range": [1, 3, 2, 4],  # first and last fit a range
+}
+
+
+def not_stopped() -> bool:
+    return never(0)
+
+
+def memory_of(page_bytes: int, rows: int = 9) -> np.ndarray:
+    return np.random.default_rng(page_bytes).integers(0, 256, (rows, page_bytes), np.uint8)
+
+
+def expected_sum(data: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(key_bytes(*KEY) + data.tobytes())
+
+
+def layout(kind: str, page_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Memory and rows; enough rows for several pieces of small pages."""
+    if kind == "many":
+        count = PIECE_BYTES // page_bytes * 2 + 3 if page_bytes >= 4096 else 5000
+        memory = memory_of(page_bytes, count)
+        rows = np.random.default_rng(1).permutation(count)
+    else:
+        memory, rows = memory_of(page_bytes), np.array(ROWS[kind])
+    return memory, rows.astype(np.intp)
+
+
+@pytest.mark.parametrize("kind", [*ROWS, "many"])
+@pytest.mark.parametrize("page_bytes", PAGE_SIZES)
+def test_gather_and_scatter_move_every_byte_and_sum_it_with_the_key(
+    page_bytes: int, kind: str
+) -> None:
+    memory, rows = layout(kind, page_bytes)
+    original = memory.copy()
+    slots = np.full((len(rows) + 2, page_bytes), 0xEE, np.uint8)
+    copier, checksum = Copier(), new_checksum(*KEY)
+    copier.gather(memory, rows, slots[1:-1], checksum, not_stopped)
+    wanted = original[rows]
+    assert np.array_equal(slots[1:-1], wanted)
+    assert (slots[[0, -1]] == 0xEE).all()
+    assert np.array_equal(memory, original)
+    assert checksum.intdigest() == expected_sum(wanted)
+
+    back = np.full_like(memory, 0xEE)
+    checksum = new_checksum(*KEY)
+    copier.scatter(slots[1:-1], back, rows, checksum, not_stopped)
+    assert np.array_equal(back[rows], wanted)
+    untouched = np.setdiff1d(np.arange(len(memory)), rows)
+    assert (back[untouched] == 0xEE).all()
+    assert np.array_equal(slots[1:-1], wanted)
+    assert checksum.intdigest() == expected_sum(wanted)
+
+    back[:] = 0xEE
+    copier.scatter(slots[1:-1], back, rows, None, not_stopped)
+    assert np.array_equal(back[rows], wanted)
+
+
+@pytest.mark.parametrize("kind", [*ROWS, "many"])
+@pytest.mark.parametrize("page_bytes", PAGE_SIZES)
+def test_a_gather_into_a_file_leaves_what_one_into_memory_leaves(
+    tmp_path: Path, page_bytes: int, kind: str
+) -> None:
+    memory, rows = layout(kind, page_bytes)
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    checksum = new_checksum(*KEY)
+    Copier().gather_to_file(memory, rows, descriptor, 4096, checksum, not_stopped)
+    os.close(descriptor)
+    raw = (tmp_path / "file").read_bytes()
+    assert not any(raw[:4096])
+    assert raw[4096:] == memory[rows].tobytes()
+    assert checksum.intdigest() == expected_sum(memory[rows])
+
+
+def test_a_block_in_several_runs_has_the_sum_of_its_bytes_in_order() -> None:
+    memory = memory_of(100)
+    rows = np.array([7, 2, 3, 0], np.intp)
+    slots = np.zeros((10, 100), np.uint8)
+    copier, checksum = Copier(), new_checksum(*KEY)
+    copier.gather(memory, rows[:1], slots[5:6], checksum, not_stopped)
+    copier.gather(memory, rows[1:], slots[1:4], checksum, not_stopped)
+    assert checksum.intdigest() == expected_sum(memory[rows])
+
+
+def test_the_sum_depends_on_the_key() -> None:
+    digests = {new_checksum(*key).intdigest() for key in [(0, 0), (1, 0), (0, 1), (1, 1)]}
+    assert len(digests) == 4
+
+
+def test_the_sum_of_a_gather_is_the_sources_not_the_slots() -> None:
+    """What lies in the slots may be overwritten by a process gone wild: then it must not fit."""
+
+    class Wild:
+        """Slots that another process writes to."""
+
+        def __init__(self, slots: np.ndarray) -> None:
+            self.slots = slots
+
+        def __call__(self) -> bool:
+            self.slots[:] = 0
+            return False
+
+    memory = memory_of(PIECE_BYTES // 2, rows=6)
+    for rows in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 5]):
+        slots = np.zeros((5, PIECE_BYTES // 2), np.uint8)
+        checksum = new_checksum(*KEY)
+        Copier().gather(memory, np.array(rows, np.intp), slots, checksum, Wild(slots))
+        assert checksum.intdigest() == expected_sum(memory[rows])
+        assert checksum.intdigest() != expected_sum(slots)
+
+
+def test_the_sum_of_a_scatter_is_of_bytes_as_new_as_those_copied() -> None:
+    """A change of the slots during the copy must show: no piece is summed before it is copied."""
+    original = memory_of(PIECE_BYTES, rows=3)
+    for rows in ([0, 1, 2], [2, 0, 1]):
+        slots = original.copy()
+        calls = 0
+
+        def change(slots: np.ndarray = slots) -> bool:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                slots[:] = 0
+            return False
+
+        memory = np.zeros((3, PIECE_BYTES), np.uint8)
+        checksum = new_checksum(*KEY)
+        Copier().scatter(slots, memory, np.array(rows, np.intp), checksum, change)
+        assert checksum.intdigest() == expected_sum(memory[rows])
+        assert checksum.intdigest() != expected_sum(original)
+
+
+@pytest.mark.parametrize("page_bytes", [100, SMALL_PAGE_BYTES + 1, 600 * 1024])
+@pytest.mark.parametrize("straight", [True, False])
+def test_a_copy_stops_between_two_pieces(page_bytes: int, straight: bool) -> None:
+    count = max(4, 3 * PIECE_BYTES // page_bytes)
+    memory = memory_of(page_bytes, count)
+    rows = np.arange(count, dtype=np.intp)
+    if not straight:
+        rows = rows[::-1].copy()
+    slots = np.zeros((count, page_bytes), np.uint8)
+
+    for direction in ("gather", "scatter"):
+        asked = 0
+
+        def stopped() -> bool:
+            nonlocal asked
+            asked += 1
+            return asked == 3
+
+        target = np.zeros_like(memory)
+        arguments = (memory, rows, slots) if direction == "gather" else (memory, target, rows)
+        with pytest.raises(Stopped):
+            getattr(Copier(), direction)(*arguments, new_checksum(*KEY), stopped)
+        assert asked == 3
+        moved = slots if direction == "gather" else target[rows]
+        wanted = memory[rows] if direction == "gather" else memory
+        done = int((moved == wanted).reshape(-1).cumprod().sum())
+        assert PIECE_BYTES < done <= 2 * PIECE_BYTES + 2 * page_bytes

@@ -1,0 +1,169 @@
+"""A store after its process was killed at any store: no repair, no scan, no wrong byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from light_mem.engine.base import Outcome
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.index import file as index_file
+from light_mem.index import format as fmt
+from light_mem.index.recovery import states_of
+from light_mem.index.shard import ShardIndex
+from tests.deaths import Files, moments, restore
+from tests.engine_helpers import Block, Rig, assert_consistent, open_local
+
+PAGES = 12
+BEFORE = [Block(key, 2 if key < 2 else 1) for key in range(9)]
+FRESH = [Block(100, 3), Block(101, 2), Block(102, 1)]
+EVERY = [*BEFORE, *FRESH]
+
+
+def opened(directory: Path, verify: bool = True) -> Rig:
+    return Rig(open_local(directory, PAGES, block_pages=8, verify=verify))
+
+
+def prepared(directory: Path) -> Rig:
+    """Blocks 0 to 8 without 3 and 5, whose slots are holes; 0 and 1 are the oldest."""
+    rig = opened(directory)
+    for block in BEFORE:
+        assert rig.write(block)[0][-1] is Outcome.STORED
+    rig.delete(BEFORE[3], BEFORE[5])
+    return rig
+
+
+Scenario = tuple[Callable[[Rig], object], set[int]]  # and the keys it does not touch
+KEPT = {2, 4, 6, 7, 8}
+SCENARIOS: dict[str, Scenario] = {
+    "write into pieces, evicting": (lambda rig: rig.write(*FRESH), KEPT - {2}),
+    "write twice": (lambda rig: rig.write(FRESH[2], FRESH[2]), KEPT | {0, 1}),
+    "stopped write": (lambda rig: rig.write(*FRESH[:2], stop=lambda at: at == 0), KEPT - {2}),
+    "delete": (lambda rig: rig.delete(BEFORE[0], BEFORE[4]), KEPT - {4} | {1}),
+    "clear": (lambda rig: rig.engine.clear(), set()),
+}
+
+
+def check(directory: Path, kept: set[int], verify: bool) -> None:
+    """Open the store as the next process does, and look at every block."""
+    rig = opened(directory, verify)
+    engine = rig.engine
+    assert isinstance(engine, LocalStorageEngine)
+    outcomes = dict(zip(EVERY, rig.read(*EVERY), strict=True))
+    # What is found is whole: nothing is DAMAGED. `read` compares the bytes.
+    assert set(outcomes.values()) <= {Outcome.LOADED, Outcome.MISSING}
+    loaded = {block for block, outcome in outcomes.items() if outcome is Outcome.LOADED}
+    assert kept <= {block.key for block in loaded}
+    with engine.change(0):
+        pass
+    assert_consistent(engine._index)
+    assert engine.stats()["used_slots"] == sum(block.pages for block in loaded)
+    assert engine.stats()["blocks"] == len(loaded)
+    assert fmt.WRITING not in states_of(engine._index.entries)
+    # Records and index say the same of it.
+    records = engine._file(0).records
+    listed = set(np.flatnonzero(records["tag"] == fmt.LIVE).tolist())
+    assert listed == set(np.flatnonzero(states_of(engine._index.entries) == fmt.LIVE).tolist())
+    engine.close()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_kill_at_any_store_costs_only_what_was_in_flight(tmp_path: Path, name: str) -> None:
+    call, kept = SCENARIOS[name]
+    rig = prepared(tmp_path / "store")
+    seen = moments(tmp_path / "store", lambda: call(rig))
+    rig.engine.close()
+    assert len(seen) > 15
+    for at, files in enumerate(seen):
+        check(restore(files, tmp_path / "store", tmp_path / str(at)), kept, verify=at % 2 == 0)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_kill_that_takes_the_index_along_costs_no_more(tmp_path: Path, name: str) -> None:
+    call, kept = SCENARIOS[name]
+    rig = prepared(tmp_path / "store")
+    seen = moments(tmp_path / "store", lambda: call(rig))
+    rig.engine.close()
+    for at, files in enumerate(seen):
+        files = {name: content for name, content in files.items() if name != "index"}
+        check(restore(files, tmp_path / "store", tmp_path / str(at)), kept, verify=at % 2 == 0)
+
+
+def test_a_kill_while_a_dead_process_is_reclaimed_is_reclaimed_as_well(tmp_path: Path) -> None:
+    rig = prepared(tmp_path / "store")
+    seen = moments(tmp_path / "store", lambda: rig.write(*FRESH))
+    rig.engine.close()
+    tried = 0
+    for at in range(3, len(seen), 11):
+        directory = restore(seen[at], tmp_path / "store", tmp_path / str(at))
+        engine = LocalStorageEngine(directory, kind="tool")  # has not reclaimed anybody yet
+        for step, files in enumerate(moments(directory, engine.reclaim)):
+            check(restore(files, directory, tmp_path / f"{at}-{step}"), KEPT - {2}, verify=False)
+            tried += 1
+        engine.close()
+    assert tried > 30
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that catches errors sees it."""
+
+
+def test_records_of_a_holder_that_died_do_not_come_back_over_others_bytes(tmp_path: Path) -> None:
+    """A block is taken out of the index, and its holder dies before its record is cleared. Others
+    write over its slots and delete that again; then the index is lost. Without verification the
+    record's checksum is no help."""
+    rig = prepared(tmp_path / "store")
+    engine = rig.engine
+    assert isinstance(engine, LocalStorageEngine)
+    real = ShardIndex.remove
+
+    def die(index: ShardIndex, slot: int) -> None:
+        real(index, slot)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardIndex, "remove", die)
+        with pytest.raises(Killed):
+            rig.delete(BEFORE[0])
+    assert rig.write(Block(200, 1), Block(201, 1), Block(202, 1))[2][-1] is Outcome.STORED
+    rig.delete(Block(200), Block(201), Block(202))
+    engine.close()
+    (tmp_path / "store" / index_file.NAME).unlink()
+    rig = opened(tmp_path / "store", verify=False)
+    assert rig.read(BEFORE[0], BEFORE[1]) == [Outcome.MISSING, Outcome.LOADED]
+    rig.engine.close()
+
+
+def test_the_moments_of_a_write_are_the_documented_ones(tmp_path: Path) -> None:
+    """The order of docs/format.md, seen from outside: what changes first in each file."""
+    rig = prepared(tmp_path / "store")
+    seen = moments(tmp_path / "store", lambda: rig.write(FRESH[2]))
+    rig.engine.close()
+
+    def first(condition: Callable[[Files], object]) -> int:
+        return next(at for at, files in enumerate(seen) if condition(files))
+
+    def entries(files: Files) -> np.ndarray:
+        at = fmt.index_layout(1, PAGES)[2]
+        return np.frombuffer(files["index"], fmt.ENTRY, PAGES, at)
+
+    def intents(files: Files) -> np.ndarray:
+        return np.frombuffer(files["owners"], fmt.OWNER)["intents"]
+
+    before = seen[0]
+    slot = int(np.flatnonzero(entries(seen[-1])["low"] == FRESH[2].key)[0])
+    order = [
+        first(lambda files: np.frombuffer(files["index"], fmt.CONTROL, 1, 4096)["dirty"][0]),
+        first(lambda files: intents(files).any()),
+        first(lambda files: entries(files)["tag"][slot] & 0xFF == fmt.WRITING),
+        first(lambda files: files["shard-000.data"] != before["shard-000.data"]),
+        first(lambda files: files["shard-000.slots"] != before["shard-000.slots"]),
+        first(lambda files: entries(files)["low"][slot] == FRESH[2].key),
+        first(lambda files: entries(files)["tag"][slot] & 0xFF == fmt.LIVE),
+        first(lambda files: slot + 1 in np.frombuffer(files["index"], "<u4", 64, 8192)),
+    ]
+    assert order == sorted(set(order))
+    assert not intents(seen[-1]).any()

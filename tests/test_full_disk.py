@@ -1,0 +1,130 @@
+"""A full disk is a clear error when the store is opened, and never a crash later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.service_child import Child
+
+PRELUDE = """
+import light_mem
+from light_mem import LocalCacheService
+store, PAGE = sys.argv[1], 65536
+kv = light_mem.allocate_kvcache(64, PAGE)
+def mapped():
+    return sum(store in line for line in open("/proc/self/maps"))
+def descriptors():
+    return sum(store in os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd"))
+def attempt(slots):
+    try:
+        LocalCacheService(store, slots * PAGE, 2, kv, 1)
+    except light_mem.StoreFullError as e:
+        say("full", isinstance(e, OSError), e.errno, e.needed, e.available, str(e))
+    say(mapped(), descriptors())
+def use(slots, keys):
+    for page, key in enumerate(keys): kv[page] = ord(key[0])
+    with LocalCacheService(store, slots * PAGE, 2, kv, 1) as service:
+        service.run()
+        task = service.create("w", keys, range(len(keys)))
+        task.wait(20)
+        kv[:] = 0
+        read = service.create("r", keys, range(len(keys)))
+        read.wait(20)
+        right = [bool((kv[page] == ord(key[0])).all()) for page, key in enumerate(keys)]
+        say(task.state(), read.state(), right, service.stats()["slots"])
+"""
+
+
+def files(directory: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+
+
+def test_a_limit_on_file_sizes_is_an_error_at_open_that_leaves_nothing(tmp_path: Path) -> None:
+    script = f"""{PRELUDE}
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
+attempt(256)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+use(256, ["a", "b"])
+"""
+    with Child(script, tmp_path / "store") as child:
+        said, is_os_error, number, needed, _, text = child.hear()
+        assert (said, is_os_error) == ("full", True)
+        assert number in (27, 28)  # EFBIG, ENOSPC
+        assert needed > 2 << 20
+        assert str(needed) in text
+        assert child.hear() == [0, 0]
+        assert files(tmp_path / "store") <= 3 << 20  # the owners file; no part of a shard
+        assert child.hear() == [[2, 2], [2, 2], [True, True], 256]
+        assert child.end() == 0
+
+
+def small_disk(directory: Path) -> list[str]:
+    """A command that runs another one with a tmpfs of 12 MiB in `directory`, for it alone."""
+    mount = f"mount -t tmpfs -o size=12m,mode=700 none '{directory}' && exec \"$@\""
+    return ["unshare", "-m", "sh", "-c", mount, "sh"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root mounts a small disk")
+    if subprocess.run([*small_disk(directory), "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount")
+    return directory
+
+
+def test_a_disk_without_room_is_an_error_at_open_and_a_smaller_store_fits(disk: Path) -> None:
+    script = f"""{PRELUDE}
+attempt(256)
+attempt(180)
+say(sum(p.stat().st_blocks * 512 for p in __import__("pathlib").Path(store).iterdir()))
+use(128, ["a", "b"])
+"""
+    with Child(script, disk / "store", through=small_disk(disk)) as child:
+        for slots in (256, 180):  # 16 MiB; 11.25 MiB, which index and owners make too much
+            said, is_os_error, number, needed, available, text = child.hear()
+            assert (said, is_os_error, number) == ("full", True, 28)
+            assert needed > slots * 65536
+            assert 0 < available < needed
+            assert str(needed) in text
+            assert str(available) in text
+            assert child.hear() == [0, 0]
+        assert child.hear()[0] <= 2 << 20
+        assert child.hear() == [[2, 2], [2, 2], [True, True], 128]
+        assert child.end() == 0
+
+
+def test_a_disk_that_fills_up_later_stops_no_write_and_breaks_no_store(disk: Path) -> None:
+    script = f"""{PRELUDE}
+use(128, ["a"])
+with open(os.path.dirname(store) + "/filler", "wb", buffering=0) as filler:
+    try:
+        while True: filler.write(bytes(65536))
+    except OSError:
+        pass
+free = os.statvfs(os.path.dirname(store)).f_bavail * 4096
+use(128, [chr(100 + n) + "!" for n in range(60)])  # 128 slots are 64 a shard: some go round
+attempt(192)
+use(128, ["x"])
+say(free)
+"""
+    with Child(script, disk / "store", through=small_disk(disk)) as child:
+        assert child.hear() == [[2], [2], [True], 128]
+        written, read, right, slots = child.hear()
+        assert slots == 128
+        assert written == [2] * 60
+        assert read == [2] * 60
+        assert right == [True] * 60
+        assert child.hear()[0] == "full"
+        assert child.hear() == [0, 0]
+        assert child.hear() == [[2], [2], [True], 128]
+        assert child.hear()[0] < 65536  # it was full indeed
+        assert child.end() == 0
