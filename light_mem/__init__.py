@@ -11,6 +11,7 @@ blocks.py    arguments checked
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
 engine/      moves bytes: shards, copies, workers
 index/       finds them: format, table, locks, order of use, recovery
+maintenance/ looks into stores, checks, mends and moves them; `light-mem` is its command
 
 Names are imported when they are first used: a worker imports parts of the package without torch.
 """

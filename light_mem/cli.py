@@ -1,111 +1,64 @@
-"""`light-mem`: one sub-command a function here, each handing over to the module that does it."""
+"""`light-mem`: its sub-commands are in `light_mem/commands`, what they do is in the library."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
+from types import ModuleType
 
-from light_mem.errors import LightMemError
+from light_mem.commands import change, demo, look, rebuild, transfer, verify
+from light_mem.commands.output import guarded
 
-DEMO_HELP = """\
-A prompt of a small transformer is computed, stored, and continued after a restart in another
-process, which proves that not one bit of its logits differs from computing it again.
+COMMANDS = (demo, look, verify, rebuild, transfer, change)
 
-example:
+TEXT = """\
+A persistent, multi-process disk tier for LLM KV caches: see it work, look into a store, check it,
+mend it, move it.
+"""
+EXAMPLES = """\
+examples:
   light-mem demo
-  light-mem demo --store ./kv --tokens 8000 --workers 4    # run it twice: the store is kept
+  light-mem inspect ./cache_storage
+  light-mem verify ./cache_storage --repair
 
-exit code: 0 all bits equal, 1 not equal, 2 the demo could not run
+COMMAND --help has more, and the exit codes; docs/tools.md has all of it.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    return run(COMMANDS, "light-mem", TEXT, EXAMPLES, argv)
+
+
+def run(
+    modules: Sequence[ModuleType],
+    program: str,
+    text: str,
+    examples: str,
+    argv: Sequence[str] | None,
+) -> int:
+    """Run one of the commands that these modules add."""
     parser = argparse.ArgumentParser(
-        prog="light-mem",
-        description="A persistent, multi-process disk tier for LLM KV caches.",
-        epilog="example: light-mem demo --tokens 2000",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_demo(commands)
-    arguments = parser.parse_args(argv)
-    code: int = arguments.command(arguments)
-    return code
-
-
-def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="show a KV cache that survives its process, and prove it bit for bit",
-        description=DEMO_HELP,
+        prog=program,
+        description=text,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    demo.add_argument(
-        "--store", metavar="DIR", help="where to store; kept (default: a temporary directory)"
-    )
-    demo.add_argument("--keep", action="store_true", help="keep the temporary directory too")
-    demo.add_argument(
-        "--tokens", type=int, default=4000, help="length of the prompt, in bytes (%(default)s)"
-    )
-    demo.add_argument(
-        "--next", type=int, default=32, dest="steps", help="tokens to decode (%(default)s)"
-    )
-    demo.add_argument(
-        "--workers", type=int, default=2, help="worker processes of the service (%(default)s)"
-    )
-    demo.add_argument("--threads", type=int, help="threads of the model (default: torch's own)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and pages (%(default)s)")
-    demo.add_argument(
-        "--drop-page-cache",
-        action="store_true",
-        help="before the restart, ask the kernel to forget the store's files (Linux)",
-    )
-    demo.add_argument("--json", action="store_true", help="print the result as JSON only")
-    demo.set_defaults(command=run_demo)
-
-
-def run_demo(arguments: argparse.Namespace) -> int:
-    # Before torch is loaded, here and in the second process. Threads that wait by spinning take
-    # the core from those they wait for: on a busy machine that made the demo 25 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    # Here, not above: `light-mem --help` need not import torch.
-    from rich.console import Console
-
-    from light_mem.demo.plan import Plan
-    from light_mem.demo.report import show
-    from light_mem.demo.run import default_threads
-    from light_mem.demo.run import run_demo as run
-
-    console = Console(stderr=arguments.json)  # with --json, standard output is JSON only
-    store = arguments.store or tempfile.mkdtemp(prefix="light-mem-demo-")
-    plan = Plan(
-        store=store,
-        tokens=arguments.tokens,
-        steps=arguments.steps,
-        workers=arguments.workers,
-        seed=arguments.seed,
-        threads=default_threads() if arguments.threads is None else arguments.threads,
-    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in modules:
+        module.add(commands)
+    arguments = parser.parse_args(argv)
     try:
-        report = run(plan, console, drop_cache=arguments.drop_page_cache)
-    except (LightMemError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"light-mem demo: {error}", style="red", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if arguments.store is None and not arguments.keep:
-            shutil.rmtree(store, ignore_errors=True)
-    if arguments.json:
-        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
-    else:
-        show(report, console)
-    return 0 if report.equal else 1
+        code: int = guarded(arguments.name, lambda: arguments.command(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `light-mem dump | head`: the rest is not wanted, and the interpreter must not try again
+        # to write it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 if __name__ == "__main__":

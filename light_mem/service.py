@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from light_mem.maintenance import VerifyReport
+
 log = logging.getLogger("light_mem")
 
 DEFAULT_MAX_BLOCKS = 65536
@@ -119,6 +121,7 @@ class CacheService(ABC):
         counters = self._session.counters
         counters[name] += n
         counters[other] += m
+        self._engine.count(n, m)
 
     # --- tasks -----------------------------------------------------------------------------------
 
@@ -226,6 +229,14 @@ class CacheService(ABC):
             numbers[f"active_{name}_tasks"] = table.active_tasks(mode)
         numbers["workers"] = int(table.workers["ready"].sum())
         return numbers
+
+    def check(self, repair: bool = False) -> VerifyReport:
+        """Check every byte of the store; three outcomes: a clean report, a repaired one
+        (`repair=True`), or StoreDamagedError. See `light_mem.maintenance.check`."""
+        self._check_open()
+        from light_mem import maintenance
+
+        return maintenance.check(self._engine.directory, repair)
 
     def _check_open(self) -> None:
         refuse_fork(self._fork_token, type(self).__name__)

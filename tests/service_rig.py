@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 import light_mem
@@ -81,3 +82,12 @@ def rig(
         if run:
             service.run()
         yield Rig(service, kv)
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that run; the dead that nobody waited for do not."""
+    return [
+        pid
+        for pid in pids
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]

@@ -442,6 +442,10 @@ class LocalStorageEngine(StorageEngine):
         if entry >= 0:
             self._index.entries["used"][entry] = used
 
+    def count(self, lookups: int, hits: int) -> None:
+        """Add to the store's statistics of look-ups."""
+        self._index.count(lookups, hits)
+
     # --- the rest --------------------------------------------------------------------------------
 
     def owners(self) -> list[OwnerInfo]:

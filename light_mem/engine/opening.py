@@ -84,7 +84,7 @@ def prepare(
             raise
         return geometry
     _require_same(directory, geometry, page_bytes, shards)
-    _drop_unfinished(directory)
+    drop_unfinished(directory)
     wanted = geometry
     if storage_size != geometry.storage_size:
         if alone:
@@ -106,8 +106,8 @@ def prepare(
     return wanted
 
 
-def _drop_unfinished(directory: Path) -> None:
-    # What a process that was killed was about to rename; the open lock keeps living ones out.
+def drop_unfinished(directory: Path) -> None:
+    """Remove what a killed process was about to rename; the open lock keeps living ones out."""
     for path in directory.glob("*.tmp"):
         name, _, pid = path.stem.rpartition(".")
         if name in (index_file.NAME, description.NAME) and pid.isdigit():

@@ -157,6 +157,12 @@ class WorkerPool:
                 if process.poll() is not None and not self._stopping:
                     try:
                         self._replace(number, process)
+                    except LockTimeoutError as error:
+                        # Whoever is stopped with the queue in hand (a debugged client) may go on
+                        # later: this comes back here at once, and waits for the lock again.
+                        log.warning(
+                            "worker %d died and waits to be replaced: %s", number, str(error)
+                        )
                     except Exception:
                         log.exception("replacing worker %d failed", number)
                         self._give_up(f"worker {number} could not be replaced")
@@ -184,20 +190,21 @@ class WorkerPool:
 
     def _replace(self, number: int, process: subprocess.Popen[bytes]) -> None:
         ready = bool(self._table.workers["ready"][number])
-        self._early_deaths = 0 if ready else self._early_deaths + 1
+        early_deaths = 0 if ready else self._early_deaths + 1
+        # Where the service ends nobody is left to do its blocks again, and it may leave in order.
+        ends = bool(self.failure) or self._table.shutdown
+        again = not ends and early_deaths < MAX_EARLY_DEATHS
+        lost = self._queue.recover(number, self._is_stored, again)
+        self._early_deaths = early_deaths
         self._relay()
         self._forget(number)
-        if self.failure or self._table.shutdown:
-            # It left in order, or its service ends: there is nobody to do its blocks again.
-            self._queue.recover(number, self._is_stored, again=False)
+        if ends:
             return
-        again = self._early_deaths < MAX_EARLY_DEATHS
-        lost = self._queue.recover(number, self._is_stored, again)
         try:
             self._reclaim()
         except (LockTimeoutError, OSError) as error:
             # A write that finds no room, and the next open, will do it.
-            log.warning("the slots that worker %d was filling stay taken: %s", number, error)
+            log.warning("the slots that worker %d was filling stay taken: %s", number, str(error))
         log.warning(
             "worker %d (pid %d) died with status %d; %d blocks were in its hands",
             number,
@@ -239,7 +246,12 @@ class WorkerPool:
                 process.kill()
         for number in list(self._processes):
             self._forget(number)
-        self._queue.abort_all()
+        try:
+            self._queue.abort_all()
+        except LockTimeoutError as error:
+            log.warning(
+                "a client is stopped and keeps its tasks from being aborted: %s", str(error)
+            )
         self._selector.close()
         if self._pipes:
             self._relay()
@@ -254,6 +266,6 @@ class WorkerPool:
             self._queue.abort_waiting()
         except LockTimeoutError as error:
             # A worker that is stopped holds the queue: `stop` kills it and aborts the rest.
-            log.warning("%s", error)
+            log.warning("%s", str(error))
         table.header["work_seq"] += 1
         table.futex.wake(table.work_word)

@@ -29,6 +29,7 @@ from light_mem.index.recovery import Table
 # would keep its block from eviction for good.
 _CLOCK_SLACK_NS = 24 * 3600 * 10**9
 _SECTOR = 4096
+_TAG_AT = fmt.RECORD.fields["tag"][1]  # type: ignore[index]
 _COUNTERS = ("evictions", "inserts", "removals", "damaged")
 
 
@@ -165,6 +166,27 @@ def fill(file: IndexFile, plans: Iterable[Plan], old: OldIndex | None) -> int:
     return blocks
 
 
+def clear_unlisted(directory: Path, file: IndexFile, shard: int) -> None:
+    """Clear the records of a shard that its new index does not list.
+
+    Others will write over their slots, and may be gone in their turn when another new index is
+    made: it must not come upon these then.
+    """
+    records = read_records(directory, file.geometry, shard)
+    entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
+    free = recovery.states_of(entries) == fmt.FREE
+    unlisted = np.flatnonzero(free & (recovery.states_of(records) != fmt.FREE))
+    if not unlisted.size:
+        return
+    descriptor = os.open(shard_file.slots_path(directory, shard), os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for slot in unlisted.tolist():
+            at = fmt.SHARD_HEADER_BYTES + slot * fmt.RECORD.itemsize + _TAG_AT
+            os.pwrite(descriptor, bytes(8), at)  # a tag is FREE
+    finally:
+        os.close(descriptor)
+
+
 def make_index(directory: Path, geometry: Geometry) -> int:
     """Make the index of a store anew, in one step; returns its blocks. The store is ours alone."""
     path = directory / index_file.NAME
@@ -174,6 +196,8 @@ def make_index(directory: Path, geometry: Geometry) -> int:
         file = IndexFile(temporary, geometry)
         plans = (plan_shard(directory, geometry, s, old) for s in range(geometry.shards))
         blocks = fill(file, plans, old)
+        for shard in range(geometry.shards):
+            clear_unlisted(directory, file, shard)
         file.close()
         index_file.publish(directory, temporary)
     except BaseException:

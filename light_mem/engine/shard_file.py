@@ -83,12 +83,17 @@ def is_foreign(path: Path) -> bool:
     """Whether a file without a readable header holds any data, not only room for it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.lseek(descriptor, 0, os.SEEK_DATA)
+        at = 0
+        while True:
+            at = os.lseek(descriptor, at, os.SEEK_DATA)  # ... or zeros that somebody has read
+            piece = os.pread(descriptor, 1 << 20, at)
+            if piece.strip(b"\0"):
+                return True
+            at += len(piece)
     except OSError as error:
-        return error.errno != errno.ENXIO
+        return error.errno != errno.ENXIO  # the end
     finally:
         os.close(descriptor)
-    return True
 
 
 class ShardFile:

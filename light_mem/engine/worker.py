@@ -33,6 +33,7 @@ from light_mem.engine.task_table import (
     READ,
     TaskTable,
 )
+from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
 
@@ -78,7 +79,11 @@ class Worker:
         table = self._table
         while True:
             seen = int(table.header["work_seq"][0])
-            cells = self._queue.claim(self._number)
+            try:
+                cells = self._queue.claim(self._number)
+            except LockTimeoutError as error:  # a client is stopped with the queue in hand
+                log.warning("worker %d waits: %s", self._number, str(error))
+                continue
             if cells:
                 self.do(cells)
             elif table.shutdown:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,7 @@ class _Import:
     def __init__(self, source: ExportFile, progress: Progress | None) -> None:
         self._source = source
         self._progress = progress
+        self._batch_slots: defaultdict[int, int] = defaultdict(int)  # a shard, of this batch
         self.blocks = self.nbytes = self.present = self.no_room = 0
 
     def check(self, directory: str | os.PathLike[str]) -> None:
@@ -157,9 +159,11 @@ class _Import:
             return False
         geometry = engine.geometry
         shard = keymath.shard_of(keymath.mix_one(block.low, block.high), geometry.shards)
-        if engine.free_slots(shard) < -(-len(block.data) // geometry.page_bytes):
+        needed = self._batch_slots[shard] + len(block.data) // geometry.page_bytes
+        if engine.free_slots(shard) < needed:
             self.no_room += 1
             return False
+        self._batch_slots[shard] = needed
         return True
 
     def _store(self, engine: LocalStorageEngine, blocks: list[ExportedBlock]) -> None:
@@ -182,6 +186,7 @@ class _Import:
                 raise OSError(f"block {blocks[at].low:x} could not be stored: {outcome.name}")
 
         engine.write(batch, report)
+        self._batch_slots.clear()
 
     def _tell(self, block: ExportedBlock) -> None:
         if self._progress is not None:

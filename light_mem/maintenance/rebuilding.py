@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.engine import reindex, shard_file
-from light_mem.engine.opening import prepare
+from light_mem.engine.opening import drop_unfinished, prepare
 from light_mem.index import description, recovery
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
@@ -67,6 +67,7 @@ def rebuild(
             if report is not None:
                 return report
         require_alone(store.directory, "making the index anew")
+        drop_unfinished(store.directory)
         shards = _plan(store)
         _publish(store, shards)
         _complete(store, shards)
@@ -136,7 +137,9 @@ def _publish(store: Store, shards: list[_Shard]) -> None:
     temporary = index_file.create(store.directory, store.geometry)
     try:
         file = IndexFile(temporary, store.geometry)
-        reindex.fill(file, [shard.plan for shard in shards], old)
+        reindex.fill(file, [planned.plan for planned in shards], old)
+        for shard in range(store.geometry.shards):
+            reindex.clear_unlisted(store.directory, file, shard)
         file.mark_clean()  # synced: it outlives a power cut
         file.close()
         index_file.publish(store.directory, temporary)

@@ -1,0 +1,11 @@
+"""The sub-commands of `light-mem`: arguments and text; what they do lies in the library.
+
+arguments.py  sizes, ages and hashes as people write them; the arguments that commands share
+output.py     tables, JSON, progress bars, errors and exit codes
+demo.py       demo
+look.py       inspect, dump
+verify.py     verify
+rebuild.py    rebuild
+transfer.py   export, import
+change.py     resize, clear, evict
+"""

@@ -1,0 +1,118 @@
+"""Sizes, ages and hashes as people write them, and the arguments that commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from light_mem.errors import InvalidArgumentError
+from light_mem.index.keys import HashValue, as_key
+
+Commands = argparse._SubParsersAction  # of ArgumentParser; it has no public name
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+HASH_HELP = """\
+A HASH is what the server passed as a str; 32 lower-case hex digits, as `dump` shows them, name a
+key itself. int:123 is the int 123, hex:00ff the bytes 00 ff."""
+
+
+def add_command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    text: str,
+) -> argparse.ArgumentParser:
+    """A sub-command with the two arguments that all have: STORE and --json."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("store", metavar="STORE", help="directory of the store")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON only")
+    parser.set_defaults(command=run, name=name)
+    return parser
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """--dry-run, for every command that changes something."""
+    parser.add_argument("--dry-run", action="store_true", help="say what would be; change nothing")
+
+
+def add_hashes(parser: argparse.ArgumentParser, what: str) -> None:
+    """HASH ... and --hashes FILE."""
+    parser.add_argument("hashes", metavar="HASH", nargs="*", type=hash_value, help=what)
+    parser.add_argument(
+        "--hashes", metavar="FILE", dest="hash_file", type=Path, help="more hashes, one a line"
+    )
+
+
+def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
+    """The hashes of HASH ... and --hashes; None: none were given, which means all blocks.
+
+    Raises OSError, InvalidArgumentError.
+    """
+    hashes: list[HashValue] = list(arguments.hashes)
+    if arguments.hash_file is None:
+        return hashes or None
+    for line in arguments.hash_file.read_text().splitlines():
+        if line.strip():
+            try:
+                hashes.append(hash_value(line.strip()))
+            except argparse.ArgumentTypeError as error:
+                raise InvalidArgumentError(f"{arguments.hash_file}: {error}") from None
+    return hashes
+
+
+def size(text: str) -> int:
+    """Bytes: 1000, 64M, 1.5GiB (K, M, G, T and KiB ... are powers of 1024; KB ... of 1000)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"no size: {text!r} (like 500M, 10G, 1.5TiB)")
+    number, unit, suffix = found.groups()
+    base = 1000 if suffix == "b" else 1024
+    factor = base ** " kmgt".index(unit) if unit else 1
+    count = round(float(number) * factor)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"a size is at least one byte, not {text!r}")
+    return count
+
+
+def age(text: str) -> float:
+    """Seconds: 90s, 30m, 2h, 7d, 2w."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"no time: {text!r} (like 90s, 30m, 2h, 7d, 2w)")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def hash_value(text: str) -> HashValue:
+    """A hash as the server passed it; see HASH_HELP."""
+    kind, colon, rest = text.partition(":")
+    try:
+        if colon and kind == "int":
+            value: HashValue = int(rest, 0)
+        elif colon and kind == "hex":
+            value = bytes.fromhex(rest)
+        else:
+            value = text
+        as_key(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no hash: {text!r} ({error})") from None
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number above zero."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
+    return number

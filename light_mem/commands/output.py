@@ -1,0 +1,131 @@
+"""Tables, JSON, progress bars, errors: how commands speak. Results go to standard output, progress
+and errors to standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from light_mem.errors import LightMemError
+from light_mem.maintenance.report import plain
+
+CLEAN, FOUND, FAILED, INTERRUPTED = 0, 1, 2, 130  # exit codes
+MAX_LISTED = 20  # of each kind of finding; --json lists them all
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """Run a command; what it raises becomes one line on standard error and an exit code."""
+    # The library tells of what it puts right; people who run a tool want to see it.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"light-mem {name}: %(message)s"))
+    log = logging.getLogger("light_mem")
+    log.addHandler(handler)
+    try:
+        return run()
+    except BrokenPipeError:
+        raise
+    except (LightMemError, OSError) as error:
+        Console(stderr=True).print(f"light-mem {name}: {error}", style="red", markup=False)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        log.removeHandler(handler)
+
+
+def write_json(report: Any, **more: Any) -> None:
+    """One report as JSON on standard output."""
+    sys.stdout.write(json.dumps({**plain(report), **more}, indent=2) + "\n")
+
+
+def console() -> Console:
+    """Standard output for people."""
+    # Without a terminal rich would cut lines at 80 columns, keys and paths with them.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+
+
+def facts(rows: Iterable[tuple[str, str]], title: str) -> Table:
+    """A table of names and values."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))  # no markup: paths may hold brackets
+    return table
+
+
+def listing(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    limit: int = MAX_LISTED,
+) -> Table:
+    """A table of many rows, of which the first `limit` are shown."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows[:limit]:
+        table.add_row(*map(Text, row))
+    if len(rows) > limit:
+        table.caption = f"... and {len(rows) - limit:,} more: --json lists them all"
+        table.caption_justify = "left"
+    return table
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal; None elsewhere."""
+    shown = Console(stderr=True)
+    if not shown.is_terminal:
+        yield None
+        return
+    columns = TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn()
+    with Progress(*columns, console=shown, transient=True) as progress:
+        task = progress.add_task(what)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def bytes_text(count: int) -> str:
+    """A size in powers of 1024."""
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{count:,} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def age_text(when: int | None) -> str:
+    """How long ago a time, ns since 1970, was."""
+    if when is None:
+        return "-"
+    seconds = time.time() - when / 1e9
+    if seconds < 0:
+        return "in the future"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def count_text(count: int, what: str) -> str:
+    """ "1 block", "2 blocks"."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
+def rate_text(nbytes: int, seconds: float) -> str:
+    """A size, a time and what follows from them."""
+    rate = f", {nbytes / seconds / 1e9:.2f} GB/s" if nbytes and seconds >= 0.01 else ""
+    return f"{bytes_text(nbytes)} in {seconds:.2f} s{rate}"

@@ -1,0 +1,410 @@
+"""`light-mem verify` and its library: every kind of damage is found, named, and put right."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from light_mem.index import format as fmt
+from light_mem.index import keys as keymath
+from light_mem.maintenance import verify
+from light_mem.maintenance.report import KINDS
+from tests.engine_helpers import Block
+from tests.maintenance_helpers import (
+    BLOCKS,
+    PAGE,
+    SLOTS,
+    Command,
+    assert_holds,
+    entries_of,
+    files,
+    flip,
+    index_of,
+    key_of,
+    make_store,
+    place_of,
+    records_of,
+    reseal,
+    stored,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return make_store(tmp_path / "store")
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
+
+
+def test_a_sound_store_is_clean_and_no_byte_of_it_changes(store: Path, command: Command) -> None:
+    before = files(store)
+    assert command("verify", store) == 0
+    assert "clean" in command.out
+    assert "20 blocks read" in command.out
+    code, report = command.json("verify", store, "--jobs", 3)
+    assert code == 0
+    assert report["clean"]
+    assert report["blocks"] == len(BLOCKS)
+    assert report["nbytes"] == sum(b.pages for b in BLOCKS) * PAGE
+    assert files(store) == before
+
+
+def test_an_empty_store_is_clean(tmp_path: Path, command: Command) -> None:
+    make_store(tmp_path / "store", [])
+    assert command("verify", tmp_path / "store") == 0
+
+
+@pytest.mark.parametrize("block", [BLOCKS[0], BLOCKS[3], BLOCKS[19]])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_flipped_byte_names_its_block_and_repair_drops_it_alone(
+    store: Path, command: Command, block: Block, last: bool
+) -> None:
+    flip(store, block, block.pages * PAGE - 1 if last else 0)
+    before = files(store)
+    code, report = command.json("verify", store)
+    assert code == 1
+    shard, slot = place_of(store, block)
+    assert report["damaged"] == [
+        {
+            "key": key_of(block),
+            "shard": shard,
+            "slot": slot,
+            "nbytes": block.pages * PAGE,
+            "problem": "its bytes do not fit its checksum",
+        }
+    ]
+    assert report["findings"] == []
+    assert files(store) == before
+    assert command("verify", store) == 1
+    assert key_of(block) in command.out
+    assert command("verify", store, "--repair") == 1
+    assert "put right" in command.out
+    assert command("verify", store) == 0
+    assert_holds(store, *[b for b in BLOCKS if b is not block])
+
+
+def test_repair_counts_what_it_drops(store: Path) -> None:
+    for block in BLOCKS[:3]:
+        flip(store, block)
+    report = verify(store, repair=True)
+    assert report.repaired == 3
+    assert report.sound
+    assert not report.clean
+    assert int(index_of(store).control["damaged"].sum()) == 3
+    assert int(index_of(store).control["removals"].sum()) == 3
+
+
+def test_a_byte_between_the_blocks_is_nobodys(store: Path, command: Command) -> None:
+    with (store / "shard-000.data").open("r+b") as file:
+        file.seek(fmt.SHARD_HEADER_BYTES + (SLOTS - 1) * PAGE)
+        file.write(b"x" * PAGE)
+    assert command("verify", store) == 0
+
+
+def test_blocks_larger_than_a_piece_are_checked_to_their_end(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("light_mem.maintenance.data.PIECE_BYTES", PAGE + 100)
+    store = make_store(tmp_path / "store")
+    assert command("verify", store) == 0
+    flip(store, BLOCKS[3], 4 * PAGE - 1)
+    code, report = command.json("verify", store)
+    assert code == 1
+    assert [d["key"] for d in report["damaged"]] == [key_of(BLOCKS[3])]
+
+
+def test_blocks_of_several_runs_are_checked_run_by_run(tmp_path: Path, command: Command) -> None:
+    store, block = fragmented(tmp_path)
+    assert command("verify", store) == 0
+    shard, slot = place_of(store, block)
+    entry = entries_of(store, shard)[slot]
+    second = int(entry["next_run"]) - 1
+    assert second >= 0
+    with (store / f"shard-{shard:03}.data").open("r+b") as file:
+        file.seek(fmt.SHARD_HEADER_BYTES + second * PAGE)
+        file.write(b"spoilt")
+    code, report = command.json("verify", store)
+    assert code == 1
+    assert [d["key"] for d in report["damaged"]] == [key_of(block)]
+    assert command("verify", store, "--repair") == 1
+    assert command("verify", store) == 0
+    assert key_of(block) not in stored(store)
+
+
+def fragmented(tmp_path: Path) -> tuple[Path, Block]:
+    """A store with a block in several runs: its shard had free slots here and there only."""
+    from tests.maintenance_helpers import opened
+
+    store = tmp_path / "store"
+    rig = opened(store, slots=8, shards=1)
+    small = [Block(n) for n in range(8)]
+    rig.write(*small)
+    rig.delete(small[1], small[3], small[6])
+    block = Block(100, 3)
+    rig.write(block)
+    rig.engine.close()
+    return store, block
+
+
+# --- structure ------------------------------------------------------------------------------------
+
+Spoil = Callable[[Path, int, int], None]  # store, shard and slot of one block of two pages
+
+
+def state(store: Path, shard: int, slot: int) -> None:
+    entries = entries_of(store, shard)
+    free = int(np.flatnonzero(entries["run"] == 0)[-1])
+    entries["tag"][free] = 9
+
+
+def runs(store: Path, shard: int, slot: int) -> None:
+    entries_of(store, shard)["run"][slot] = 40
+
+
+def overlap(store: Path, shard: int, slot: int) -> None:
+    """Another key's entry over the second slot, its record too; the counters agree."""
+    entries, records = entries_of(store, shard), records_of(store, shard)
+    for table in (entries, records):
+        table[slot + 1] = table[slot]
+        table["low"][slot + 1] += 100
+        table["used"][slot + 1] -= 1
+        table["run"][slot + 1] = 1
+        table["nbytes"][slot + 1] = PAGE
+    reseal(records, slot + 1)
+    control = index_of(store).control
+    control["blocks"][shard] += 1
+    control["used_slots"][shard] += 1
+
+
+def extent(store: Path, shard: int, slot: int) -> None:
+    entries = entries_of(store, shard)
+    free = int(np.flatnonzero(entries["run"] == 0)[-1])
+    entries["tag"][free], entries["run"][free] = fmt.EXTENT, 1
+    index_of(store).control["used_slots"][shard] += 1
+
+
+def chain(store: Path, shard: int, slot: int) -> None:
+    entries_of(store, shard)["next"][slot] = SLOTS + 7
+
+
+def circle(store: Path, shard: int, slot: int) -> None:
+    entries_of(store, shard)["next"][slot] = slot + 1
+
+
+def unchained(store: Path, shard: int, slot: int) -> None:
+    file = index_of(store)
+    file.heads[shard * file.buckets : (shard + 1) * file.buckets] = 0
+
+
+def place(store: Path, shard: int, slot: int) -> None:
+    """A key of the other shard."""
+    entries, records = entries_of(store, shard), records_of(store, shard)
+    other = next(
+        n
+        for n in range(10**6, 10**7)
+        if keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), 2) != shard
+    )
+    for table in (entries, records):
+        table["low"][slot] = other
+    reseal(records, slot)
+
+
+def twin(store: Path, shard: int, slot: int) -> None:
+    """The same key once more, in free slots."""
+    entries, records = entries_of(store, shard), records_of(store, shard)
+    free = int(np.flatnonzero(entries["run"] == 0)[-3])
+    data = np.memmap(
+        store / f"shard-{shard:03}.data", np.uint8, "r+", fmt.SHARD_HEADER_BYTES
+    ).reshape(SLOTS, PAGE)
+    data[free : free + 2] = data[slot : slot + 2]
+    for table in (entries, records):
+        table[free] = table[slot]
+        table["used"][free] -= 1
+    reseal(records, free)
+    entries["next"][slot] = free + 1
+    control = index_of(store).control
+    control["blocks"][shard] += 1
+    control["used_slots"][shard] += 2
+
+
+def count(store: Path, shard: int, slot: int) -> None:
+    index_of(store).control["blocks"][shard] += 1
+
+
+def used_slots(store: Path, shard: int, slot: int) -> None:
+    index_of(store).control["used_slots"][shard] -= 1
+
+
+def record(store: Path, shard: int, slot: int) -> None:
+    records_of(store, shard)["tag"][slot] = fmt.FREE
+
+
+def torn_record(store: Path, shard: int, slot: int) -> None:
+    records_of(store, shard)["crc"][slot] ^= 1
+
+
+def other_record(store: Path, shard: int, slot: int) -> None:
+    records = records_of(store, shard)
+    records["checksum"][slot] += np.uint64(1)
+    reseal(records, slot)
+
+
+def stale(store: Path, shard: int, slot: int) -> None:
+    records = records_of(store, shard)
+    free = int(np.flatnonzero(entries_of(store, shard)["run"] == 0)[-3])
+    records[free] = records[slot]
+    records["low"][free] += 1
+    reseal(records, free)
+
+
+def leak(store: Path, shard: int, slot: int) -> None:
+    entries = entries_of(store, shard)
+    free = int(np.flatnonzero(entries["run"] == 0)[-3])
+    entries["tag"][free], entries["run"][free] = fmt.make_tag(fmt.WRITING, 77, 5), 2
+    index_of(store).control["used_slots"][shard] += 2
+
+
+SPOILS: dict[Spoil, tuple[str, int]] = {  # the kind it must show, and how many blocks go
+    state: ("state", 0),
+    runs: ("runs", 1),
+    overlap: ("overlap", 0),
+    extent: ("extent", 0),
+    chain: ("chain", 0),
+    circle: ("chain", 0),
+    unchained: ("unchained", 0),
+    place: ("place", 1),
+    twin: ("twin", 0),
+    count: ("count", 0),
+    used_slots: ("count", 0),
+    record: ("record", 0),
+    torn_record: ("record", 0),
+    other_record: ("record", 0),
+    stale: ("stale", 0),
+    leak: ("leak", 0),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
+def test_what_contradicts_itself_is_found_and_put_right(
+    store: Path, command: Command, spoil: Spoil
+) -> None:
+    block = BLOCKS[1]
+    assert block.pages == 2
+    kind, lost = SPOILS[spoil]
+    spoil(store, *place_of(store, block))
+    before = files(store)
+    code, report = command.json("verify", store)
+    assert code == 1
+    assert kind in {finding["kind"] for finding in report["findings"]}
+    assert files(store) == before
+    assert command("verify", store) == 1
+    assert kind in command.out
+    code, report = command.json("verify", store, "--repair")
+    assert code == 1
+    assert report["sound"]
+    assert report["remaining"] == []
+    assert command("verify", store) == 0, command.out
+    assert_holds(store, *[b for b in BLOCKS if not lost or b is not block])
+
+
+def test_every_kind_of_finding_is_documented_and_tested() -> None:
+    tested = {kind for kind, _ in SPOILS.values()}
+    elsewhere = {"description", "file", "foreign", "index"}  # below
+    assert tested | elsewhere == set(KINDS)
+    document = (Path(__file__).parents[1] / "docs" / "tools.md").read_text()
+    for kind, text in KINDS.items():
+        assert f"| `{kind}` | {text} |" in document
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["store.json", "index", "shard-001.slots"])
+@pytest.mark.parametrize("how", ["missing", "cut", "garbage"])
+def test_a_lost_file_that_others_can_replace_costs_no_block(
+    store: Path, command: Command, name: str, how: str
+) -> None:
+    spoil_file(store / name, how)
+    code, report = command.json("verify", store)
+    assert code == 1
+    assert not report["damaged"]
+    code, report = command.json("verify", store, "--repair")
+    assert report["sound"], report["remaining"]
+    assert command("verify", store) == 0
+    # Only the index knows the order of use; without it that of writing is left.
+    assert_holds(store, *(reversed(BLOCKS) if name == "index" else BLOCKS))
+
+
+def spoil_file(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        size = path.stat().st_size
+        path.write_bytes(np.random.default_rng(3).integers(0, 256, size, np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "garbage"])
+def test_lost_data_costs_its_blocks_and_no_other(store: Path, command: Command, how: str) -> None:
+    spoil_file(store / "shard-001.data", how)
+    kept = [b for b in BLOCKS if place_of(store, b)[0] == 0]
+    lost = {key_of(b) for b in BLOCKS if place_of(store, b)[0] == 1}
+    code, report = command.json("verify", store)
+    assert code == 1
+    named = {d["key"] for d in report["damaged"]}
+    assert named == lost if how != "cut" else named <= lost
+    assert command("verify", store, "--repair") == 1
+    assert command("verify", store) == 0
+    assert {key_of(b) for b in kept} <= stored(store)
+    assert not stored(store) & named
+
+
+def test_a_shard_of_another_store_is_left_alone(
+    store: Path, tmp_path: Path, command: Command
+) -> None:
+    make_store(tmp_path / "other", [Block(5)])
+    shutil.copy(tmp_path / "other" / "shard-001.data", store / "shard-001.data")
+    before = files(store)
+    for more in ([], ["--repair"]):
+        code, report = command.json("verify", store, *more)
+        assert code == 1
+        assert "foreign" in {finding["kind"] for finding in report["findings"]}
+        assert not report["sound"]
+    assert files(store) == before
+
+
+def test_without_an_index_damage_is_found_through_the_records(
+    store: Path, command: Command
+) -> None:
+    flip(store, BLOCKS[7])
+    (store / "index").unlink()
+    code, report = command.json("verify", store)
+    assert code == 1
+    assert [d["key"] for d in report["damaged"]] == [key_of(BLOCKS[7])]
+    assert [f["kind"] for f in report["findings"]] == ["index"]
+    assert not (store / "index").exists()
+
+
+def test_a_kill_is_unfinished_and_no_damage(store: Path, command: Command) -> None:
+    index_of(store).control["dirty"][1] = 1
+    (store / "index.999999.tmp").write_bytes(b"half")
+    code, report = command.json("verify", store)
+    assert code == 0
+    assert len(report["unfinished"]) == 2
+    assert command("verify", store) == 0
+    assert "unfinished, no damage: shard 1" in command.out
+
+
+def test_progress_is_told_and_reaches_the_end(store: Path) -> None:
+    told: list[tuple[int, int]] = []
+    report = verify(store, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (report.nbytes, report.nbytes)

@@ -1,0 +1,81 @@
+"""Another `storage_size` at the next opening, and files that are shorter than they should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from light_mem.engine.base import Outcome
+from light_mem.errors import InvalidArgumentError
+from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, assert_consistent, open_local
+
+LOADED, MISSING = Outcome.LOADED, Outcome.MISSING
+
+
+def test_every_shard_needs_room_for_a_full_block(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        open_local(tmp_path / "store", 3, shards=2, block_pages=4)
+    assert str(2 * 4 * PAGE) in str(caught.value)
+    for shards in (0, -1, 1001):
+        with pytest.raises(InvalidArgumentError):
+            open_local(tmp_path / "store", 8, shards=shards)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("pages", [4, 7, 9, 16])
+def test_a_store_opened_with_another_size_keeps_what_fits(tmp_path: Path, pages: int) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    blocks = [Block(key, 2) for key in range(4)]
+    rig.write(*blocks)
+    rig.engine.close()
+    rig = Rig(open_local(tmp_path / "store", pages))
+    kept = min(4, pages // 2)
+    assert rig.read(*blocks) == [LOADED] * kept + [MISSING] * (4 - kept)
+    assert rig.engine.stats()["slots"] == pages
+    assert (tmp_path / "store" / "shard-000.data").stat().st_size == 4096 + pages * PAGE
+    assert (tmp_path / "store" / "shard-000.slots").stat().st_size == 4096 + pages * 64
+    assert rig.write(*(Block(key) for key in range(10, 10 + pages)))[0] == COPIED_AND_STORED
+    assert_consistent(rig.engine._index)  # type: ignore[attr-defined]
+    rig.engine.close()
+
+
+def test_a_store_that_shrinks_and_grows_again_brings_nothing_back(tmp_path: Path) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(*(Block(key) for key in range(8)))
+    rig.engine.close()
+    open_local(tmp_path / "store", 4).close()
+    rig = Rig(open_local(tmp_path / "store", 8))
+    assert rig.read(*(Block(key) for key in range(8))) == [LOADED] * 4 + [MISSING] * 4
+    rig.engine.close()
+
+
+@pytest.mark.parametrize("pages", [4, 16])
+def test_a_store_that_others_have_open_keeps_its_size(
+    tmp_path: Path, pages: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(*(Block(key) for key in range(8)))
+    other = Rig(open_local(tmp_path / "store", pages))
+    assert "keeps its storage_size" in caplog.text
+    assert other.engine.stats()["slots"] == 8
+    assert other.read(*(Block(key) for key in range(8))) == [LOADED] * 8
+    rig.engine.close()
+    assert other.write(Block(100)) == [COPIED_AND_STORED]
+    other.engine.close()
+
+
+def test_a_shard_file_that_lost_its_end_is_mended_before_it_is_mapped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(*(Block(key) for key in range(8)))
+    rig.engine.close()
+    os.truncate(tmp_path / "store" / "shard-000.data", 4096 + 3 * PAGE)
+    rig = Rig(open_local(tmp_path / "store", 8))
+    assert "shard-000.data" in caplog.text
+    outcomes = rig.read(*(Block(key) for key in range(8)))
+    assert outcomes == [LOADED] * 3 + [Outcome.DAMAGED] * 5
+    assert rig.read(*(Block(key) for key in range(8))) == [LOADED] * 3 + [MISSING] * 5
+    rig.engine.close()
