@@ -130,6 +130,7 @@ class LocalStorageEngine(StorageEngine):
             engine = cls(path, kind=kind, verify=verify, durability=durability)
             engine._index.mark_open()
         engine.reclaim()
+        engine.settle()
         return engine
 
     # --- look-ups --------------------------------------------------------------------------------
@@ -429,7 +430,20 @@ class LocalStorageEngine(StorageEngine):
                         file.clear_records([slot])
                         index.give_back(slot)
 
-        return self._owners.reclaim(take_back)
+        dead = self._owners.reclaim(take_back)
+        if dead:
+            self.settle()
+        return dead
+
+    def settle(self) -> None:
+        """Put shards in order whose holder died changing them: the next change would do it, but
+        until then look-ups may miss blocks, for good where nobody writes."""
+        for shard in np.flatnonzero(self._index.control["dirty"]).tolist():
+            try:
+                with self.change(shard):  # a living holder is at work for a moment only
+                    pass
+            except LockTimeoutError as error:
+                log.warning("shard %d of %s is not put in order: %s", shard, self.directory, error)
 
     def free_slots(self, shard: int) -> int:
         """Slots of a shard that hold nothing, about now."""

@@ -46,7 +46,7 @@ def read_at(path: Path, at: int, size: int) -> bytearray:
     raw = bytearray(size)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:  # any other failure may pass: not a reason to list no blocks
         return raw
     try:
         view, done, piece = memoryview(raw), 0, 1 << 24
@@ -147,8 +147,8 @@ def same_block(a: Table, b: Table) -> npt.NDArray[np.bool_]:
 def _keep_order(entries: Table, live: npt.NDArray[np.intp], old: Table) -> int:
     live = live[live < len(old)]
     live = live[same_block(entries[live], old[live])]
-    used, written = old["used"][live], entries["used"][live]
-    known = (used >= written) & (used <= np.uint64(time.time_ns() + _CLOCK_SLACK_NS))
+    used = old["used"][live]  # an imported block was last used before it was written here
+    known = (used > 0) & (used <= np.uint64(time.time_ns() + _CLOCK_SLACK_NS))
     entries["used"][live[known]] = used[known]
     return int(np.count_nonzero(known))
 

@@ -53,7 +53,6 @@ class _Held:
 
 
 _held: dict[str, _Held] = {}
-_held_guard = threading.Lock()
 
 
 class PathLock:
@@ -69,10 +68,11 @@ class PathLock:
     @contextmanager
     def hold(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
         """Hold the lock; raises LockTimeoutError after `timeout` seconds."""
-        with _held_guard:
-            held = _held.get(self.path)
-            if held is None:
-                held = _held[self.path] = _Held(self.path)
+        held = _held.get(self.path)
+        if held is None:
+            # One step, and no lock around it: a finalizer that closes a service may run here, in
+            # this thread, and hold another PathLock.
+            held = _held.setdefault(self.path, _Held(self.path))
         if not held.thread.acquire(timeout=timeout):
             raise self._timeout(timeout)
         try:
@@ -172,13 +172,11 @@ _range_locks: weakref.WeakSet[RangeLock] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     # The child shares the descriptions: were they left open, a lock would outlive its owner for as
     # long as the child lives. Closing them in the child leaves the parent's locks alone.
-    global _held_guard
     for lock in list(_range_locks):
         lock.close()
     for held in _held.values():
         held.abandon()
     _held.clear()
-    _held_guard = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -116,9 +116,15 @@ def listed(store: Store, keys: KeyArray | None = None) -> Iterator[Listed]:
 def blocks(
     directory: str | os.PathLike[str], hashes: list[HashValue] | None = None
 ) -> Iterator[BlockReport]:
-    """The blocks of a store by shard and place, or those of `hashes` that are stored."""
-    store = Store(directory)
-    for part in listed(store, None if hashes is None else keymath.as_keys(hashes)):
+    """The blocks of a store by shard and place, or those of `hashes` that are stored.
+
+    Raises StoreFormatError (no store), InvalidArgumentError (a value that is no hash).
+    """
+    return _blocks(Store(directory), None if hashes is None else keymath.as_keys(hashes))
+
+
+def _blocks(store: Store, keys: KeyArray | None) -> Iterator[BlockReport]:
+    for part in listed(store, keys):
         records = read_records(store.directory, store.geometry, part.shard)
         for slot in part.heads.tolist():
             yield _report(part, records, slot)

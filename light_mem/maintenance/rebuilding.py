@@ -106,7 +106,7 @@ def plan_shard(store: Store, shard: int, old: reindex.OldIndex) -> _Shard:
             free = all(a + n <= size and not taken[a : a + n].any() for a, n in runs)
             block = block_at(before[head], head, runs, geometry.page_bytes)
             if data is None or not free or data.problem(block):
-                lost += 1
+                lost += int(old.sound)  # else it may well be another store's
                 continue
             _adopt(entries, before, runs)
             for start, length in runs:

@@ -45,7 +45,7 @@ def verify(
     store = Store(directory)
     findings = store.file_findings()
     foreign = any(finding.kind == "foreign" for finding in findings)
-    if repair and findings and not foreign:
+    if repair and not foreign:
         prepare_files(store, findings)
         store = Store(directory)
     structure: list[Finding] = []

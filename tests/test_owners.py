@@ -1,0 +1,149 @@
+"""Who has a store open: joining, leaving, dying, and being taken back from once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from light_mem.errors import StoreBusyError
+from light_mem.index import format as fmt
+from light_mem.index.owners import Intent, Owners, process_start
+from tests.children import child, line
+from tests.engine_helpers import let_go
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Owners, Owners]]:
+    """The file as two processes would have it open."""
+    pair = Owners(tmp_path), Owners(tmp_path)
+    yield pair
+    for owners in pair:
+        owners.close()
+    let_go(*pair)
+
+
+Pair = tuple[Owners, Owners]
+Reclaimed = list[tuple[int, list[Intent]]]
+
+
+def reclaimed(owners: Owners) -> Reclaimed:
+    taken: Reclaimed = []
+    count = owners.reclaim(lambda owner, intents: taken.append((owner, intents)))
+    assert count == len(taken)
+    return taken
+
+
+def test_an_owner_is_seen_by_others_until_it_leaves(pair: Pair) -> None:
+    one, other = pair
+    me = one.join("server")
+    assert (me.number, one.others(), one.alive()) == (1, False, [])
+    assert other.others()
+    seen = other.alive()
+    assert [(o.owner, o.pid, o.kind) for o in seen] == [(1, os.getpid(), "server")]
+    assert abs(seen[0].started - psutil.Process().create_time()) < 1.5
+    assert other.join("worker").number == 2
+    assert reclaimed(other) == []
+    me.leave()
+    assert not other.others()
+    assert reclaimed(other) == []
+    assert one.join("client").number == 1
+
+
+def test_the_intents_of_an_owner_are_those_it_named_last(pair: Pair) -> None:
+    one, other = pair
+    me = one.join("worker")
+    me.intend([(0, 5), (3, 2**31 - 3)])
+    me.intend([(3, 2**31 - 3), (1, 0)])
+    assert reclaimed(other) == []
+    one.locks.close()  # as when the process dies
+    assert reclaimed(other) == [(1, [(3, 2**31 - 3), (1, 0)])]
+    assert reclaimed(other) == []
+    me.intend([(0, slot) for slot in range(fmt.MAX_INTENTS)])  # the most there may be
+    me.intend([])
+
+
+def test_a_process_killed_with_sigkill_is_reclaimed_once(pair: Pair, tmp_path: Path) -> None:
+    one, other = pair
+    code = (
+        "from light_mem.index.owners import Owners\n"
+        "owners = Owners(path)\n"
+        "owners.join('worker').intend([(2, 7)])\n"
+        "say('joined')\n"
+        "time.sleep(60)\n"
+    )
+    with child(code, tmp_path) as process:
+        assert line(process) == "joined"
+        assert one.others()
+        assert reclaimed(one) == []
+        process.kill()
+        process.wait()
+        assert not one.others()
+        assert one.join("server").number == 2  # the dead one's slots are not given back yet
+        assert reclaimed(other) == [(1, [(2, 7)])]
+        assert reclaimed(one) == []
+
+
+def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
+    one, other = pair
+    for number in range(1, 9):
+        one.join("worker").intend([(0, number)])
+    one.locks.close()
+    taken: list[int] = []
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        start.wait()
+        other.reclaim(lambda owner, _: taken.append(owner))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(1, 9))
+
+
+def test_what_could_not_be_taken_back_is_tried_again(pair: Pair) -> None:
+    one, other = pair
+    one.join("worker").intend([(0, 3)])
+    one.locks.close()
+
+    def fail(*_: object) -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        other.reclaim(fail)
+    assert reclaimed(other) == [(1, [(0, 3)])]
+
+
+def test_a_full_house_is_a_clear_error(pair: Pair) -> None:
+    one, other = pair
+    one.records["pid"][1:] = 1
+    for number in range(1, fmt.MAX_OWNERS):
+        assert one.locks.try_lock(number)
+    with pytest.raises(StoreBusyError) as caught:
+        other.join("server")
+    assert str(fmt.MAX_OWNERS - 1) in str(caught.value)
+
+
+def test_the_file_is_made_whole_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "owners").write_bytes(b"")
+    owners = Owners(tmp_path)
+    path = tmp_path / "owners"
+    assert path.stat().st_size == fmt.MAX_OWNERS * fmt.OWNER.itemsize
+    inode = path.stat().st_ino
+    assert not np.count_nonzero(owners.records["pid"])
+    owners.close()
+    Owners(tmp_path).close()
+    assert path.stat().st_ino == inode
+
+
+def test_the_start_of_a_process_is_its_identity() -> None:
+    assert abs(process_start(os.getpid()) - psutil.Process().create_time()) < 1.5
+    assert process_start(2**22 + 1) == 0.0
