@@ -255,9 +255,7 @@ def test_dump_lists_every_block(store: Path, command: Command) -> None:
     before = files(store)
     code, report = command.json("dump", store)
     assert code == 0
-    assert {b["key"]: b["pages"] for b in report["blocks"]} == {
-        key_of(b): b.pages for b in BLOCKS
-    }
+    assert {b["key"]: b["pages"] for b in report["blocks"]} == {key_of(b): b.pages for b in BLOCKS}
     assert command("dump", store) == 0
     lines = command.out.splitlines()
     assert len(lines) == 1 + len(BLOCKS)

@@ -88,7 +88,9 @@ def test_an_import_makes_the_store_when_told_its_size(
     assert_holds(tmp_path / "new", *BLOCKS, shards=1, slots=128)
 
 
-def test_pages_of_another_size_are_refused(exported: Path, tmp_path: Path, command: Command) -> None:
+def test_pages_of_another_size_are_refused(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
     open_local(tmp_path / "target", 64, page_bytes=2 * PAGE).close()
     before = files(tmp_path / "target")
     for more in ([], ["--dry-run"]):
@@ -249,9 +251,7 @@ def test_a_damaged_header_costs_its_block_only(
     assert stored(target) == {key_of(b) for b in BLOCKS} - {key_of(BLOCKS[number])}
 
 
-def test_a_file_cut_anywhere_gives_the_whole_blocks_before(
-    exported: Path, tmp_path: Path
-) -> None:
+def test_a_file_cut_anywhere_gives_the_whole_blocks_before(exported: Path, tmp_path: Path) -> None:
     whole = exported.read_bytes()
     starts = [offset_of(exported, block) for block in BLOCKS]
     target = make_store(tmp_path / "target", [])
@@ -267,9 +267,7 @@ def test_a_file_cut_anywhere_gives_the_whole_blocks_before(
     assert_holds(target, *BLOCKS)
 
 
-def test_a_lost_or_repeated_block_is_noticed_by_the_trailer(
-    exported: Path, tmp_path: Path
-) -> None:
+def test_a_lost_or_repeated_block_is_noticed_by_the_trailer(exported: Path, tmp_path: Path) -> None:
     whole = exported.read_bytes()
     start = offset_of(exported, BLOCKS[4])
     end = start + PART + BLOCKS[4].pages * PAGE
@@ -336,9 +334,13 @@ def test_an_export_has_these_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     raw = (tmp_path / "x").read_bytes()
     assert len(raw) == 3 * PART + PAGE
     assert raw[:12].hex() == "4c4d4558504f5254" + "01000000"
-    assert raw[32:64].hex() == (
-        PAGE.to_bytes(8, "little") + (0x55).to_bytes(8, "little") + (1).to_bytes(8, "little")
-    ).hex() + 16 * "0"
+    assert (
+        raw[32:64].hex()
+        == (
+            PAGE.to_bytes(8, "little") + (0x55).to_bytes(8, "little") + (1).to_bytes(8, "little")
+        ).hex()
+        + 16 * "0"
+    )
     assert raw[64:68] == b"MBLK"
     assert raw[72:96].hex() == "2211000000000000" + 16 * "0" + "0002000000000000"
     assert raw[96:104] == checksum.to_bytes(8, "little")

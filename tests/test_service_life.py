@@ -21,6 +21,7 @@ from light_mem import (
     ServiceClosedError,
     State,
 )
+from light_mem.engine.task_table import WRITE
 from tests.conftest import wait_until
 from tests.service_child import Child
 from tests.service_rig import WAIT, rig
@@ -143,6 +144,27 @@ def test_tasks_made_while_the_service_closes_are_final_or_refused(
         client.close()
     assert failures == []
     assert all(task.ready() for task in made)
+
+
+@pytest.mark.parametrize("from_client", [True, False])
+def test_a_close_in_the_middle_of_create_leaves_no_task_that_nobody_does(
+    tmp_path: Path, from_client: bool
+) -> None:
+    with rig(tmp_path, run=False) as r:
+        service = r.service.client() if from_client else r.service
+        service.query("connects")
+        place = service._session.place
+
+        def place_then_close(*arguments: Any) -> Any:
+            placed = place(*arguments)
+            r.service.close()
+            return placed
+
+        service._session.place = place_then_close  # type: ignore[method-assign]
+        with pytest.raises(ServiceClosedError):
+            service.create("w", ["a"], [0])
+        assert service._session.table.active_tasks(WRITE) == 0
+        service.close()
 
 
 def test_run_is_done_once_however_many_call_it(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     except BrokenPipeError:
         raise
     except (LightMemError, OSError) as error:
-        Console(stderr=True).print(f"light-mem {name}: {error}", style="red", markup=False)
+        text = Text(f"light-mem {name}: {error}", style="red")
+        Console(stderr=True).print(text, soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

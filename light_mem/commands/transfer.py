@@ -15,6 +15,7 @@ from light_mem.commands.arguments import (
     count,
     size,
 )
+from light_mem.index.keys import as_key, key_text
 from light_mem.maintenance.exporting import export_store
 from light_mem.maintenance.importing import import_store
 from light_mem.maintenance.report import TransferReport
@@ -79,7 +80,9 @@ def run_export(arguments: argparse.Namespace) -> int:
             dry_run=arguments.dry_run,
             progress=progress,
         )
-    return _tell(report, arguments, "would be written" if arguments.dry_run else "written")
+    names = {key_text(*as_key(value)): str(value) for value in hashes or []}
+    done = "would be written" if arguments.dry_run else "written"
+    return _tell(report, arguments, done, names)
 
 
 def run_import(arguments: argparse.Namespace) -> int:
@@ -93,10 +96,12 @@ def run_import(arguments: argparse.Namespace) -> int:
             dry_run=arguments.dry_run,
             progress=progress,
         )
-    return _tell(report, arguments, "would be stored" if arguments.dry_run else "stored")
+    return _tell(report, arguments, "would be stored" if arguments.dry_run else "stored", {})
 
 
-def _tell(report: TransferReport, arguments: argparse.Namespace, done: str) -> int:
+def _tell(
+    report: TransferReport, arguments: argparse.Namespace, done: str, names: dict[str, str]
+) -> int:
     code = output.CLEAN if report.complete else output.FOUND
     if arguments.json:
         output.write_json(report, complete=report.complete)
@@ -107,8 +112,8 @@ def _tell(report: TransferReport, arguments: argparse.Namespace, done: str) -> i
         names = ("key", "bytes", "problem")
         console.print(output.listing("Damaged blocks, left out", names, rows, right=["bytes"]))
     if report.missing:
-        rows = [[key] for key in report.missing]
-        console.print(output.listing("Not stored", ["key"], rows))
+        asked = [[names.get(key, ""), key] for key in report.missing]
+        console.print(output.listing("Not stored", ["hash", "key"], asked))
     for problem in report.problems:
         console.print(f"{report.file}: {problem}", style="red")
     for number, what in (

@@ -80,8 +80,11 @@ def verdict(report: VerifyReport, repair: bool) -> str:
     if report.damaged:
         found.append(output.count_text(len(report.damaged), "damaged block"))
     if report.findings:
-        found.append(output.count_text(len(report.findings), "other finding"))
+        what = "other finding" if report.damaged else "finding"
+        found.append(output.count_text(len(report.findings), what))
     text = " and ".join(found)
     if not repair:
-        return f"{text}; --repair drops the damaged blocks and puts the rest in order"
+        does = "drops the damaged blocks" if report.damaged else "puts it in order"
+        more = " and puts the rest in order" if len(found) == 2 else ""
+        return f"{text}; --repair {does}{more}"
     return f"{text}, all put right" if report.sound else f"{text}, not all put right: see above"

@@ -89,7 +89,7 @@ class IndexFile:
         )
         wanted = (_s16(bytes.fromhex(g.store_id)), g.page_bytes, g.shards, g.slots, self.buckets)
         if found != wanted:
-            raise IndexUnusable(f"{self.path} is the index of another store or size: {found}")
+            raise IndexUnusable(f"{self.path} is the index of another store or size")
 
     @property
     def trustworthy(self) -> bool:

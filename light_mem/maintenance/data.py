@@ -11,6 +11,7 @@ and a second reading does not fit either is it damaged; else it was taken out me
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -25,7 +26,7 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import Table
 from light_mem.maintenance.report import DamagedBlock
-from light_mem.maintenance.store import Store, blocks_in
+from light_mem.maintenance.store import Store, as_words, blocks_in
 
 PIECE_BYTES = 1 << 20
 GAP_BYTES = 64 << 10  # reading over a smaller gap is cheaper than another call
@@ -33,6 +34,7 @@ UNIT_BYTES = 256 << 20  # what one thread takes at a time, and how many blocks o
 UNIT_BLOCKS = 1 << 15
 MAX_JOBS = 8
 _POLL_SECONDS = 0.1
+_CHECKSUM, _NBYTES = (fmt.ENTRY.fields[f][1] // 8 for f in ("checksum", "nbytes"))  # type: ignore[index]
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -198,40 +200,37 @@ class DataCheck:
     def _read_neighbours(self, number: int, file: DataFile) -> Iterator[Extents]:
         """The blocks of one run that do not fit."""
         unit, page = self._units[number], self._page
-        rows = unit.table[unit.heads]
-        offsets = [fmt.SHARD_HEADER_BYTES + slot * page for slot in unit.heads]
-        sizes: list[int] = rows["nbytes"].tolist()
-        sums: list[int] = rows["checksum"].tolist()
-        raw, width = rows.tobytes(), fmt.ENTRY.itemsize  # an entry begins with its key
+        heads = np.array(unit.heads, np.int64)
+        rows = as_words(unit.table)[heads]  # gathering words is ten times faster than entries
+        sizes: list[int] = rows[:, _NBYTES].tolist()
+        sums: list[int] = rows[:, _CHECKSUM].tolist()
+        raw = rows[:, :2].tobytes()  # low and high: the keys' bytes
+        first = fmt.SHARD_HEADER_BYTES + heads * page
+        end = first + rows[:, _NBYTES].astype(np.int64)
+        breaks = [*(np.flatnonzero(first[1:] - end[:-1] > GAP_BYTES) + 1).tolist(), len(heads)]
+        offsets, ends = first.tolist(), end.tolist()
         digest = xxhash.xxh3_64
-        at, count = 0, len(sizes)
-        while at < count and not self._stop.is_set():
+        at = 0
+        while at < len(sizes) and not self._stop.is_set():
             start = offsets[at]
-            end, until = start + sizes[at], at + 1
-            while (
-                until < count
-                and offsets[until] - end <= GAP_BYTES
-                and offsets[until] + sizes[until] - start <= PIECE_BYTES
-            ):
-                end = max(end, offsets[until] + sizes[until])
-                until += 1
-            piece = memoryview(b"")
-            if end - start <= PIECE_BYTES:
-                try:
-                    piece = file.read(start, end - start)
-                except OSError:
-                    pass  # one by one below: only some of them may be unreadable
+            until = breaks[bisect_right(breaks, at)]
+            until = max(at + 1, bisect_right(ends, start + PIECE_BYTES, at, until))
+            size = ends[until - 1] - start
+            try:
+                piece = file.read(start, size) if size <= PIECE_BYTES else file.read(start, 0)
+            except OSError:
+                piece = file.read(start, 0)  # one by one: only some of them may be unreadable
+            suspects = []
             for n in range(at, until):
-                first = offsets[n] - start
-                if first + sizes[n] <= len(piece):
-                    checksum = digest(raw[n * width : n * width + 16])
-                    checksum.update(piece[first : first + sizes[n]])
-                    if checksum.intdigest() == sums[n]:
-                        continue
-                block = block_at(
-                    rows[n], unit.heads[n], [(unit.heads[n], -(-sizes[n] // page))], page
-                )
-                if len(piece) or file.problem(block):
+                here = offsets[n] - start
+                checksum = digest(raw[16 * n : 16 * n + 16])
+                checksum.update(piece[here : here + sizes[n]])
+                if checksum.intdigest() != sums[n]:
+                    suspects.append(n)
+            for n in suspects:
+                slot = unit.heads[n]
+                block = block_at(unit.table[slot], slot, [(slot, -(-sizes[n] // page))], page)
+                if file.problem(block):
                     yield block
             self._done[number] += sum(sizes[at:until])
             at = until

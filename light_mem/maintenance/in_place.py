@@ -20,9 +20,11 @@ from light_mem.engine.shard_file import ShardFile
 from light_mem.index import description, recovery
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
+from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.recovery import Table
 from light_mem.index.room import allocate
 from light_mem.index.shard import ShardIndex
+from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, maps_index
 from light_mem.maintenance.report import OwnerReport, RebuildReport
 from light_mem.maintenance.store import Store, blocks_in
@@ -30,19 +32,18 @@ from light_mem.maintenance.store import Store, blocks_in
 log = logging.getLogger("light_mem")
 
 
-def rebuild_in_place(store: Store, started: float) -> RebuildReport | None:
-    """Correct the index of a store that others have open; None: nobody has, so it need not be.
+def rebuild_in_place(store: Store, started: float) -> RebuildReport:
+    """Correct the index of a store that others have open.
 
-    The open lock is held. Raises LockTimeoutError when a stopped process holds a shard's lock.
+    Raises LockTimeoutError when a stopped process holds a shard's lock.
     """
     alive = Ownership(store.directory).alive
-    if not alive:
-        return None
-    if not store.described:
-        description.save(store.directory, store.geometry)
-    _restore_frame(store)
+    with PathLock(lock_path(store.directory, "open")).hold(OPEN_SECONDS):
+        if not store.described:
+            description.save(store.directory, store.geometry)
+        _restore_frame(store)
+        engine = LocalStorageEngine(store.directory, kind="tool")
     blocks = nbytes = added = removed = 0
-    engine = LocalStorageEngine(store.directory, kind="tool")
     try:
         for shard in range(store.geometry.shards):
             with engine.change(shard) as (index, file):

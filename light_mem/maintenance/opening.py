@@ -8,6 +8,8 @@ from pathlib import Path
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.maintenance.store import Store
 
+OPEN_SECONDS = 60.0  # a server that opens a large store holds the open lock for as long
+
 
 def open_tool(
     directory: str | os.PathLike[str], storage_size: int | None = None

@@ -30,11 +30,11 @@ from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.owners import Owners
 from light_mem.index.recovery import Table
 from light_mem.maintenance.data import DataFile, block_at
-from light_mem.maintenance.owners import require_alone
+from light_mem.maintenance.in_place import rebuild_in_place
+from light_mem.maintenance.opening import OPEN_SECONDS
+from light_mem.maintenance.owners import Ownership, require_alone
 from light_mem.maintenance.report import RebuildReport
 from light_mem.maintenance.store import Store, blocks_in
-
-OPEN_SECONDS = 60.0  # a server that opens a large store holds the open lock for as long
 
 
 class _Shard(NamedTuple):
@@ -59,13 +59,9 @@ def rebuild(
     store.refuse_foreign()
     if dry_run:
         return _report(store, _plan(store), started, dry_run=True)
+    if force and Ownership(store.directory).alive:
+        return rebuild_in_place(store, started)
     with PathLock(lock_path(store.directory, "open")).hold(OPEN_SECONDS):
-        if force:
-            from light_mem.maintenance.in_place import rebuild_in_place
-
-            report = rebuild_in_place(store, started)
-            if report is not None:
-                return report
         require_alone(store.directory, "making the index anew")
         drop_unfinished(store.directory)
         shards = _plan(store)

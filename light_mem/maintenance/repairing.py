@@ -40,7 +40,7 @@ def prepare_files(store: Store, findings: list[Finding]) -> None:
             rebuild(store.directory)
         open_tool(store.directory).close()  # what any server does when it opens
     except LightMemError as error:
-        log.warning("store %s: %s", store.directory, error)
+        log.warning("store %s: %s", store.directory, str(error))
 
 
 class Repair:

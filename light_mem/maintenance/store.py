@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.engine import reindex, shard_file
 from light_mem.engine.opening import describe
@@ -206,6 +207,11 @@ def _file_problem(path: Path, header: bytes, size: int) -> str:
     if shard_file.read_header(path) is None:
         return "has a damaged header"
     return _FOREIGN
+
+
+def as_words(table: Table) -> npt.NDArray[np.uint64]:
+    """Entries or records as their eight 64-bit words, uint64 [n, 8]; no copy."""
+    return np.asarray(table).view("<u8").reshape(len(table), -1)
 
 
 def blocks_in(

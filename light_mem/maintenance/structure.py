@@ -16,12 +16,18 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import recovery
 from light_mem.index.description import Geometry
-from light_mem.index.recovery import Ints, Table
+from light_mem.index.recovery import Ints
 from light_mem.maintenance.owners import Intents
 from light_mem.maintenance.report import Finding
-from light_mem.maintenance.store import Snapshot, blocks_in
+from light_mem.maintenance.store import Snapshot, as_words, blocks_in
 
 Bools = npt.NDArray[np.bool_]
+
+# Words of an entry and of a record, which are the same: the state, what the block is, and its run
+# and the next one in one word.
+_AT = {name: fmt.RECORD.fields[name][1] // 8 for name in fmt.RECORD.names or ()}  # type: ignore[index]
+_TAG, _RUNS = _AT["tag"], _AT["run"]
+_BLOCK = [_AT[name] for name in ("low", "high", "checksum", "nbytes")]
 
 
 class StructureCheck:
@@ -39,6 +45,7 @@ class StructureCheck:
         self._states = recovery.states_of(snapshot.entries)
         self._live = self._states == fmt.LIVE
         self._heads, self._several = blocks_in(snapshot.entries, geometry.page_bytes)
+        self._mixed = keymath.mix(as_words(snapshot.entries)[:, :2])  # of low and high
 
     def findings(self) -> list[Finding]:
         """Everything that is wrong, by kind."""
@@ -73,20 +80,20 @@ class StructureCheck:
 
     def _misplaced(self) -> Iterator[Finding]:
         live = np.flatnonzero(self._live)
-        shards = keymath.shards_of(self._mixed(live), self._g.shards)
-        for slot in live[shards != self._s.shard].tolist():
+        mixed = self._mixed[live]
+        for slot in live[keymath.shards_of(mixed, self._g.shards) != self._s.shard].tolist():
             yield self._say("place", slot, "its key belongs to another shard")
+        order = np.argsort(mixed)
+        close = mixed[order][:-1] == mixed[order][1:]
+        if not close.any():
+            return  # no two keys are alike
+        live = live[np.isin(mixed, mixed[order][:-1][close])]
         low, high = self._entries["low"][live], self._entries["high"][live]
         order = np.lexsort((self._entries["used"][live], high, low))
         low, high, live = low[order], high[order], live[order]
         twin = (low[:-1] == low[1:]) & (high[:-1] == high[1:])
         for older, newer in zip(live[:-1][twin].tolist(), live[1:][twin].tolist(), strict=True):
             yield self._say("twin", older, f"slot {newer} holds a block of the same key")
-
-    def _mixed(self, slots: Ints) -> npt.NDArray[np.uint64]:
-        return keymath.mix(
-            np.stack([self._entries["low"][slots], self._entries["high"][slots]], axis=1)
-        )
 
     # --- space -----------------------------------------------------------------------------------
 
@@ -138,7 +145,7 @@ class StructureCheck:
         seen = np.zeros(slots, bool)
         mine = np.full(slots, -1, np.int64)  # the bucket of each stored block
         live = np.flatnonzero(self._live)
-        mine[live] = (self._mixed(live) & np.uint64(len(self._s.heads) - 1)).astype(np.int64)
+        mine[live] = (self._mixed[live] & np.uint64(len(self._s.heads) - 1)).astype(np.int64)
         bucket = np.flatnonzero(self._s.heads)
         at = self._s.heads[bucket].astype(np.int64)
         while at.size:  # every round sees new slots or ends chains
@@ -171,27 +178,25 @@ class StructureCheck:
 
     def without_record(self) -> list[int]:
         """First slots of blocks whose records, one a run, do not fit the entry."""
-        records, entries, heads = self._s.records, self._entries, self._heads
-        fits = (recovery.states_of(records[heads]) == fmt.LIVE) & _same(
-            records[heads], entries[heads]
-        )
-        fits &= records["run"][heads] == entries["run"][heads]
-        fits &= records["next_run"][heads] == entries["next_run"][heads]
-        fits[fits] = recovery.crc_fits(records[heads[fits]])
+        heads = self._heads
+        fits = self._record_fits(heads, heads, fmt.LIVE)
         missing = set(heads[~fits].tolist())
         for head, runs in self._several.items():
             further = np.array([start for start, _ in runs[1:]])
-            theirs = records[further]
-            fine = (
-                (recovery.states_of(theirs) == fmt.EXTENT)
-                & _same(theirs, np.repeat(entries[[head]], len(further)))
-                & (theirs["run"] == entries["run"][further])
-                & (theirs["next_run"] == entries["next_run"][further])
-                & recovery.crc_fits(theirs)
-            )
-            if not fine.all():
+            if not self._record_fits(further, np.full(len(further), head), fmt.EXTENT).all():
                 missing.add(head)
         return sorted(missing)
+
+    def _record_fits(self, slots: Ints, heads: Ints, state: int) -> Bools:
+        """Whether the records of runs at `slots` are sound, and say what the entries say: those
+        of `heads` about the block, their own about the run."""
+        records, entries = as_words(self._s.records)[slots], as_words(self._entries)
+        fits = records[:, _TAG] & np.uint64(fmt.STATE_MASK) == state
+        for word in _BLOCK:
+            fits &= records[:, word] == entries[heads, word]
+        fits &= records[:, _RUNS] == entries[slots, _RUNS]
+        fits[fits] = recovery.crc_fits(records[fits].view(fmt.RECORD).reshape(-1))
+        return np.asarray(fits)
 
     def _stale(self) -> Iterator[Finding]:
         records = self._s.records
@@ -203,10 +208,3 @@ class StructureCheck:
             key = keymath.key_text(int(record["low"]), int(record["high"]))
             problem = "a record of a block that is not stored"
             yield Finding("stale", self._s.shard, slot, key, problem)
-
-
-def _same(a: Table, b: Table) -> Bools:
-    same = np.ones(len(a), bool)
-    for name in ("low", "high", "checksum", "nbytes"):
-        same &= a[name] == b[name]
-    return same

@@ -68,7 +68,7 @@ def verify(
             with Repair(store.directory) as repairs:
                 repaired = repairs.run(result.damaged, structure)
         except (StoreBusyError, StoreFormatError, StoreFullError) as error:
-            log.warning("store %s cannot be opened for repair: %s", store.directory, error)
+            log.warning("store %s cannot be opened for repair: %s", store.directory, str(error))
         remaining = _remaining(store.directory)
         repaired += len(found_all) - len(remaining)
     return VerifyReport(
