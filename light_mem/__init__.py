@@ -2,9 +2,10 @@
 
     service = LocalCacheService(file, storage_size, num_of_shard, kvcache, num_workers)
     service.run()
-    task = service.create(["hash1", "hash2"], [0, 1], "write")
+    task = service.create("write", ["hash1", "hash2"], [0, 1])
 
-service.py   LocalCacheService, CacheClient: what a server calls
+service.py   CacheService: look up, create, abort, delete; local_service.py and client.py: in the
+             server's process, and in its other processes
 session.py   one process's tasks in the shared task table
 task.py      CacheTask: states, waiting
 blocks.py    arguments checked
@@ -22,6 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from light_mem.client import CacheClient
     from light_mem.compat import PyLocalCacheService, PyState, PyTask
     from light_mem.engine.base import StorageEngine
     from light_mem.engine.kvmemory import allocate_kvcache
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
         TaskTableFullError,
         WorkerStartError,
     )
-    from light_mem.service import CacheClient, CacheService, LocalCacheService
+    from light_mem.local_service import LocalCacheService
+    from light_mem.service import CacheService
     from light_mem.task import CacheBlock, CacheTask, State
 
 _ERRORS = (
@@ -68,9 +71,9 @@ _HOMES = {
     "CacheBlock": "task",
     "CacheTask": "task",
     "State": "task",
-    "CacheClient": "service",
+    "CacheClient": "client",
     "CacheService": "service",
-    "LocalCacheService": "service",
+    "LocalCacheService": "local_service",
     "LocalStorageEngine": "engine.local",
     "StorageEngine": "engine.base",
     "TaskQueue": "engine.queue",

@@ -141,3 +141,11 @@ def pages_per_hash(hashes: int, pages: int, per_block: int) -> int:
         pages=pages,
         accepted=(pages, runs),
     )
+
+
+def lengths(hashes: int, pages: int, per_hash: int) -> npt.NDArray[np.int64]:
+    """Pages of each block, shape [hashes]; the last one may be shorter."""
+    counts = np.full(hashes, per_hash, np.int64)
+    if hashes:
+        counts[-1] = pages - (hashes - 1) * per_hash
+    return counts

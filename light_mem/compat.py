@@ -42,9 +42,10 @@ import numpy.typing as npt
 import xxhash
 
 from light_mem import blocks
+from light_mem.blocks import lengths
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import description
-from light_mem.service import LocalCacheService
+from light_mem.local_service import LocalCacheService
 from light_mem.task import CacheTask, State
 
 if TYPE_CHECKING:
@@ -190,14 +191,19 @@ class PyLocalCacheService:
     ) -> list[bool]:
         """Whether each block is stored; the last may be shorter. Counts as use for eviction.
 
+        A block that was stored with another number of pages (another
+        LIGHTMEM_MAX_BLOCK_SIZE_MB) does not count: it could not be read, and a write replaces it.
+
         Give tokens or hash_128s, by name or as the first argument; see the module for what an
         unnamed list is. Raises InvalidArgumentError for values that neither can have.
         """
         name, row = _argument("query", values, tokens, hash_128s)
-        found: list[bool] = self._service.query(self._keys(name or _reading(row), row))
+        runs = -(-len(row) // self._n)
+        pages = lengths(runs, len(row), self._n)
+        found: list[bool] = self._service.query(self._keys(name or _reading(row), row), pages)
         if name or all(found) or _reading(row) == HASH_128S:
             return found
-        other: list[bool] = self._service.query(self._keys(HASH_128S, row))
+        other: list[bool] = self._service.query(self._keys(HASH_128S, row), pages)
         return [a or b for a, b in zip(found, other, strict=True)]
 
     # --- tasks -----------------------------------------------------------------------------------

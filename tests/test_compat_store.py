@@ -182,3 +182,26 @@ def test_a_constructor_whose_workers_do_not_start_leaves_nothing(
     assert len(pids) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids)
     del caught  # until here its traceback kept the service from going by itself
+
+
+def test_blocks_of_another_block_size_are_replaced_and_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_bytes, pages = 65536, 32
+    hashes = [(1 << 100) + n for n in range(pages)]
+    kv = allocate_kvcache(pages, page_bytes)
+    kv.copy_(torch.arange(pages * page_bytes).reshape(pages, page_bytes) % 251)
+    wanted = kv.clone()
+    indexer = torch.arange(pages, dtype=torch.int32)
+    for megabytes in (1, 2, 1):  # 16 pages a block, 32, 16 again: the last key is in both
+        monkeypatch.setenv("LIGHTMEM_MAX_BLOCK_SIZE_MB", str(megabytes))
+        with PyLocalCacheService(kv, str(tmp_path / "store"), 64 << 20, 2, 1) as service:
+            if not all(service.query(hash_128s=hashes)):
+                task = service.create(hash_128s=hashes, kv_page_indexer=indexer, mode="w")
+                assert task.wait(30)
+            assert all(service.query(hash_128s=hashes))
+            kv.zero_()
+            task = service.create(hash_128s=hashes, kv_page_indexer=indexer, mode="r")
+            assert task.wait(30)
+            assert all(s == PyState.Finished for s in task.state())
+            assert torch.equal(kv, wanted)

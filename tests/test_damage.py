@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine import local
+from light_mem.engine import local, writing
 from light_mem.engine.base import Outcome
 from light_mem.errors import LightMemError
 from light_mem.index import format as fmt
@@ -47,7 +47,7 @@ def store(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 0.05)
 
 
 def look(directory: Path) -> int:

@@ -64,7 +64,7 @@ def check(directory: Path, kept: set[int], verify: bool) -> None:
     assert engine.stats()["blocks"] == len(loaded)
     assert fmt.WRITING not in states_of(engine._index.entries)
     # Records and index say the same of it.
-    records = engine._file(0).records
+    records = engine.file(0).records
     listed = set(np.flatnonzero(records["tag"] == fmt.LIVE).tolist())
     assert listed == set(np.flatnonzero(states_of(engine._index.entries) == fmt.LIVE).tolist())
     engine.close()

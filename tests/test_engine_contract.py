@@ -67,8 +67,20 @@ def test_a_block_of_another_length_is_missing_and_stays_stored(make: MakeEngine)
     rig = Rig(make(8, PAGE))
     rig.write(Block(1, 3))
     assert rig.read(Block(1, 2), Block(1, 4), Block(1, 3)) == [MISSING, MISSING, LOADED]
-    assert rig.write(Block(1, 2)) == [(PRESENT,)]
-    assert rig.read(Block(1, 3)) == [LOADED]
+    lengths = np.array([3 * PAGE, 2 * PAGE])
+    keys = keymath.as_keys([1, 1])
+    assert rig.engine.find(keys, nbytes=lengths).tolist() == [True, False]
+
+
+def test_a_block_written_with_another_length_takes_the_place_of_the_old_one(
+    make: MakeEngine,
+) -> None:
+    rig = Rig(make(8, PAGE))
+    rig.write(Block(1, 3), Block(2))
+    assert rig.write(Block(1, 2)) == [COPIED_AND_STORED]
+    assert rig.read(Block(1, 3), Block(1, 2), Block(2)) == [MISSING, LOADED, LOADED]
+    assert rig.engine.stats()["used_slots"] == 3
+    assert rig.engine.stats()["blocks"] == 2
 
 
 def test_a_block_is_stored_once_however_often_it_is_written(make: MakeEngine) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from light_mem.engine import local
+from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.errors import LightMemError
 from tests.engine_helpers import Block, Rig, open_local
@@ -119,7 +119,7 @@ OPERATIONS: dict[str, Callable[[Path], None]] = {
 def test_a_store_survives_any_call_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, name: str
 ) -> None:
-    monkeypatch.setattr(local, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 0.05)
     happened = 0
     for code in CALLS[operation][name]:
         for nth in range(1, 60):

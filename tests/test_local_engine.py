@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine import local
+from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.memory import MemoryStorageEngine
@@ -126,7 +126,7 @@ def half_written(engine: LocalStorageEngine, pages: int) -> Iterator[None]:
 def test_a_block_without_room_waits_and_is_refused_in_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "ROOM_SECONDS", 0.1)
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 0.1)
     with half_written(local_of(rig), PAGES):
         started = time.monotonic()
         assert rig.write(Block(1), Block(2)) == [(Outcome.NO_ROOM,)] * 2
@@ -197,7 +197,7 @@ def test_slots_of_a_batch_whose_lock_failed_are_given_back(rig: Rig) -> None:
     assert rig.write(Block(3)) == [COPIED_AND_STORED]  # gives them back first
     assert states(rig).count(fmt.WRITING) == 0
     assert rig.engine.stats()["used_slots"] == 2
-    records = local_of(rig)._file(0).records
+    records = local_of(rig).file(0).records
     assert np.count_nonzero(records["tag"]) == 2  # nor would a new index list them
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from light_mem.engine import local, shard_file
+from light_mem.engine import shard_file, writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.index import file as index_file
@@ -49,8 +49,8 @@ class Power:
         ends: list[int] = []
         sync = shard_file._sync
         names = {
-            self.engine._file(0)._data_fd: "shard-000.data",
-            self.engine._file(0)._slots_fd: "shard-000.slots",
+            self.engine.file(0)._data_fd: "shard-000.data",
+            self.engine.file(0)._slots_fd: "shard-000.slots",
         }
         pending: list[tuple[str, Files]] = []
 
@@ -100,7 +100,7 @@ class Power:
     def survivors(self, files: Files, target: Path, another_boot: bool) -> set[int]:
         """Open what a cut left, read every block (`Rig.read` looks at every byte), write again."""
         with self._patch.context() as patch:
-            patch.setattr(local, "ROOM_SECONDS", 0.05)
+            patch.setattr(writing, "ROOM_SECONDS", 0.05)
             if another_boot:
                 patch.setattr(index_file, "boot_id", lambda: ANOTHER_BOOT)
             rig = self.opened(restore(files, self._directory, target))

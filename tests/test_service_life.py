@@ -191,7 +191,7 @@ def test_a_constructor_that_fails_late_leaves_nothing(
     kv = light_mem.allocate_kvcache(4, 4096)
     descriptors = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
-        patch.setattr(f"light_mem.service.{step}", fail)
+        patch.setattr(f"light_mem.local_service.{step}", fail)
         for _ in range(3):
             with pytest.raises(OSError, match="no"):
                 LocalCacheService(tmp_path / "store", 1 << 20, 1, kv, 1)

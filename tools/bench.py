@@ -171,8 +171,6 @@ def bench_queries(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
         done = s.create("read", some, range(1024))
         done.wait()
         out["ready() us"] = 1e6 * median_of(done.ready, 2001)
-        one = [s.create("w", ["x"], [0]) for _ in range(1)][0]
-        one.wait()
         out["create to ready, one page us"] = 1e6 * median_of(
             lambda: s.create("r", [some[7]], [0]).wait(), 501
         )

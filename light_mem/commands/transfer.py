@@ -109,8 +109,8 @@ def _tell(
     console = output.console()
     if report.damaged:
         rows = [[b.key, f"{b.nbytes:,}", b.problem] for b in report.damaged]
-        names = ("key", "bytes", "problem")
-        console.print(output.listing("Damaged blocks, left out", names, rows, right=["bytes"]))
+        columns = ("key", "bytes", "problem")
+        console.print(output.listing("Damaged blocks, left out", columns, rows, right=["bytes"]))
     if report.missing:
         asked = [[names.get(key, ""), key] for key in report.missing]
         console.print(output.listing("Not stored", ["hash", "key"], asked))

@@ -72,8 +72,14 @@ class StorageEngine(ABC):
     """
 
     @abstractmethod
-    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.bool_]:
-        """Which keys are stored, shape [n]; `touch` counts it as use. Any thread."""
+    def find(
+        self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Which keys are stored, shape [n]; `touch` counts it as use. Any thread.
+
+        `nbytes` [n]: a block of another length does not count. A block that is written with
+        another length takes its place; to a read it is missing.
+        """
 
     @abstractmethod
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:

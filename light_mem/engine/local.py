@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,36 +21,24 @@ import numpy.typing as npt
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop, StorageEngine, never
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
-from light_mem.index.format import MAX_INTENTS
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
 
 if TYPE_CHECKING:
-    from light_mem.index.shard import Allocation, ShardIndex
+    from light_mem.index.shard import ShardIndex
 
 log = logging.getLogger("light_mem")
 
 # Log records keep their arguments: an exception among them would keep its frames, and with them
 # mappings of a store that is long closed. So errors are logged as text.
-
-# How long a write waits for slots that others are filling. A shard whose every slot is being
-# written is a store far too small for its workers.
-ROOM_SECONDS = 2.0
-MAX_BATCH = MAX_INTENTS // 2  # of one shard at a time; the other half is for what failed
-_ROOM_PAUSE = 0.002
-
-
-class _Written(NamedTuple):
-    at: int  # position in the batch
-    where: Allocation
-    checksum: int
 
 
 class LocalStorageEngine(StorageEngine):
@@ -84,13 +70,10 @@ class LocalStorageEngine(StorageEngine):
             )
         self.geometry = geometry
         self._verify = verify
-        self._flush = durability == "flush"
         self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
         self._copier = Copier()
-        # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
-        self._orphans: dict[int, list[int]] = {}
         self._closed = False
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
         self._owners = Owners(self.directory)
@@ -101,6 +84,7 @@ class LocalStorageEngine(StorageEngine):
         except BaseException:
             self._owners.close()
             raise
+        self._writer = Writer(self, self._owner, flush=durability == "flush")
 
     @classmethod
     def open_store(
@@ -135,187 +119,20 @@ class LocalStorageEngine(StorageEngine):
 
     # --- look-ups --------------------------------------------------------------------------------
 
-    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.bool_]:
-        return self.lookup.find(keys, touch) >= 0
+    def find(
+        self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.bool_]:
+        entries = self.lookup.find(keys, touch)
+        found = entries >= 0
+        if nbytes is not None and found.any():
+            stored = self._index.entries["nbytes"][entries[found]]
+            found[found] = stored == nbytes[found].astype(np.uint64)
+        return found
 
-    # --- writing ---------------------------------------------------------------------------------
+    # --- moving bytes ----------------------------------------------------------------------------
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
-        by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, block in enumerate(batch):
-            mixed = keymath.mix_one(block.low, block.high)
-            by_shard[keymath.shard_of(mixed, self.geometry.shards)].append(at)
-        open_blocks = set(range(len(batch)))
-
-        def settle(at: int, outcome: Outcome) -> None:
-            if outcome is not Outcome.COPIED:
-                open_blocks.discard(at)
-            report(at, outcome)
-
-        for shard, positions in by_shard.items():
-            for first in range(0, len(positions), MAX_BATCH):
-                part = positions[first : first + MAX_BATCH]
-                try:
-                    self._write_shard(shard, part, batch, settle, stop)
-                except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    log.warning(
-                        "write to shard %d of %s failed: %s", shard, self.directory, str(error)
-                    )
-                    for at in open_blocks.intersection(part):
-                        settle(at, Outcome.FAILED)
-
-    def _write_shard(
-        self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report, stop: Stop
-    ) -> None:
-        """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
-        waiting = positions
-        deadline = time.monotonic() + ROOM_SECONDS
-        while waiting:
-            taken, waiting = self._allocate(shard, waiting, batch, report)
-            written = self._copy_in(shard, taken, batch, report, stop)
-            if taken:
-                self._publish(shard, taken, written, batch, report)
-                deadline = time.monotonic() + ROOM_SECONDS
-            elif waiting:
-                waiting = self._wait_for_room(waiting, deadline, report, stop)
-
-    def _wait_for_room(
-        self, waiting: list[int], deadline: float, report: Report, stop: Stop
-    ) -> list[int]:
-        """Wait a moment; returns the blocks that shall go on waiting."""
-        late = time.monotonic() > deadline
-        left: list[int] = []
-        for at in waiting:
-            if stop(at):
-                report(at, Outcome.STOPPED)
-            elif late:
-                report(at, Outcome.NO_ROOM)
-            else:
-                left.append(at)
-        if left:
-            self.reclaim()
-            time.sleep(_ROOM_PAUSE)
-        return left
-
-    def _allocate(
-        self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report
-    ) -> tuple[list[tuple[int, Allocation]], list[int]]:
-        taken: list[tuple[int, Allocation]] = []
-        waiting: list[int] = []
-        evicted: list[int] = []
-        outcomes: list[tuple[int, Outcome]] = []
-        with self.change(shard) as (index, file):
-            self._give_back_orphans(shard, index, file)
-            for at in positions:
-                block = batch[at]
-                slots = -(-block.nbytes // self.geometry.page_bytes)
-                if slots > self.geometry.slots:
-                    outcomes.append((at, Outcome.NO_ROOM))
-                    continue
-                if waiting or index.find(block.low, block.high) is not None:
-                    if waiting:
-                        waiting.append(at)
-                    else:
-                        outcomes.append((at, Outcome.PRESENT))
-                    continue
-                where = index.allocate(slots, evicted, self.evicts)
-                if where is None:
-                    waiting.append(at)
-                else:
-                    taken.append((at, where))
-            # The order binds: intents name the slots before the slots are marked, and the records
-            # of evicted blocks are gone before their slots get other bytes.
-            self._intend(shard, [where.slot for _, where in taken])
-            for _, where in taken:
-                index.mark(where.runs, self._owner.number)
-            if evicted:
-                file.clear_records(evicted)
-        for at, outcome in outcomes:
-            report(at, outcome)
-        return taken, waiting
-
-    def _copy_in(
-        self,
-        shard: int,
-        taken: list[tuple[int, Allocation]],
-        batch: Sequence[BlockIO],
-        report: Report,
-        stop: Stop,
-    ) -> list[_Written]:
-        file = self._file(shard)
-        written: list[_Written] = []
-        for at, where in taken:
-            block = batch[at]
-            checksum = new_checksum(block.low, block.high)
-            row = 0
-            try:
-                for start, length in where.runs:
-                    file.gather(
-                        self._copier,
-                        (start, length),
-                        block.memory,
-                        block.rows[row : row + length],
-                        checksum,
-                        lambda at=at: stop(at),  # type: ignore[misc]
-                    )
-                    row += length
-            except Stopped:
-                continue
-            report(at, Outcome.COPIED)
-            digest = checksum.intdigest()
-            now = time.time_ns()
-            file.write_records(where.runs, block.low, block.high, digest, block.nbytes, now)
-            written.append(_Written(at, where, digest))
-        if written and self._flush:
-            file.sync()
-        return written
-
-    def _publish(
-        self,
-        shard: int,
-        taken: list[tuple[int, Allocation]],
-        written: list[_Written],
-        batch: Sequence[BlockIO],
-        report: Report,
-    ) -> None:
-        whole = {w.at: w for w in written}
-        outcomes: list[tuple[int, Outcome]] = []
-        with self.change(shard) as (index, file):
-            now = time.time_ns()
-            for at, where in taken:
-                block = batch[at]
-                if not index.is_marked(where.slot, self._owner.number):
-                    outcomes.append((at, Outcome.FAILED))  # cleared or put in order meanwhile
-                elif at not in whole:
-                    index.give_back(where.slot)
-                    outcomes.append((at, Outcome.STOPPED))
-                elif index.find(block.low, block.high) is not None:
-                    file.clear_records([where.slot])
-                    index.give_back(where.slot)
-                    outcomes.append((at, Outcome.PRESENT))
-                else:
-                    digest = whole[at].checksum
-                    index.publish(where.slot, block.low, block.high, digest, block.nbytes, now)
-                    outcomes.append((at, Outcome.STORED))
-        self._intend(shard, [])
-        for at, outcome in outcomes:
-            report(at, outcome)
-
-    def _intend(self, shard: int, slots: list[int]) -> None:
-        """Announce the slots of one shard that are being filled, and keep announcing those that a
-        failed lock left behind in others: they go back when their shard is written to again, when
-        we leave, or at our death."""
-        self._orphans[shard] = slots
-        intents = [(s, slot) for s, left in self._orphans.items() for slot in left]
-        self._owner.intend(intents[-MAX_INTENTS:])
-
-    def _give_back_orphans(self, shard: int, index: ShardIndex, file: ShardFile) -> None:
-        for slot in self._orphans.get(shard, []):
-            if index.is_marked(slot, self._owner.number):
-                file.clear_records([slot])
-                index.give_back(slot)
-
-    # --- reading ---------------------------------------------------------------------------------
+        self._writer.write(batch, report, stop)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         keys = np.array([(b.low, b.high) for b in batch], np.uint64).reshape(-1, 2)
@@ -339,7 +156,7 @@ class LocalStorageEngine(StorageEngine):
                 block.nbytes,
             )
             return Outcome.MISSING
-        file = self._file(where.shard)
+        file = self.file(where.shard)
         checksum = new_checksum(block.low, block.high) if self._verify else None
         row = 0
         try:
@@ -488,9 +305,7 @@ class LocalStorageEngine(StorageEngine):
             return
         self._closed = True
         try:
-            for shard in [shard for shard, slots in self._orphans.items() if slots]:
-                with self.change(shard, timeout=1) as (index, file):
-                    self._give_back_orphans(shard, index, file)
+            self._writer.close()
             self._owner.leave()
         except (LockTimeoutError, OSError, StoreFormatError) as error:
             # Our record stays, without its lock: whoever opens the store next gives them back.
@@ -515,7 +330,7 @@ class LocalStorageEngine(StorageEngine):
         """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (files that
         are too short), OSError. For the engine and for tools: what is taken out of the index must
         be cleared from the records before this ends."""
-        index, file = self._shard(shard), self._file(shard)
+        index, file = self._shard(shard), self.file(shard)
         with index.change(timeout) as recovered:
             if recovered:
                 # The holder that died may have taken blocks out and not cleared their records:
@@ -533,7 +348,8 @@ class LocalStorageEngine(StorageEngine):
             )
         return index
 
-    def _file(self, shard: int) -> ShardFile:
+    def file(self, shard: int) -> ShardFile:
+        """A shard's files, mapped when they are first needed. Any thread."""
         file = self._files.get(shard)
         if file is None:
             with self._files_guard:

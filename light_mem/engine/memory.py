@@ -43,10 +43,16 @@ class MemoryStorageEngine(StorageEngine):
         self._used = 0
         self._counters = {"evictions": 0, "inserts": 0, "removals": 0}
 
-    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.bool_]:
+    def find(
+        self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.bool_]:
         with self._guard:
-            found = [self._get(key, touch) is not None for key in map(tuple, keys.tolist())]
-        return np.array(found, np.bool_)
+            stored = [self._get(key, touch) for key in map(tuple, keys.tolist())]
+        lengths = [-1 if s is None else s.nbytes for s in stored]
+        wanted = lengths if nbytes is None else nbytes.tolist()
+        return np.array(
+            [has >= 0 and has == want for has, want in zip(lengths, wanted, strict=True)], np.bool_
+        )
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         for at, block in enumerate(batch):
@@ -55,7 +61,7 @@ class MemoryStorageEngine(StorageEngine):
     def _write_one(self, at: int, block: BlockIO, report: Report, stop: Stop) -> Outcome:
         key = block.low, block.high
         with self._guard:
-            if self._get(key, touch=False) is not None:
+            if self._has(block):
                 return Outcome.PRESENT
         if self._pages_of(block.nbytes) > self._pages:
             return Outcome.NO_ROOM
@@ -64,8 +70,10 @@ class MemoryStorageEngine(StorageEngine):
             return Outcome.STOPPED
         report(at, Outcome.COPIED)
         with self._guard:
-            if self._get(key, touch=False) is not None:
+            if self._has(block):
                 return Outcome.PRESENT
+            if key in self._blocks:  # of another length
+                self._remove([key])
             while self._used + self._pages_of(block.nbytes) > self._pages:
                 self._take(next(iter(self._blocks)))
                 self._counters["evictions"] += 1
@@ -114,6 +122,10 @@ class MemoryStorageEngine(StorageEngine):
         if stored is not None and touch:
             self._blocks.move_to_end(key)
         return stored
+
+    def _has(self, block: BlockIO) -> bool:
+        stored = self._get((block.low, block.high), touch=False)
+        return stored is not None and stored.nbytes == block.nbytes
 
     def _remove(self, stored: list[Key]) -> int:
         for key in stored:

@@ -303,6 +303,10 @@ class TaskTable:
         """Whether the service is closed."""
         return bool(self.header["shutdown"][0])
 
+    def lock_path(self) -> str:
+        """A path that opens the table's memory object anew, for locks of its own."""
+        return self.path or f"/proc/self/fd/{self.fd}"
+
     def snapshot(self, start: int, end: int) -> bytes:
         """States of cells `[start, end)`. No lock, no system call."""
         return self.map[self.states_at + start : self.states_at + end]

@@ -151,10 +151,15 @@ class ShardIndex:
 
     # --- writing a block -------------------------------------------------------------------------
 
-    def find(self, low: int, high: int) -> int | None:
-        """First slot of the stored block of this key, or None."""
+    def find(self, low: int, high: int, nbytes: int | None = None) -> int | None:
+        """First slot of the stored block of this key (and length, where one is given), or None."""
         entry = self._lookup.find_one(low, high, touch=False)
-        return None if entry < 0 else entry - self.shard * self._f.slots
+        if entry < 0:
+            return None
+        slot = entry - self.shard * self._f.slots
+        if nbytes is not None and int(self._entries["nbytes"][slot]) != nbytes:
+            return None
+        return slot
 
     def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
         """Take room for one block, evicting the least recently used ones where needed.
@@ -220,7 +225,7 @@ class ShardIndex:
     def _put_back(self, runs: Iterable[Run]) -> bool:
         space = self._space
         assert space is not None
-        return all([space.add(start, length) for start, length in runs])
+        return all(space.add(start, length) for start, length in runs)
 
     def mark(self, runs: list[Run], owner: int) -> None:
         """Mark allocated slots as being written by `owner`, whose intents already name them."""

@@ -78,7 +78,7 @@ class FreeRuns:
         return True
 
     def add(self, start: int, length: int) -> bool:
-        """Free a run; it merges with its neighbours. False: some of it was free, nothing changed."""
+        """Free a run, which merges with its neighbours; False: some of it was free already."""
         at = self._by_start.bisect_left(start)
         after, after_length = before, before_length = -1, 0
         if at < len(self._by_start):

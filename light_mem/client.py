@@ -1,0 +1,102 @@
+"""CacheClient: the service from another process of the same server."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.process import fork_token
+from light_mem.engine.task_table import TableAddress, TaskTable
+from light_mem.service import CacheService
+from light_mem.session import Session
+from light_mem.task import check_server
+
+
+class CacheClient(CacheService):
+    """The service from another process of the same server; picklable.
+
+    It uses the server's workers and KV tensor: page indices mean the server's pages. It connects
+    when it is first used, takes one lane of the task table for its process, and gives it back on
+    `close` or when the process ends. When the server is gone, calls raise ServiceClosedError.
+    """
+
+    def __init__(self, address: TableAddress, create_timeout: float) -> None:
+        super().__init__(create_timeout)
+        self._address = address
+        self._connect_guard = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only while not connected: `_session` and `_engine` come into being here.
+        if name not in ("_session", "_engine"):
+            raise AttributeError(name)
+        self._check_open()
+        with self._connect_guard:
+            if "_session" not in self.__dict__:
+                connection = _connect(self._address)
+                self._connection = connection
+                self._engine = connection.engine
+                self._session = connection.session
+        return self.__dict__[name]
+
+    def _check(self) -> None:
+        super()._check()
+        if self._session.table.orphaned:
+            check_server(self._session.table)
+
+    def client(self) -> CacheClient:
+        """Another client of the same service."""
+        self._check_open()
+        return CacheClient(self._address, self._create_timeout)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheClient, (self._address, self._create_timeout)
+
+    def close(self) -> None:
+        """Stop using the service; it and other clients of this process go on."""
+        self._closed = True
+        for name in ("_session", "_engine", "_connection"):
+            self.__dict__.pop(name, None)
+
+
+class _Connection:
+    """A process's one connection to a service, shared by its clients."""
+
+    def __init__(self, table: TaskTable) -> None:
+        self.session = Session.open(table, table.lock_path())
+        self.engine = LocalStorageEngine(
+            os.fsdecode(bytes(table.header["store"][0])), kind="client"
+        )
+        self._finalizer = weakref.finalize(
+            self, _disconnect, self.session, self.engine, fork_token()
+        )
+
+
+def _disconnect(session: Session, engine: LocalStorageEngine, token: int) -> None:
+    if token == fork_token():
+        session.close()
+        engine.close()
+
+
+_connections: weakref.WeakValueDictionary[str, _Connection] = weakref.WeakValueDictionary()
+_connections_guard = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _connections_guard
+    _connections.clear()  # their locks are the parent's
+    _connections_guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _connect(address: TableAddress) -> _Connection:
+    with _connections_guard:
+        connection = _connections.get(address.table_id)
+        if connection is None:
+            connection = _Connection(TaskTable.attach(address))
+            _connections[address.table_id] = connection
+        return connection

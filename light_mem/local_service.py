@@ -1,0 +1,202 @@
+"""LocalCacheService: the service in the process that owns the KV tensor and the workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from light_mem import blocks
+from light_mem.client import CacheClient
+from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.opening import MAX_SHARDS, check_sizes
+from light_mem.engine.pool import WorkerPool
+from light_mem.engine.process import fork_token
+from light_mem.engine.task_table import (
+    MAX_BLOCKS,
+    MAX_PATH_BYTES,
+    MAX_WORKERS,
+    Sizes,
+    TaskTable,
+)
+from light_mem.errors import InvalidArgumentError, WorkerStartError
+from light_mem.filesystem import warn_of_network
+from light_mem.service import DEFAULT_CREATE_TIMEOUT, CacheService
+from light_mem.session import Session
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("light_mem")
+
+DEFAULT_MAX_BLOCKS = 65536
+
+
+class LocalCacheService(CacheService):
+    """A disk cache of KV pages for one server, shared with other servers on the machine.
+
+    The server's process owns the KV tensor; `num_workers` worker processes copy between its pages
+    and the mapped shard files in the directory `file`. What is stored outlives the service.
+
+    file            directory of the store; made when it is missing
+    storage_size    bytes of pages that the store holds at most; allocated at once
+    num_of_shard    shards of a new store; an existing one must have as many
+    kvcache         uint8 CPU tensor [num_pages, page_bytes], contiguous. Where workers cannot map
+                    its memory it is moved to shared memory in place, or refused: see the README
+    num_workers     worker processes, 1 to 127
+    verify          check each block's checksum when it is read
+    durability      "kernel": the kernel writes when it likes; what a power cut takes is a miss.
+                    "flush": Finished means on the device
+    max_blocks      capacity of the task table: blocks that each process may have in tasks
+    create_timeout  seconds that `create` waits for room in a full task table
+
+    Not carried: replication, compression, and anything about models: hashes are the caller's.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike[str],
+        storage_size: int,
+        num_of_shard: int,
+        kvcache: torch.Tensor,
+        num_workers: int,
+        *,
+        verify: bool = True,
+        durability: str = "kernel",
+        max_blocks: int = DEFAULT_MAX_BLOCKS,
+        create_timeout: float = DEFAULT_CREATE_TIMEOUT,
+    ) -> None:
+        super().__init__(create_timeout)
+        num_workers = blocks.whole_number("num_workers", num_workers, 1, MAX_WORKERS - 1)
+        num_of_shard = blocks.whole_number("num_of_shard", num_of_shard, 1, MAX_SHARDS)
+        storage_size = blocks.whole_number("storage_size", storage_size, 1, 2**63 - 1)
+        max_blocks = blocks.whole_number("max_blocks", max_blocks, 1, MAX_BLOCKS)
+        if durability not in ("kernel", "flush"):
+            raise InvalidArgumentError(
+                f'durability is "kernel" or "flush", not {durability!r}', durability=durability
+            )
+        directory = Path(file).absolute()
+        if len(os.fsencode(directory)) > MAX_PATH_BYTES:
+            raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
+        page_bytes, num_pages = _tensor_sizes(kvcache)
+        per_block = blocks.pages_per_block(page_bytes)
+        check_sizes(page_bytes, num_of_shard, storage_size, per_block)
+        with ExitStack() as undo:
+            source = share_tensor(kvcache)
+            undo.callback(close_source, source)
+            engine = LocalStorageEngine.open_store(
+                directory,
+                page_bytes=page_bytes,
+                num_of_shard=num_of_shard,
+                storage_size=storage_size,
+                block_pages=per_block,
+                verify=verify,
+                durability=durability,
+            )
+            undo.callback(engine.close)
+            warn_of_network(directory)
+            table = TaskTable.create(
+                Sizes.for_blocks(max_blocks),
+                store=os.fsdecode(directory),
+                page_bytes=page_bytes,
+                num_pages=num_pages,
+                pages_per_block=per_block,
+                workers=num_workers,
+            )
+            undo.callback(table.close)
+            self._session = Session.open(table, table.lock_path())
+            undo.callback(self._session.close)
+            self._pool = WorkerPool(
+                table,
+                self._session.queue,
+                num_workers,
+                source,
+                verify=verify,
+                durability=durability,
+                is_stored=lambda low, high: engine.lookup.find_one(low, high, touch=False) >= 0,
+                reclaim=engine.reclaim,
+            )
+            undo.pop_all()
+        self._engine = engine
+        self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
+        self._started = False
+        self._start_guard = threading.Lock()
+        self._finalizer = weakref.finalize(
+            self, _close, self._pool, self._session, engine, source, fork_token()
+        )
+        log.info(
+            "store %s: %d pages of %d bytes, %d a block, %d shards, %d workers, %s",
+            directory,
+            num_pages,
+            page_bytes,
+            per_block,
+            num_of_shard,
+            num_workers,
+            durability,
+        )
+
+    def run(self) -> None:
+        """Start the workers and return when they are ready; raises WorkerStartError.
+
+        Calling it again does nothing. Tasks created before wait until then.
+        """
+        self._check()
+        with self._start_guard:
+            if not self._started:
+                self._pool.start()
+                self._started = True
+
+    def _check(self) -> None:
+        super()._check() if not self._pool.failure else self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers now."""
+        return self._pool.pids
+
+    def client(self) -> CacheClient:
+        """A client for another process of this server: pickle it over, or use it here."""
+        self._check()
+        return CacheClient(self._session.table.address(), self._create_timeout)
+
+    def close(self) -> None:
+        """Stop the workers after the blocks in their hands, abort what waits, leave the store.
+
+        Nothing stays behind. Task objects keep their states. Also happens when the object goes
+        and when the interpreter ends. Calling it again, or in a forked child, does nothing.
+        """
+        self._closed = True
+        self._finalizer()
+
+
+def _tensor_sizes(kvcache: torch.Tensor) -> tuple[int, int]:
+    shape = tuple(getattr(kvcache, "shape", ()))
+    if len(shape) != 2 or not all(shape):
+        raise InvalidArgumentError(
+            f"kvcache is a uint8 tensor [num_pages, page_bytes], not one of shape {shape}",
+            shape=shape,
+        )
+    if shape[0] > 2**32 - 1:
+        raise InvalidArgumentError(f"at most 2**32 - 1 pages, not {shape[0]}")
+    return int(shape[1]), int(shape[0])
+
+
+def _close(
+    pool: WorkerPool, session: Session, engine: LocalStorageEngine, source: MemorySource, token: int
+) -> None:
+    if token != fork_token():
+        return  # a forked child: the workers and the locks are its parent's
+    with ExitStack() as steps:  # the last comes first, and none is left out when one fails
+        steps.callback(engine.close)
+        steps.callback(close_source, source)
+        steps.callback(session.table.close)
+        steps.callback(session.close)
+        steps.callback(pool.stop)
