@@ -12,6 +12,7 @@ import xxhash
 from light_mem.engine.base import never
 from light_mem.engine.copy import PIECE_BYTES, SMALL_PAGE_BYTES, Copier, Stopped, new_checksum
 from light_mem.index.keys import key_bytes
+from tests.deaths import interleave
 
 KEY = (0x0123456789ABCDEF, 0xFEDCBA9876543210)
 PAGE_SIZES = [1, 7, 100, 4096, SMALL_PAGE_BYTES - 1, SMALL_PAGE_BYTES, SMALL_PAGE_BYTES + 1]
@@ -109,47 +110,61 @@ def test_the_sum_depends_on_the_key() -> None:
     assert len(digests) == 4
 
 
-def test_the_sum_of_a_gather_is_the_sources_not_the_slots() -> None:
-    """What lies in the slots may be overwritten by a process gone wild: then it must not fit."""
+ORDERS = [
+    pytest.param(200, list(range(6)), id="straight"),
+    pytest.param(200, [5, 2, 0, 4, 1, 3], id="small pages"),
+    pytest.param(SMALL_PAGE_BYTES, [5, 2, 0, 4, 1, 3], id="pages"),
+    pytest.param(PIECE_BYTES + 1, [2, 0, 1], id="large pages"),
+]
 
-    class Wild:
-        """Slots that another process writes to."""
 
-        def __init__(self, slots: np.ndarray) -> None:
-            self.slots = slots
+@pytest.mark.parametrize(("page_bytes", "order"), ORDERS)
+def test_the_sum_of_a_gather_is_never_of_what_others_do_to_the_slots(
+    page_bytes: int, order: list[int]
+) -> None:
+    """A process gone wild writes to the slots at any moment: the block must not verify then."""
+    memory, rows = memory_of(page_bytes, len(order)), np.array(order, np.intp)
+    wanted = expected_sum(memory[rows])
+    copier = Copier()
 
-        def __call__(self) -> bool:
-            self.slots[:] = 0
-            return False
-
-    memory = memory_of(PIECE_BYTES // 2, rows=6)
-    for rows in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 5]):
-        slots = np.zeros((5, PIECE_BYTES // 2), np.uint8)
+    def gather() -> int:
         checksum = new_checksum(*KEY)
-        Copier().gather(memory, np.array(rows, np.intp), slots, checksum, Wild(slots))
-        assert checksum.intdigest() == expected_sum(memory[rows])
-        assert checksum.intdigest() != expected_sum(slots)
+        copier.gather(memory, rows, slots, checksum, not_stopped)
+        return checksum.intdigest()
+
+    at, reached = 1, True
+    while reached:
+        slots = np.zeros((len(rows), page_bytes), np.uint8)
+        digest, reached = interleave(gather, lambda: slots.fill(0xEE), at)  # noqa: B023
+        assert digest == wanted
+        at += 1
+    assert at > 30
 
 
-def test_the_sum_of_a_scatter_is_of_bytes_as_new_as_those_copied() -> None:
-    """A change of the slots during the copy must show: no piece is summed before it is copied."""
-    original = memory_of(PIECE_BYTES, rows=3)
-    for rows in ([0, 1, 2], [2, 0, 1]):
-        slots = original.copy()
-        calls = 0
+@pytest.mark.parametrize(("page_bytes", "order"), ORDERS)
+def test_a_scatter_whose_sum_fits_has_copied_the_bytes_of_that_sum(
+    page_bytes: int, order: list[int]
+) -> None:
+    """Whatever happens to the slots during the copy: wrong bytes never come with a right sum."""
+    original, rows = memory_of(page_bytes, len(order)), np.array(order, np.intp)
+    wanted = expected_sum(original)
+    copier = Copier()
 
-        def change(slots: np.ndarray = slots) -> bool:
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                slots[:] = 0
-            return False
-
-        memory = np.zeros((3, PIECE_BYTES), np.uint8)
+    def scatter() -> int:
         checksum = new_checksum(*KEY)
-        Copier().scatter(slots, memory, np.array(rows, np.intp), checksum, change)
-        assert checksum.intdigest() == expected_sum(memory[rows])
-        assert checksum.intdigest() != expected_sum(original)
+        copier.scatter(slots, memory, rows, checksum, not_stopped)
+        return checksum.intdigest()
+
+    fitted = []
+    at, reached = 1, True
+    while reached:
+        slots, memory = original.copy(), np.zeros_like(original)
+        digest, reached = interleave(scatter, lambda: slots.fill(0xEE), at)  # noqa: B023
+        fitted.append(digest == wanted)
+        if fitted[-1]:
+            assert np.array_equal(memory[rows], original)
+        at += 1
+    assert {True, False} == set(fitted)
 
 
 @pytest.mark.parametrize("page_bytes", [100, SMALL_PAGE_BYTES + 1, 600 * 1024])

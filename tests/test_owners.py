@@ -95,11 +95,16 @@ def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
         one.join("worker").intend([(0, number)])
     one.locks.close()
     taken: list[int] = []
-    start = threading.Barrier(4)
+    second = threading.Event()
+
+    def take_back(owner: int, _: list[Intent]) -> None:
+        taken.append(owner)
+        if len(taken) > 1:
+            second.set()
+        second.wait(0.2)  # long enough for another thread, were it let in
 
     def work() -> None:
-        start.wait()
-        other.reclaim(lambda owner, _: taken.append(owner))
+        other.reclaim(take_back)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

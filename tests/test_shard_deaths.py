@@ -240,6 +240,24 @@ def test_of_two_blocks_in_the_same_slots_only_one_is_believed(tmp_path: Path) ->
     assert stored_keys(file) == {2}
 
 
+def test_two_blocks_in_the_same_slots_do_not_free_them_twice(tmp_path: Path) -> None:
+    file = new_index(tmp_path, SLOTS)
+    index = replica(tmp_path, file)
+    with index.change():
+        one, other = put(index, 1, 4), put(index, 2, 2)
+        assert (one, other) == (0, 4)
+        file.entries["run"][other] = 1
+        file.entries["nbytes"][other] = PAGE
+        file.entries["run"][one] = 5
+        file.entries["nbytes"][one] = 5 * PAGE
+        index.remove(one)
+        index.remove(other)
+        everything = index.allocate(SLOTS, [])
+        assert everything is not None
+        assert everything.runs == [(0, SLOTS)]
+        assert index.allocate(1, []) is None
+
+
 @pytest.mark.parametrize("what", ["bits", "states"])
 @pytest.mark.parametrize("seed", range(30))
 def test_changes_go_on_in_a_damaged_shard(tmp_path: Path, seed: int, what: str) -> None:

@@ -200,7 +200,13 @@ class ShardIndex:
                 break
             evicted.append(victim)
             self._control["evictions"] += 1
-            self.remove(victim)
+            left = self._take_out(victim)
+            if left == [(victim, slots)]:
+                # The usual case of a full store: the free slots stay what they were for everyone.
+                self._unmarked += left
+                return Allocation(victim, left)
+            if left is not None:
+                self._free_runs(left)
         self._journal(runs, freed=False)
         self._control["used_slots"] += slots
         self._unmarked += runs
@@ -261,6 +267,13 @@ class ShardIndex:
 
     def remove(self, slot: int) -> None:
         """Take out the stored block at `slot`; its slots are free."""
+        runs = self._take_out(slot)
+        if runs is not None:
+            self._free_runs(runs)
+
+    def _take_out(self, slot: int) -> list[Run] | None:
+        """Make a stored block invisible; returns its runs, which are not among the free ones yet.
+        None: its entry was damaged, and the shard has been put in order."""
         entry = self._entries[slot]
         runs = self._lookup.runs(self.shard, slot, int(entry["nbytes"]))
         self._free_tags([slot] if runs is None else [start for start, _ in runs])
@@ -268,9 +281,8 @@ class ShardIndex:
         self._unlink(bucket, slot)
         self._control["blocks"] -= 1
         if runs is None:
-            self._put_in_order()  # a damaged entry: what it held is what no other block holds
-        else:
-            self._free_runs(runs)
+            self._put_in_order()  # what it held is what no other block holds
+        return runs
 
     def give_back(self, slot: int) -> None:
         """Free the slots of a block that was being written: it was never visible."""
