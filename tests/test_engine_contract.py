@@ -11,6 +11,7 @@ import pytest
 
 from light_mem.engine.base import BlockIO, Outcome, StorageEngine
 from light_mem.engine.memory import MemoryStorageEngine
+from light_mem.errors import InvalidArgumentError
 from light_mem.index import keys as keymath
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, let_go, open_local
 from tests.payload import block_bytes_of
@@ -116,6 +117,19 @@ def test_a_block_from_consecutive_rows_loads_into_scattered_ones(make: MakeEngin
     assert seen == [*COPIED_AND_STORED, LOADED]
     assert np.array_equal(back[rows], memory[2:6])
     assert not back[[1, 2, 5, 6]].any()
+
+
+@pytest.mark.parametrize("row_bytes", [1, PAGE - 1, PAGE + 1, 3 * PAGE])
+def test_rows_that_are_no_pages_are_refused(make: MakeEngine, row_bytes: int) -> None:
+    engine = make(8, PAGE)
+    rig = Rig(engine)
+    rig.write(Block(1))
+    row = np.array([0], np.intp)
+    batch = [BlockIO(1, 0, np.zeros((1, row_bytes), np.uint8), row)]
+    for move in (engine.write, engine.read):
+        with pytest.raises(InvalidArgumentError):
+            move(batch, lambda *_: pytest.fail("nothing happens"))
+    assert rig.read(Block(1)) == [LOADED]
 
 
 def test_missing_blocks_do_not_spoil_the_others(make: MakeEngine) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from light_mem.engine.base import Outcome
-from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.maintenance import rebuild
-from tests.children import ROOT, line
 from tests.engine_helpers import Block
 from tests.maintenance_helpers import (
     BLOCKS,
@@ -225,141 +220,3 @@ def test_a_dry_run_says_what_would_be_and_changes_no_byte(
     assert rebuild(store)._replace(dry_run=True, seconds=0) == rebuild(
         store, dry_run=True
     )._replace(seconds=0, kept_order=report["kept_order"])
-
-
-SERVER = """
-import sys
-from tests.maintenance_helpers import BLOCKS, opened
-from pathlib import Path
-rig = opened(Path(sys.argv[1]))
-print("open", flush=True)
-for command in sys.stdin:
-    if command.strip() == "read":
-        print(*[outcome.name for outcome in rig.read(*BLOCKS)], flush=True)
-    elif command.strip() == "write":
-        print(rig.write(*[type(BLOCKS[0])(5000 + n) for n in range(6)])[0][-1].name, flush=True)
-    else:
-        break
-rig.engine.close()
-"""
-
-
-class Server:
-    """Another process that has the store open."""
-
-    def __init__(self, store: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(store)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self._process.pid
-        assert line(self._process) == "open"
-
-    def ask(self, what: str) -> str:
-        assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        return line(self._process)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate("end\n")
-        assert self._process.returncode == 0
-
-
-def test_it_refuses_while_another_process_has_the_store_open_and_names_it(
-    store: Path, command: Command
-) -> None:
-    with Server(store) as server:
-        before = files(store)
-        assert command("rebuild", store) == 2
-        assert str(server.pid) in command.err
-        with pytest.raises(StoreBusyError, match=f"server {server.pid}") as error:
-            rebuild(store)
-        assert [owner.pid for owner in error.value.owners] == [server.pid]
-        after = files(store)
-        after.pop("open.lock", None)
-        before.pop("open.lock", None)
-        assert after == before
-        assert rebuild(store, dry_run=True).blocks == len(BLOCKS)
-    assert command("rebuild", store) == 0
-
-
-@pytest.mark.parametrize("spoil", [nothing, chains, zero_entries], ids=lambda f: f.__name__)
-def test_forced_the_index_is_corrected_under_the_running_server(
-    store: Path, command: Command, spoil: Callable[[Path], None]
-) -> None:
-    with Server(store) as server:
-        spoil(store)
-        code, report = command.json("rebuild", store, "--force")
-        assert code == 0
-        assert report["in_place"]
-        assert report["blocks"] == len(BLOCKS)
-        assert report["restart"] == []
-        assert server.ask("read") == " ".join(["LOADED"] * len(BLOCKS))
-        assert server.ask("write") == "STORED"
-        assert command("verify", store) == 0, command.out
-    assert command("verify", store) == 0
-    assert {key_of(b) for b in BLOCKS} <= stored(store)
-
-
-def test_forced_over_a_garbage_header_servers_see_the_corrected_index(
-    store: Path, command: Command
-) -> None:
-    with Server(store) as server:
-        header(store)
-        assert command("rebuild", store, "--force") == 0
-        assert server.ask("read") == " ".join(["LOADED"] * len(BLOCKS))
-    assert command("verify", store) == 0
-
-
-def test_forced_with_the_index_gone_it_says_who_must_be_restarted(
-    store: Path, command: Command
-) -> None:
-    with Server(store) as server:
-        missing(store)
-        code, report = command.json("rebuild", store, "--force")
-        assert code == 1
-        assert [owner["pid"] for owner in report["restart"]] == [server.pid]
-        missing(store)
-        assert command("rebuild", store, "--force") == 1
-        assert str(server.pid) in command.out
-    rig = opened(store)
-    assert rig.read(*BLOCKS) == [Outcome.LOADED] * len(BLOCKS)
-    rig.engine.close()
-
-
-def test_forced_without_others_it_is_the_usual_way(store: Path, command: Command) -> None:
-    garbage(store)
-    code, report = command.json("rebuild", store, "--force")
-    assert code == 0
-    assert not report["in_place"]
-    assert_holds(store, *reversed(BLOCKS))
-
-
-def test_the_tool_in_a_checkout_does_the_same(store: Path) -> None:
-    garbage(store)
-    script = ROOT / "tools" / "recover_index.py"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    for arguments, code in (
-        (["verify"], 1),
-        (["rebuild", "--dry-run"], 0),
-        (["rebuild"], 0),
-        (["verify"], 0),
-        (["inspect"], 2),
-    ):
-        done = subprocess.run(
-            [sys.executable, str(script), arguments[0], str(store), *arguments[1:]],
-            cwd="/",
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-    assert_holds(store, *reversed(BLOCKS))

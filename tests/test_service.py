@@ -209,3 +209,17 @@ def test_query_match_prefix_delete_and_clear_agree(r: Rig) -> None:
     assert s.stats()["used_slots"] == s.stats()["blocks"] == 0
     r.write(keys, range(4))
     assert s.query(keys) == [True] * 4
+
+
+def test_a_write_of_another_length_replaces_what_is_stored(r: Rig) -> None:
+    r.fill("block", [0, 1, 2])
+    assert r.service.create("w", ["block"], [0, 1, 2]).wait(WAIT)
+    r.fill("longer", [3, 4, 5, 6])
+    task = r.service.create("w", ["block"], [3, 4, 5, 6])
+    assert task.get_page_already_list() == []
+    assert task.wait(WAIT)
+    assert task.state() == [State.Finished]
+    assert r.service.stats()["used_slots"] == 4
+    r.blank([8, 9, 10, 11])
+    assert r.service.create("r", ["block"], [8, 9, 10, 11]).wait(WAIT)
+    assert r.holds("longer", [8, 9, 10, 11])

@@ -166,8 +166,8 @@ def _bytes(arguments: argparse.Namespace) -> tuple[str, bytes]:
     reader = BlockReader(store)
     try:
         for part in listed(store, keymath.as_keys([arguments.hash])):
-            for slot in part.heads.tolist():
-                found = reader.read(part, slot)
+            for n in range(len(part.heads)):
+                found = reader.read(part, n)
                 return (
                     "it was taken out meanwhile" if found.changed else found.problem
                 ), found.data

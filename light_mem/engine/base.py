@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from light_mem.errors import InvalidArgumentError
 from light_mem.index.keys import KeyArray
 
 Bytes2D = npt.NDArray[np.uint8]
@@ -38,8 +39,7 @@ class Outcome(IntEnum):
 class BlockIO(NamedTuple):
     """One block to move: its key and the rows of `memory` that it is made of, in order.
 
-    memory  uint8 [rows, row_bytes]: the KV tensor, one row a page; a block addressed by offset
-            and length is a memory of one row
+    memory  uint8 [rows, page_bytes]: the KV tensor, one row a page of the store
     rows    row numbers, dtype intp, shape [n]
     """
 
@@ -56,6 +56,18 @@ class BlockIO(NamedTuple):
 
 Report = Callable[[int, Outcome], None]  # (position in the batch, outcome)
 Stop = Callable[[int], bool]  # whether the block at this position was aborted
+
+
+def check_rows(batch: Sequence[BlockIO], page_bytes: int) -> None:
+    """Raise InvalidArgumentError unless each row is a page: a longer one would reach into the
+    slots of another block."""
+    for block in batch:
+        if block.memory.shape[1] != page_bytes:
+            raise InvalidArgumentError(
+                f"the rows of a block are pages of {page_bytes} bytes, not {block.memory.shape[1]}",
+                page_bytes=page_bytes,
+                found=block.memory.shape[1],
+            )
 
 
 def never(_: int) -> bool:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.base import BlockIO, Outcome, Report, Stop, StorageEngine, never
+from light_mem.engine.base import (
+    BlockIO,
+    Outcome,
+    Report,
+    Stop,
+    StorageEngine,
+    check_rows,
+    never,
+)
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
@@ -132,9 +140,11 @@ class LocalStorageEngine(StorageEngine):
     # --- moving bytes ----------------------------------------------------------------------------
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        check_rows(batch, self.geometry.page_bytes)
         self._writer.write(batch, report, stop)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        check_rows(batch, self.geometry.page_bytes)
         keys = np.array([(b.low, b.high) for b in batch], np.uint64).reshape(-1, 2)
         for at, entry in enumerate(self.lookup.find(keys).tolist()):
             try:
@@ -260,7 +270,9 @@ class LocalStorageEngine(StorageEngine):
                 with self.change(shard):  # a living holder is at work for a moment only
                     pass
             except LockTimeoutError as error:
-                log.warning("shard %d of %s is not put in order: %s", shard, self.directory, error)
+                log.warning(
+                    "shard %d of %s is not put in order: %s", shard, self.directory, str(error)
+                )
 
     def free_slots(self, shard: int) -> int:
         """Slots of a shard that hold nothing, about now."""

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.base import BlockIO, Bytes2D, Outcome, Report, Stop, StorageEngine, never
+from light_mem.engine.base import (
+    BlockIO,
+    Bytes2D,
+    Outcome,
+    Report,
+    Stop,
+    StorageEngine,
+    check_rows,
+    never,
+)
 from light_mem.errors import InvalidArgumentError
 from light_mem.index.keys import KeyArray
 
@@ -22,8 +31,7 @@ Key = tuple[int, int]  # low, high
 class MemoryStorageEngine(StorageEngine):
     """Blocks in a dictionary, the least recently used first; exact.
 
-    page_bytes, pages   what the store holds: `pages` pages of `page_bytes` bytes. A block takes
-                        whole pages; any `pages` free pages hold it, for nothing is contiguous here
+    page_bytes, pages   what the store holds: `pages` pages of `page_bytes` bytes
 
     What it leaves out: other processes, and everything that outlives this one. Nothing here is
     damaged or lost, so no block has a checksum. Any method, any thread: one lock guards the
@@ -33,9 +41,7 @@ class MemoryStorageEngine(StorageEngine):
 
     def __init__(self, page_bytes: int, pages: int) -> None:
         if page_bytes < 1 or pages < 1:
-            raise InvalidArgumentError(
-                f"page_bytes and pages are 1 or more, not {page_bytes} and {pages}"
-            )
+            raise InvalidArgumentError(f"no room for a page: {page_bytes=}, {pages=}")
         self._page_bytes = page_bytes
         self._pages = pages
         self._guard = threading.Lock()
@@ -55,6 +61,7 @@ class MemoryStorageEngine(StorageEngine):
         )
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        check_rows(batch, self._page_bytes)
         for at, block in enumerate(batch):
             report(at, self._write_one(at, block, report, stop))
 
@@ -63,9 +70,9 @@ class MemoryStorageEngine(StorageEngine):
         with self._guard:
             if self._has(block):
                 return Outcome.PRESENT
-        if self._pages_of(block.nbytes) > self._pages:
+        if len(block.rows) > self._pages:
             return Outcome.NO_ROOM
-        stored = np.empty((len(block.rows), block.memory.shape[1]), np.uint8)
+        stored = np.empty((len(block.rows), self._page_bytes), np.uint8)
         if not _copy(block, stored, at, stop, to_memory=False):
             return Outcome.STOPPED
         report(at, Outcome.COPIED)
@@ -74,32 +81,31 @@ class MemoryStorageEngine(StorageEngine):
                 return Outcome.PRESENT
             if key in self._blocks:  # of another length
                 self._remove([key])
-            while self._used + self._pages_of(block.nbytes) > self._pages:
-                self._take(next(iter(self._blocks)))
+            while self._used + len(stored) > self._pages:
+                self._used -= len(self._blocks.popitem(last=False)[1])
                 self._counters["evictions"] += 1
             self._blocks[key] = stored
-            self._used += self._pages_of(block.nbytes)
+            self._used += len(stored)
             self._counters["inserts"] += 1
         return Outcome.STORED
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        check_rows(batch, self._page_bytes)
         for at, block in enumerate(batch):
             with self._guard:
                 stored = self._get((block.low, block.high), touch=True)
-            if stored is None or stored.nbytes != block.nbytes:
+            if stored is None or len(stored) != len(block.rows):
                 outcome = Outcome.MISSING
-            elif _copy(block, stored.reshape(len(block.rows), -1), at, stop, to_memory=True):
+            elif _copy(block, stored, at, stop, to_memory=True):
                 outcome = Outcome.LOADED
             else:
                 outcome = Outcome.STOPPED
             report(at, outcome)
 
     def delete(self, keys: KeyArray) -> int:
+        wanted = set(map(tuple, keys.tolist()))
         with self._guard:
-            stored = [
-                key for key in dict.fromkeys(map(tuple, keys.tolist())) if key in self._blocks
-            ]
-            return self._remove(stored)
+            return self._remove([key for key in self._blocks if key in wanted])
 
     def clear(self) -> int:
         with self._guard:
@@ -107,12 +113,8 @@ class MemoryStorageEngine(StorageEngine):
 
     def stats(self) -> dict[str, int]:
         with self._guard:
-            return {
-                "blocks": len(self._blocks),
-                "used_slots": self._used,
-                "slots": self._pages,
-                **self._counters,
-            }
+            blocks, used = len(self._blocks), self._used
+            return {"blocks": blocks, "used_slots": used, "slots": self._pages, **self._counters}
 
     def close(self) -> None:
         """Nothing to let go of: what is stored stays, for as long as this object does."""
@@ -125,19 +127,13 @@ class MemoryStorageEngine(StorageEngine):
 
     def _has(self, block: BlockIO) -> bool:
         stored = self._get((block.low, block.high), touch=False)
-        return stored is not None and stored.nbytes == block.nbytes
+        return stored is not None and len(stored) == len(block.rows)
 
     def _remove(self, stored: list[Key]) -> int:
         for key in stored:
-            self._take(key)
+            self._used -= len(self._blocks.pop(key))
         self._counters["removals"] += len(stored)
         return len(stored)
-
-    def _take(self, key: Key) -> None:
-        self._used -= self._pages_of(self._blocks.pop(key).nbytes)
-
-    def _pages_of(self, nbytes: int) -> int:
-        return -(-nbytes // self._page_bytes)
 
 
 def _copy(block: BlockIO, stored: Bytes2D, at: int, stop: Stop, to_memory: bool) -> bool:

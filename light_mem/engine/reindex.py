@@ -81,7 +81,7 @@ class OldIndex:
         self._shards = geometry.shards
         self._slots = geometry.slots
         header = np.frombuffer(read_at(path, 0, fmt.INDEX_HEADER.itemsize), fmt.INDEX_HEADER)
-        self.sound = (
+        self.sound = bool(
             bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
             and int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
             and int(header["version"][0]) == fmt.FORMAT_VERSION

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,7 +48,8 @@ class Writer:
     """Writes batches for one engine. Not thread-safe."""
 
     def __init__(self, engine: LocalStorageEngine, owner: Owner, *, flush: bool) -> None:
-        self._engine = engine
+        # Weak: in a cycle, the maps of a closed store would stay until the next collection.
+        self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
         self._flush = flush
         self._copier = Copier()

@@ -33,7 +33,7 @@ def clear(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Change
     store = Store(directory)
     parts = list(listed(store))
     removed = sum(len(part.heads) for part in parts)
-    nbytes = sum(int(part.table["nbytes"][part.heads].sum()) for part in parts)
+    nbytes = sum(int(part.rows["nbytes"].sum()) for part in parts)
     if not dry_run:
         engine = open_tool(directory)
         try:
@@ -55,11 +55,11 @@ def evict(
     engine = None if dry_run else open_tool(directory)
     try:
         for part in listed(store):
-            used = part.table["used"][part.heads]
-            old = part.heads[used < np.uint64(max(0, before))]
+            is_old = part.rows["used"] < np.uint64(max(0, before))
+            old = part.heads[is_old]
             if engine is None:
                 removed += len(old)
-                nbytes += int(part.table["nbytes"][old].sum())
+                nbytes += int(part.rows["nbytes"][is_old].sum())
                 continue
             for first in range(0, len(old), BATCH):
                 batch = old[first : first + BATCH]
@@ -135,7 +135,7 @@ def _totals(store: Store) -> tuple[int, int]:
     count = nbytes = 0
     for part in listed(store):
         count += len(part.heads)
-        nbytes += int(part.table["nbytes"][part.heads].sum())
+        nbytes += int(part.rows["nbytes"].sum())
     return count, nbytes
 
 
@@ -143,12 +143,10 @@ def _would_keep(store: Store, slots: int) -> tuple[int, int]:
     """Blocks, and their bytes, that fit `slots` a shard when the last used come first."""
     count = nbytes = 0
     for part in listed(store):
-        rows = part.table[part.heads]
-        order = np.argsort(rows["used"])[::-1]
-        pages = -(-rows["nbytes"][order].astype(np.int64) // store.geometry.page_bytes)
-        fits = np.cumsum(pages) <= slots
+        sizes = part.rows["nbytes"][np.argsort(part.rows["used"])[::-1]].astype(np.int64)
+        fits = np.cumsum(-(-sizes // store.geometry.page_bytes)) <= slots
         count += int(np.count_nonzero(fits))
-        nbytes += int(rows["nbytes"][order][fits].sum())
+        nbytes += int(sizes[fits].sum())
     return count, nbytes
 
 

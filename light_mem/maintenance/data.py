@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
@@ -24,7 +24,7 @@ import xxhash
 from light_mem.engine import shard_file
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
-from light_mem.index.recovery import Table
+from light_mem.index.recovery import Ints, Table
 from light_mem.maintenance.report import DamagedBlock
 from light_mem.maintenance.store import Store, as_words, blocks_in
 
@@ -34,7 +34,6 @@ UNIT_BYTES = 256 << 20  # what one thread takes at a time, and how many blocks o
 UNIT_BLOCKS = 1 << 15
 MAX_JOBS = 8
 _POLL_SECONDS = 0.1
-_CHECKSUM, _NBYTES = (fmt.ENTRY.fields[f][1] // 8 for f in ("checksum", "nbytes"))  # type: ignore[index]
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -122,12 +121,18 @@ class DataFile:
 
 
 class _Unit(NamedTuple):
-    """Blocks of one shard that one thread reads: those in one run, by place, then the others."""
+    """Blocks of one shard that one thread reads, by place."""
 
     shard: int
-    table: Table
-    heads: list[int]
-    several: list[tuple[int, list[tuple[int, int]]]]
+    heads: Ints  # first slots
+    rows: Table  # their entries, ENTRY [n]
+    runs: list[list[tuple[int, int]]] | None  # of each; None: each lies in one run
+
+    def block(self, n: int, page_bytes: int) -> Extents:
+        """The n-th block and where it lies."""
+        slot, entry = int(self.heads[n]), self.rows[n]
+        runs = [(slot, int(entry["run"]))] if self.runs is None else self.runs[n]
+        return block_at(entry, slot, runs, page_bytes)
 
 
 class DataCheck:
@@ -145,20 +150,22 @@ class DataCheck:
         self.nbytes = 0
 
     def add(self, shard: int, table: Table) -> None:
-        """Plan to read the blocks that these entries list."""
+        """Plan to read the blocks that these entries list; keeps nothing of the others."""
         heads, several = blocks_in(table, self._page)
+        rows = as_words(table)[heads].view(fmt.ENTRY).reshape(-1)  # ten times faster than entries
         self.blocks += len(heads)
-        self.nbytes += int(table["nbytes"][heads].sum())
-        single = heads[~np.isin(heads, list(several))] if several else heads
-        per_unit = UNIT_BLOCKS
-        if len(single):
-            mean = max(1, int(table["nbytes"][single].mean()))
-            per_unit = max(1, min(UNIT_BLOCKS, UNIT_BYTES // mean))
-        for first in range(0, len(single), per_unit):
-            part = single[first : first + per_unit].tolist()
-            self._units.append(_Unit(shard, table, part, []))
+        self.nbytes += int(rows["nbytes"].sum())
         if several:
-            self._units.append(_Unit(shard, table, [], list(several.items())))
+            far = np.isin(heads, list(several))
+            runs = [several[slot] for slot in heads[far].tolist()]
+            self._units.append(_Unit(shard, heads[far], rows[far], runs))
+            heads, rows = heads[~far], rows[~far]
+        if not len(heads):
+            return
+        per_unit = max(1, min(UNIT_BLOCKS, UNIT_BYTES // max(1, int(rows["nbytes"].mean()))))
+        for first in range(0, len(heads), per_unit):
+            part = slice(first, first + per_unit)
+            self._units.append(_Unit(shard, heads[part], rows[part], None))
 
     def run(self, progress: Progress | None = None) -> DataReport:
         """Read it all. `progress` is called in this thread, some ten times a second."""
@@ -189,78 +196,74 @@ class DataCheck:
         try:
             file = DataFile(shard_file.data_path(self._store.directory, unit.shard))
         except FileNotFoundError:
-            slots = unit.heads + [slot for slot, _ in unit.several]
-            return [_damaged(unit, slot, "its file is missing") for slot in slots], 0
+            numbers = range(len(unit.heads))
+            return [self._damaged(unit, n, "its file is missing") for n in numbers], 0
         try:
-            suspects = [*self._read_neighbours(number, file), *self._read_runs(number, file)]
-            return self._confirm(unit, suspects, file)
+            read = self._read_neighbours if unit.runs is None else self._read_one_by_one
+            return self._confirm(unit, read(number, unit, file), file)
         finally:
             file.close()
 
-    def _read_neighbours(self, number: int, file: DataFile) -> Iterator[Extents]:
-        """The blocks of one run that do not fit."""
-        unit, page = self._units[number], self._page
-        heads = np.array(unit.heads, np.int64)
-        rows = as_words(unit.table)[heads]  # gathering words is ten times faster than entries
-        sizes: list[int] = rows[:, _NBYTES].tolist()
-        sums: list[int] = rows[:, _CHECKSUM].tolist()
-        raw = rows[:, :2].tobytes()  # low and high: the keys' bytes
-        first = fmt.SHARD_HEADER_BYTES + heads * page
-        end = first + rows[:, _NBYTES].astype(np.int64)
-        breaks = [*(np.flatnonzero(first[1:] - end[:-1] > GAP_BYTES) + 1).tolist(), len(heads)]
+    def _read_neighbours(self, number: int, unit: _Unit, file: DataFile) -> list[int]:
+        """The blocks that do not fit, by number in the unit; each lies in one run."""
+        sizes: list[int] = unit.rows["nbytes"].tolist()
+        sums: list[int] = unit.rows["checksum"].tolist()
+        raw = as_words(unit.rows)[:, :2].tobytes()  # low and high: the keys' bytes
+        first = fmt.SHARD_HEADER_BYTES + unit.heads * self._page
+        end = first + unit.rows["nbytes"].astype(np.int64)
+        breaks = np.flatnonzero(first[1:] - end[:-1] > GAP_BYTES) + 1
+        stops = [*breaks.tolist(), len(sizes)]
         offsets, ends = first.tolist(), end.tolist()
         digest = xxhash.xxh3_64
+        suspects: list[int] = []
         at = 0
         while at < len(sizes) and not self._stop.is_set():
             start = offsets[at]
-            until = breaks[bisect_right(breaks, at)]
+            until = stops[bisect_right(stops, at)]
             until = max(at + 1, bisect_right(ends, start + PIECE_BYTES, at, until))
             size = ends[until - 1] - start
             try:
-                piece = file.read(start, size) if size <= PIECE_BYTES else file.read(start, 0)
+                piece = file.read(start, size if size <= PIECE_BYTES else 0)
             except OSError:
                 piece = file.read(start, 0)  # one by one: only some of them may be unreadable
-            suspects = []
+            failed = []
             for n in range(at, until):
                 here = offsets[n] - start
                 checksum = digest(raw[16 * n : 16 * n + 16])
                 checksum.update(piece[here : here + sizes[n]])
                 if checksum.intdigest() != sums[n]:
-                    suspects.append(n)
-            for n in suspects:
-                slot = unit.heads[n]
-                block = block_at(unit.table[slot], slot, [(slot, -(-sizes[n] // page))], page)
-                if file.problem(block):
-                    yield block
+                    failed.append(n)
+            suspects += [n for n in failed if file.problem(unit.block(n, self._page))]
             self._done[number] += sum(sizes[at:until])
             at = until
+        return suspects
 
-    def _read_runs(self, number: int, file: DataFile) -> Iterator[Extents]:
-        """The blocks of several runs that do not fit."""
-        unit = self._units[number]
-        for slot, runs in unit.several:
+    def _read_one_by_one(self, number: int, unit: _Unit, file: DataFile) -> list[int]:
+        """The blocks that do not fit; they lie in several runs each."""
+        suspects: list[int] = []
+        for n in range(len(unit.heads)):
             if self._stop.is_set():
-                return
-            block = block_at(unit.table[slot], slot, runs, self._page)
-            if file.problem(block):
-                yield block
-            self._done[number] += sum(size for _, size in block.pieces)
+                break
+            if file.problem(unit.block(n, self._page)):
+                suspects.append(n)
+            self._done[number] += int(unit.rows["nbytes"][n])
+        return suspects
 
     def _confirm(
-        self, unit: _Unit, suspects: list[Extents], file: DataFile
+        self, unit: _Unit, suspects: list[int], file: DataFile
     ) -> tuple[list[DamagedBlock], int]:
         damaged: list[DamagedBlock] = []
         changed = 0
-        for block in suspects:
-            problem = file.problem(block)
-            if not self._store.still_lists(unit.shard, block.slot, unit.table[block.slot]):
+        for n in suspects:
+            problem = file.problem(unit.block(n, self._page))
+            if not self._store.still_lists(unit.shard, int(unit.heads[n]), unit.rows[n]):
                 changed += 1
             elif problem:
-                damaged.append(_damaged(unit, block.slot, problem))
+                damaged.append(self._damaged(unit, n, problem))
         return damaged, changed
 
-
-def _damaged(unit: _Unit, slot: int, problem: str) -> DamagedBlock:
-    entry = unit.table[slot]
-    key = keymath.key_text(int(entry["low"]), int(entry["high"]))
-    return DamagedBlock(key, unit.shard, slot, int(entry["nbytes"]), problem)
+    @staticmethod
+    def _damaged(unit: _Unit, n: int, problem: str) -> DamagedBlock:
+        entry = unit.rows[n]
+        key = keymath.key_text(int(entry["low"]), int(entry["high"]))
+        return DamagedBlock(key, unit.shard, int(unit.heads[n]), int(entry["nbytes"]), problem)

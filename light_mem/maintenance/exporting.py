@@ -101,8 +101,7 @@ def _created(path: Path) -> Iterator[BinaryIO]:
 
 
 def _keys(part: Listed) -> list[tuple[int, int]]:
-    rows = part.table[part.heads]
-    return list(zip(rows["low"].tolist(), rows["high"].tolist(), strict=True))
+    return list(zip(part.rows["low"].tolist(), part.rows["high"].tolist(), strict=True))
 
 
 class _Export:
@@ -116,12 +115,13 @@ class _Export:
         self.damaged: list[DamagedBlock] = []
 
     def _order(self) -> list[tuple[int, int]]:
-        """(part, slot) of all blocks, the last used first."""
-        used = [part.table["used"][part.heads] for part in self._parts]
-        number = [np.full(len(part.heads), n) for n, part in enumerate(self._parts)]
-        order = np.argsort(np.concatenate(used), kind="stable")[::-1]
-        slots = np.concatenate([part.heads for part in self._parts])[order].tolist()
-        return list(zip(np.concatenate(number)[order].tolist(), slots, strict=True))
+        """(part, number in it) of all blocks, the last used first."""
+        used = np.concatenate([part.rows["used"] for part in self._parts])
+        order = np.argsort(used, kind="stable")[::-1]
+        sizes = [len(part.heads) for part in self._parts]
+        parts = np.repeat(np.arange(len(sizes)), sizes)[order]
+        numbers = np.concatenate([np.arange(size) for size in sizes])[order]
+        return list(zip(parts.tolist(), numbers.tolist(), strict=True))
 
     def write(self, out: BinaryIO) -> None:
         """Write the file and sync it."""
@@ -154,34 +154,34 @@ class _Export:
 
     def _read(self, order: list[tuple[int, int]]) -> Iterator[tuple[bytes, bytes]]:
         """Header and bytes of each block that fits its checksum."""
-        total = sum(int(self._parts[n].table["nbytes"][slot]) for n, slot in order)
+        total = sum(int(part.rows["nbytes"].sum()) for part in self._parts)
         reader = BlockReader(self._store)
         done = 0
         try:
-            for number, slot in order:
+            for number, n in order:
                 part = self._parts[number]
-                entry = part.table[slot]
-                found = reader.read(part, slot)
+                entry = part.rows[n]
+                found = reader.read(part, n)
                 done += int(entry["nbytes"])
                 if found.changed:
                     self.changed += 1
                 elif found.problem:
                     key = keymath.key_text(int(entry["low"]), int(entry["high"]))
-                    nbytes = int(entry["nbytes"])
-                    self.damaged.append(DamagedBlock(key, part.shard, slot, nbytes, found.problem))
+                    place = part.shard, int(part.heads[n]), int(entry["nbytes"])
+                    self.damaged.append(DamagedBlock(key, *place, found.problem))
                 else:
                     self.blocks += 1
                     self.nbytes += len(found.data)
-                    yield self._header(part, slot), found.data
+                    yield _header(entry), found.data
                 if self._progress is not None:
                     self._progress(done, total)
         finally:
             reader.close()
 
-    def _header(self, part: Listed, slot: int) -> bytes:
-        entry = part.table[slot]
-        header = np.zeros(1, fmt.BLOCK_HEADER)
-        header["magic"] = fmt.BLOCK_MAGIC
-        for name in ("low", "high", "nbytes", "checksum", "used"):
-            header[name] = entry[name]
-        return fmt.sealed(header)
+
+def _header(entry: np.void) -> bytes:
+    header = np.zeros(1, fmt.BLOCK_HEADER)
+    header["magic"] = fmt.BLOCK_MAGIC
+    for name in ("low", "high", "nbytes", "checksum", "used"):
+        header[name] = entry[name]
+    return fmt.sealed(header)

@@ -19,10 +19,10 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import describe
 from light_mem.errors import StoreFormatError
-from light_mem.index import format as index_format
 from light_mem.index import keys as keymath
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
+from light_mem.maintenance.inspecting import listed
 from light_mem.maintenance.opening import open_tool
 from light_mem.maintenance.report import TransferReport
 from light_mem.maintenance.store import Store
@@ -126,7 +126,9 @@ class _Import:
             stored = set()
         else:
             stored = {
-                key for shard in range(store.geometry.shards) for key in _keys_of(store, shard)
+                key
+                for part in listed(store)
+                for key in zip(part.rows["low"].tolist(), part.rows["high"].tolist(), strict=True)
             }
         for block in self._source.blocks():
             if (block.low, block.high) in stored:
@@ -191,9 +193,3 @@ class _Import:
     def _tell(self, block: ExportedBlock) -> None:
         if self._progress is not None:
             self._progress(block.end, self._source.size)
-
-
-def _keys_of(store: Store, shard: int) -> list[tuple[int, int]]:
-    table = store.table(shard)
-    live = table[(table["tag"] & np.uint64(index_format.STATE_MASK)) == index_format.LIVE]
-    return list(zip(live["low"].tolist(), live["high"].tolist(), strict=True))

@@ -20,7 +20,7 @@ from light_mem.index.keys import HashValue, KeyArray, U64Array
 from light_mem.index.recovery import Table
 from light_mem.maintenance.owners import Ownership
 from light_mem.maintenance.report import BlockReport, ShardReport, StoreReport
-from light_mem.maintenance.store import Store, blocks_in
+from light_mem.maintenance.store import Store, as_words, blocks_in
 from light_mem.maintenance.verifying import unfinished_of
 
 COUNTERS = ("inserts", "evictions", "removals", "damaged")
@@ -88,16 +88,17 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
 
 
 class Listed(NamedTuple):
-    """The blocks of one shard: its table and where they lie."""
+    """The blocks of one shard, by place."""
 
     shard: int
-    table: Table
-    heads: recovery.Ints
-    several: dict[int, list[tuple[int, int]]]
+    heads: recovery.Ints  # first slots
+    rows: Table  # their entries, ENTRY [n]
+    several: dict[int, list[tuple[int, int]]]  # by first slot: runs of those that have many
 
-    def runs(self, slot: int) -> list[tuple[int, int]]:
-        """The runs of the block at `slot`."""
-        return self.several.get(slot) or [(slot, int(self.table["run"][slot]))]
+    def runs(self, n: int) -> list[tuple[int, int]]:
+        """The runs of the n-th block."""
+        slot = int(self.heads[n])
+        return self.several.get(slot) or [(slot, int(self.rows["run"][n]))]
 
 
 def listed(store: Store, keys: KeyArray | None = None) -> Iterator[Listed]:
@@ -110,7 +111,8 @@ def listed(store: Store, keys: KeyArray | None = None) -> Iterator[Listed]:
             wanted = set(map(tuple, keys.tolist()))
             found = zip(table["low"][heads].tolist(), table["high"][heads].tolist(), strict=True)
             heads = heads[np.array([key in wanted for key in found], bool)]
-        yield Listed(shard, table, heads, several)
+        rows = as_words(table)[heads].view(fmt.ENTRY).reshape(-1)
+        yield Listed(shard, heads, rows, several)
 
 
 def blocks(
@@ -126,13 +128,13 @@ def blocks(
 def _blocks(store: Store, keys: KeyArray | None) -> Iterator[BlockReport]:
     for part in listed(store, keys):
         records = read_records(store.directory, store.geometry, part.shard)
-        for slot in part.heads.tolist():
-            yield _report(part, records, slot)
+        for n in range(len(part.heads)):
+            yield _report(part, records, n)
 
 
-def _report(part: Listed, records: Table, slot: int) -> BlockReport:
-    entry, record = part.table[slot], records[slot]
-    runs = part.runs(slot)
+def _report(part: Listed, records: Table, n: int) -> BlockReport:
+    slot, entry = int(part.heads[n]), part.rows[n]
+    record, runs = records[slot], part.runs(n)
     mine = all(int(record[n]) == int(entry[n]) for n in ("low", "high", "checksum"))
     recorded = mine and int(record["tag"]) & fmt.STATE_MASK == fmt.LIVE
     return BlockReport(

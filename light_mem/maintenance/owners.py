@@ -6,6 +6,7 @@ which in another container is another number.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,29 +26,41 @@ class Ownership:
     """The owners file at one moment."""
 
     def __init__(self, directory: Path) -> None:
-        self.alive: tuple[OwnerReport, ...] = ()
-        self.dead: tuple[OwnerReport, ...] = ()
-        self.intents: Intents = {}
-        path = directory / NAME
-        # `Owners` would make or lengthen the file; one that is too short was never in use.
-        if not path.exists() or path.stat().st_size < fmt.MAX_OWNERS * fmt.OWNER.itemsize:
-            return
-        owners = Owners(directory)
-        try:
-            living = {info.owner for info in owners.alive()}
-            records = owners.records.copy()
-        finally:
-            owners.close()
-        reports = {
-            number: _report(records[number]) for number in np.flatnonzero(records["pid"]).tolist()
-        }
+        records, living = _read(directory)
+        reports = {number: _report(record) for number, record in records.items()}
         self.alive = tuple(r for number, r in reports.items() if number in living)
         self.dead = tuple(r for number, r in reports.items() if number not in living)
-        for number in reports:
-            listed = records["intents"][number]
-            self.intents[number] = {
-                (int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF) for i in listed[listed != 0].tolist()
-            }
+
+
+def intents_of(directory: Path) -> Intents:
+    """The blocks that each owner, dead ones too, says it is writing."""
+    found: Intents = {}
+    for number, record in _read(directory)[0].items():
+        listed = record["intents"][record["intents"] != 0]
+        found[number] = {(int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF) for i in listed.tolist()}
+    return found
+
+
+def _read(directory: Path) -> tuple[dict[int, np.void], set[int]]:
+    """The records by owner, and which owners live."""
+    path = directory / NAME
+    # `Owners` would make or lengthen the file; one that is too short was never in use, and on a
+    # file system that nobody can write to nobody has the store open.
+    if not path.exists() or path.stat().st_size < fmt.MAX_OWNERS * fmt.OWNER.itemsize:
+        return {}, set()
+    try:
+        owners = Owners(directory)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES):
+            return {}, set()
+        raise
+    try:
+        living = {info.owner for info in owners.alive()}
+        records = owners.records[owners.records["pid"] != 0].copy()
+        numbers = np.flatnonzero(owners.records["pid"]).tolist()
+    finally:
+        owners.close()
+    return dict(zip(numbers, records, strict=False)), living
 
 
 def _report(record: np.void) -> OwnerReport:

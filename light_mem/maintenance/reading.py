@@ -25,10 +25,10 @@ class BlockReader:
         self._store = store
         self._files: dict[int, DataFile] = {}
 
-    def read(self, part: Listed, slot: int) -> BlockBytes:
-        """The block at `slot`, checked."""
-        entry = part.table[slot]
-        block = block_at(entry, slot, part.runs(slot), self._store.geometry.page_bytes)
+    def read(self, part: Listed, n: int) -> BlockBytes:
+        """The n-th block of a shard, checked."""
+        slot, entry = int(part.heads[n]), part.rows[n]
+        block = block_at(entry, slot, part.runs(n), self._store.geometry.page_bytes)
         try:
             data, problem = self._file(part.shard).load(block)
         except OSError as error:

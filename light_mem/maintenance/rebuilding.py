@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
@@ -36,11 +38,19 @@ from light_mem.maintenance.owners import Ownership, require_alone
 from light_mem.maintenance.report import RebuildReport
 from light_mem.maintenance.store import Store, blocks_in
 
+Run = tuple[int, int]  # first slot, slots
 
-class _Shard(NamedTuple):
-    plan: reindex.Plan
-    adopted: list[tuple[int, list[tuple[int, int]]]]  # first slot, runs
-    lost: int
+
+@dataclass
+class _Sums:
+    """What a rebuild has come to so far."""
+
+    blocks: int = 0
+    nbytes: int = 0
+    kept_order: int = 0
+    dropped: int = 0
+    lost: int = 0
+    adopted: list[tuple[int, Table, list[Run]]] = field(default_factory=list)  # shard, ENTRY [1]
 
 
 def rebuild(
@@ -57,83 +67,96 @@ def rebuild(
     started = time.monotonic()
     store = Store(directory)
     store.refuse_foreign()
+    sums = _Sums()
     if dry_run:
-        return _report(store, _plan(store), started, dry_run=True)
-    if force and Ownership(store.directory).alive:
+        for _ in _plans(store, sums):
+            pass
+    elif force and Ownership(store.directory).alive:
         return rebuild_in_place(store, started)
-    with PathLock(lock_path(store.directory, "open")).hold(OPEN_SECONDS):
-        require_alone(store.directory, "making the index anew")
-        drop_unfinished(store.directory)
-        shards = _plan(store)
-        _publish(store, shards)
-        _complete(store, shards)
-    return _report(store, shards, started)
+    else:
+        with PathLock(lock_path(store.directory, "open")).hold(OPEN_SECONDS):
+            require_alone(store.directory, "making the index anew")
+            drop_unfinished(store.directory)
+            _publish(store, sums)
+            _complete(store, sums)
+    return RebuildReport(
+        str(store.directory),
+        dry_run,
+        False,
+        sums.blocks,
+        sums.nbytes,
+        sums.kept_order,
+        len(sums.adopted),
+        sums.dropped,
+        sums.lost,
+        (),
+        time.monotonic() - started,
+    )
 
 
-def _plan(store: Store) -> list[_Shard]:
+def _plans(store: Store, sums: _Sums) -> Iterator[reindex.Plan]:
+    """The new entries, shard by shard: those of one shard are in memory at a time."""
     old = reindex.OldIndex(store.index_path, store.geometry)
-    return [plan_shard(store, shard, old) for shard in range(store.geometry.shards)]
+    for shard in range(store.geometry.shards):
+        plan = reindex.plan_shard(store.directory, store.geometry, shard, old)
+        _keep_unrecorded(store, shard, plan.entries, old, sums)
+        live = recovery.states_of(plan.entries) == fmt.LIVE
+        sums.blocks += int(np.count_nonzero(live))
+        sums.nbytes += int(plan.entries["nbytes"][live].sum())
+        sums.kept_order += plan.kept_order
+        sums.dropped += plan.dropped
+        yield plan
 
 
-def plan_shard(store: Store, shard: int, old: reindex.OldIndex) -> _Shard:
-    """The new entries of a shard, blocks that only the old index knows among them."""
-    geometry = store.geometry
-    plan = reindex.plan_shard(store.directory, geometry, shard, old)
-    entries, before = plan.entries, old.entries(shard)
+def _keep_unrecorded(
+    store: Store, shard: int, entries: Table, old: reindex.OldIndex, sums: _Sums
+) -> None:
+    """Add the blocks that only the old index knows and whose bytes are right."""
+    page_bytes = store.geometry.page_bytes
+    before = old.entries(shard)
     size = min(len(entries), len(before))
-    heads, several = blocks_in(before, geometry.page_bytes)
+    heads, several = blocks_in(before, page_bytes)
     heads = heads[heads < size]
     unknown = heads[~reindex.same_block(entries[heads], before[heads])].tolist()
-    if not unknown:
-        return _Shard(plan, [], 0)
+    path = shard_file.data_path(store.directory, shard)
+    if not unknown or not path.exists():
+        sums.lost += len(unknown) * old.sound
+        return
     taken = np.zeros(len(entries), bool)
     for start, length in zip(*recovery.occupied_runs(entries), strict=True):
         taken[start : start + length] = True
-    known = set(zip(*_keys(entries[recovery.states_of(entries) == fmt.LIVE]), strict=True))
-    adopted = []
-    lost = 0
-    path = shard_file.data_path(store.directory, shard)
-    data = DataFile(path) if path.exists() else None
+    live = entries[recovery.states_of(entries) == fmt.LIVE]
+    known = set(zip(live["low"].tolist(), live["high"].tolist(), strict=True))
+    data = DataFile(path)
     try:
         for head in unknown:
-            runs = several.get(head) or [(head, int(before["run"][head]))]
-            if (int(before["low"][head]), int(before["high"][head])) in known:
+            key = int(before["low"][head]), int(before["high"][head])
+            if key in known:
                 continue  # the same key, elsewhere: nothing is lost
+            runs = several.get(head) or [(head, int(before["run"][head]))]
             free = all(a + n <= size and not taken[a : a + n].any() for a, n in runs)
-            block = block_at(before[head], head, runs, geometry.page_bytes)
-            if data is None or not free or data.problem(block):
-                lost += int(old.sound)  # else it may well be another store's
+            if not free or data.problem(block_at(before[head], head, runs, page_bytes)):
+                sums.lost += old.sound  # an index that is not is perhaps another store's
                 continue
-            _adopt(entries, before, runs)
-            for start, length in runs:
+            for at, (start, length) in enumerate(runs):
+                entries[start] = before[start]
+                state = fmt.LIVE if at == 0 else fmt.EXTENT
+                entries["tag"][start] = fmt.make_tag(state, 0, 1)
+                entries["used"][start] = min(int(before["used"][start]), time.time_ns())
                 taken[start : start + length] = True
-            known.add((int(before["low"][head]), int(before["high"][head])))
-            adopted.append((head, runs))
+            known.add(key)
+            sums.adopted.append((shard, entries[[head]], runs))
     finally:
-        if data is not None:
-            data.close()
-    return _Shard(plan, adopted, lost)
+        data.close()
 
 
-def _keys(entries: Table) -> tuple[list[int], list[int]]:
-    return entries["low"].tolist(), entries["high"].tolist()
-
-
-def _adopt(entries: Table, before: Table, runs: list[tuple[int, int]]) -> None:
-    for at, (start, _) in enumerate(runs):
-        entries[start] = before[start]
-        state = fmt.LIVE if at == 0 else fmt.EXTENT
-        entries["tag"][start] = fmt.make_tag(state, 0, 1)
-        entries["used"][start] = min(int(before["used"][start]), time.time_ns())
-
-
-def _publish(store: Store, shards: list[_Shard]) -> None:
+def _publish(store: Store, sums: _Sums) -> None:
     """Write the new index and put it in its place, in one step."""
     old = reindex.OldIndex(store.index_path, store.geometry)
     temporary = index_file.create(store.directory, store.geometry)
     try:
         file = IndexFile(temporary, store.geometry)
-        reindex.fill(file, [planned.plan for planned in shards], old)
+        reindex.fill(file, _plans(store, sums), old)
         for shard in range(store.geometry.shards):
             reindex.clear_unlisted(store.directory, file, shard)
         file.mark_clean()  # synced: it outlives a power cut
@@ -144,7 +167,7 @@ def _publish(store: Store, shards: list[_Shard]) -> None:
         raise
 
 
-def _complete(store: Store, shards: list[_Shard]) -> None:
+def _complete(store: Store, sums: _Sums) -> None:
     """What else a server would find missing: the description, shard files, records."""
     geometry = store.geometry
     if not store.described:
@@ -156,46 +179,13 @@ def _complete(store: Store, shards: list[_Shard]) -> None:
             prepare(store.directory, geometry.page_bytes, geometry.shards, size, owners)
         finally:
             owners.close()
-    for number, shard in enumerate(shards):
-        write_records(store, number, shard.plan.entries, shard.adopted)
-
-
-def write_records(
-    store: Store, shard: int, entries: Table, blocks: list[tuple[int, list[tuple[int, int]]]]
-) -> None:
-    """Give blocks that have none their records."""
-    if not blocks:
-        return
-    file = shard_file.ShardFile(store.directory, store.geometry, shard)
-    try:
-        for slot, runs in blocks:
-            names = ("low", "high", "checksum", "nbytes", "used")
-            low, high, checksum, nbytes, used = (int(entries[name][slot]) for name in names)
-            file.write_records(runs, low, high, checksum, nbytes, used)
-        file.sync()
-    finally:
-        file.close()
-
-
-def _report(
-    store: Store, shards: list[_Shard], started: float, dry_run: bool = False
-) -> RebuildReport:
-    blocks = nbytes = 0
-    for shard in shards:
-        entries = shard.plan.entries
-        live = recovery.states_of(entries) == fmt.LIVE
-        blocks += int(np.count_nonzero(live))
-        nbytes += int(entries["nbytes"][live].sum())
-    return RebuildReport(
-        str(store.directory),
-        dry_run,
-        False,
-        blocks,
-        nbytes,
-        sum(shard.plan.kept_order for shard in shards),
-        sum(len(shard.adopted) for shard in shards),
-        sum(shard.plan.dropped for shard in shards),
-        sum(shard.lost for shard in shards),
-        (),
-        time.monotonic() - started,
-    )
+    for shard, rows in groupby(sums.adopted, key=lambda block: block[0]):
+        file = shard_file.ShardFile(store.directory, geometry, shard)
+        try:
+            for _, entry, runs in rows:
+                names = ("low", "high", "checksum", "nbytes", "used")
+                low, high, checksum, nbytes, used = (int(entry[name][0]) for name in names)
+                file.write_records(runs, low, high, checksum, nbytes, used)
+            file.sync()
+        finally:
+            file.close()

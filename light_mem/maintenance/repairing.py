@@ -20,7 +20,7 @@ from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance.data import DataFile, block_at
 from light_mem.maintenance.opening import open_tool
-from light_mem.maintenance.owners import Ownership
+from light_mem.maintenance.owners import intents_of
 from light_mem.maintenance.rebuilding import rebuild
 from light_mem.maintenance.report import DamagedBlock, Finding
 from light_mem.maintenance.store import Snapshot, Store
@@ -89,7 +89,7 @@ class Repair:
         store = Store(self._directory)
         snapshot = store.snapshot(index.shard)
         snapshot = Snapshot(index.shard, index.entries, snapshot.heads, index.control, file.records)
-        return StructureCheck(snapshot, store.geometry, Ownership(self._directory).intents)
+        return StructureCheck(snapshot, store.geometry, intents_of(self._directory))
 
     def _drop_damaged(self, index: ShardIndex, file: ShardFile, block: DamagedBlock) -> None:
         """Drop a block if it is still the one that was found damaged, and still is."""

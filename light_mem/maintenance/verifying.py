@@ -18,7 +18,7 @@ from light_mem.errors import (
     StoreFullError,
 )
 from light_mem.maintenance.data import DataCheck, Progress
-from light_mem.maintenance.owners import Ownership
+from light_mem.maintenance.owners import Ownership, intents_of
 from light_mem.maintenance.repairing import Repair, prepare_files
 from light_mem.maintenance.report import Finding, VerifyReport
 from light_mem.maintenance.store import Snapshot, Store
@@ -93,12 +93,12 @@ def check_structure(store: Store, shard: int) -> tuple[Snapshot, list[Finding], 
     """
     snapshot = store.snapshot(shard)
     if not snapshot.dirty:
-        intents = Ownership(store.directory).intents
+        intents = intents_of(store.directory)
         if not StructureCheck(snapshot, store.geometry, intents).findings():
             return snapshot, [], ""
     with store.held(shard):
         snapshot = store.snapshot(shard)
-        intents = Ownership(store.directory).intents
+        intents = intents_of(store.directory)
     store.require_unchanged()
     # Nobody was at work, so a dirty mark is that of a holder who died; the next one sees to it.
     findings = StructureCheck(snapshot, store.geometry, intents, not snapshot.dirty).findings()
