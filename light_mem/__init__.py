@@ -9,6 +9,7 @@ service.py   CacheService: look up, create, abort, delete; local_service.py and 
 session.py   one process's tasks in the shared task table
 task.py      CacheTask: states, waiting
 blocks.py    arguments checked
+demo/        `light-mem demo`
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
 engine/      moves bytes: shards, copies, workers
 index/       finds them: format, table, locks, order of use, recovery

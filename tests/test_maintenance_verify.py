@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 
 from light_mem.index import format as fmt
 from light_mem.maintenance import verify
+from tests.children import ROOT
 from tests.engine_helpers import Block
 from tests.maintenance_helpers import (
     BLOCKS,
@@ -233,3 +238,55 @@ def test_progress_is_told_and_reaches_the_end(store: Path) -> None:
     told: list[tuple[int, int]] = []
     report = verify(store, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (report.nbytes, report.nbytes)
+
+
+def test_a_sector_that_cannot_be_read_costs_its_block_only(
+    store: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = BLOCKS[6]
+    shard, slot = place_of(store, block)
+    bad = fmt.SHARD_HEADER_BYTES + slot * PAGE
+    inode = (store / f"shard-{shard:03}.data").stat().st_ino
+    preadv = os.preadv
+
+    def failing(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        mine = os.fstat(descriptor).st_ino == inode
+        if mine and at <= bad < at + sum(map(len, buffers)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    code, report = command.json("verify", store)
+    assert code == 1
+    assert [d["key"] for d in report["damaged"]] == [key_of(block)]
+    assert "cannot be read" in report["damaged"][0]["problem"]
+    assert command("verify", store, "--repair") == 1
+    monkeypatch.undo()
+    assert command("verify", store) == 0
+    assert_holds(store, *[b for b in BLOCKS if b is not block])
+
+
+def test_a_store_on_a_file_system_that_cannot_be_written_is_checked_all_the_same(
+    store: Path, tmp_path: Path
+) -> None:
+    flip(store, BLOCKS[2])
+    code = (
+        "import sys; from light_mem.cli import main\n"
+        "sys.exit(max(main([name, sys.argv[1]]) for name in ('inspect', 'dump', 'verify')))"
+    )
+    mount = f"mount --bind '{store}' '{store}' && mount -o remount,ro,bind '{store}' && exec \"$@\""
+    alone = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root mounts")
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount")
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", code, str(store)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert key_of(BLOCKS[2]) in done.stdout
+    assert done.stderr == ""

@@ -2,12 +2,15 @@
 
 base.py         StorageEngine: what a storage behind the service must do
 local.py        LocalStorageEngine: shards on a local disk
+writing.py      its batches of writes: find room, copy, publish
 memory.py       MemoryStorageEngine: the same promises in one process's memory, for tests
 opening.py      makes, opens, resizes and rebuilds a store's files
 reindex.py      a store's index made anew from its slots files, order of use included
 shard_file.py   one shard's data and slot records, mapped
 copy.py         copies between KV pages and mapped slots, with the checksum
 kvmemory.py     how another process reaches the KV tensor's memory
+maps.py         what lies behind an address, from /proc/self/maps
+process.py      who a process is, whether it lives, whether it was forked
 futex.py        waiting on a word of shared memory
 task_table.py   the shared task table: layout and mapping
 queue.py        TaskQueue: blocks waiting for a worker

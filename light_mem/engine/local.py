@@ -267,7 +267,7 @@ class LocalStorageEngine(StorageEngine):
         until then look-ups may miss blocks, for good where nobody writes."""
         for shard in np.flatnonzero(self._index.control["dirty"]).tolist():
             try:
-                with self.change(shard):  # a living holder is at work for a moment only
+                with self.change(shard, timeout=1):  # a living holder needs some milliseconds
                     pass
             except LockTimeoutError as error:
                 log.warning(
