@@ -34,7 +34,9 @@ from light_mem.index.locks import RangeLock
 
 QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
 LANE_BYTE = 1  # ... and the first of the lanes' locks
-BATCH_BYTES = 8 << 20  # claimed at a time: enough to make a hold of the shard's lock cheap
+# Bytes claimed at a time: enough to make a hold of the shard's lock cheap. Reads take none; their
+# batch is small so that the last worker of a task is not long alone.
+BATCH_BYTES = {READ: 8 << 20, WRITE: 32 << 20}
 BATCH_BLOCKS = 64
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 4
@@ -136,7 +138,7 @@ class TaskQueue:
         limit = min(BATCH_BLOCKS, -(-(tail - head) // workers))
         claimed: list[int] = []
         nbytes = 0
-        while head < tail and len(claimed) < limit and nbytes < BATCH_BYTES:
+        while head < tail and len(claimed) < limit and nbytes < BATCH_BYTES[mode]:
             at = int(ring[head % table.ring_length])
             head += 1
             if states[at] != INITIAL or cell["mode"][at] != mode:
