@@ -11,9 +11,11 @@ task.py      CacheTask: states, waiting
 blocks.py    arguments checked
 demo/        `light-mem demo`
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
+errors.py    the error tree; filesystem.py: what lies below a store
 engine/      moves bytes: shards, copies, workers
 index/       finds them: format, table, locks, order of use, recovery
-maintenance/ looks into stores, checks, mends and moves them; `light-mem` is its command
+maintenance/ looks into stores, checks, mends and moves them; `light-mem`
+             (cli.py, commands/) is its command
 
 Names are imported when they are first used: a worker imports parts of the package without torch.
 """

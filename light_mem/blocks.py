@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import reprlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +60,29 @@ def whole_number(name: str, value: object, least: int, most: int) -> int:
             **{name: value},
         )
     return number
+
+
+def seconds(name: str, value: object) -> float:
+    """`value` as a number of seconds; raises InvalidArgumentError unless it is finite and >= 0."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise InvalidArgumentError(
+        f"{name} is a number of seconds, 0 or more, not {reprlib.repr(value)}", **{name: value}
+    )
+
+
+def yes_or_no(name: str, value: object) -> bool:
+    """`value` when it is a bool; raises InvalidArgumentError: "no" would count as true."""
+    if isinstance(value, bool):
+        return value
+    raise InvalidArgumentError(f"{name} is True or False, not {reprlib.repr(value)}")
+
+
+def store_path(value: object) -> Path:
+    """The absolute path of a store; raises InvalidArgumentError for what is no path."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
+        raise InvalidArgumentError(f"file is the path of a directory, not {reprlib.repr(value)}")
+    return Path(value).absolute()
 
 
 def parse_mode(mode: str) -> int:
@@ -141,6 +166,16 @@ def pages_per_hash(hashes: int, pages: int, per_block: int) -> int:
         pages=pages,
         accepted=(pages, runs),
     )
+
+
+def parse_lengths(pages: object, hashes: int) -> npt.NDArray[np.int64]:
+    """Pages of each block as int64 [hashes]; raises InvalidArgumentError for anything else."""
+    found = np.asarray(pages)
+    if found.shape != (hashes,) or (hashes and found.dtype.kind not in "iu"):
+        raise InvalidArgumentError(
+            f"pages are {hashes} whole numbers, one a hash, not {reprlib.repr(pages)}"
+        )
+    return found.astype(np.int64)
 
 
 def lengths(hashes: int, pages: int, per_hash: int) -> npt.NDArray[np.int64]:

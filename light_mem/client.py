@@ -66,9 +66,13 @@ class _Connection:
 
     def __init__(self, table: TaskTable) -> None:
         self.session = Session.open(table, table.lock_path())
-        self.engine = LocalStorageEngine(
-            os.fsdecode(bytes(table.header["store"][0])), kind="client"
-        )
+        try:
+            self.engine = LocalStorageEngine(
+                os.fsdecode(bytes(table.header["store"][0])), kind="client"
+            )
+        except BaseException:
+            self.session.close()  # else its lane would be taken for as long as this process lives
+            raise
         self._finalizer = weakref.finalize(
             self, _disconnect, self.session, self.engine, fork_token()
         )

@@ -7,6 +7,7 @@ clients cross process borders. Damage on disk is not here: it is a miss, logged 
 from __future__ import annotations
 
 import errno
+import reprlib
 from typing import Any
 
 
@@ -27,7 +28,17 @@ class LightMemError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.values)
+        values = {name: _plain(value) for name, value in self.values.items()}
+        return _rebuild, (type(self), self.message, values)
+
+
+def _plain(value: Any) -> Any:
+    """What of a value crosses a process border: plain data as it is, of all else its text."""
+    if isinstance(value, (list, tuple)) and len(value) < 1000:
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    return reprlib.repr(value)
 
 
 def _rebuild(cls: type[LightMemError], message: str, values: dict[str, Any]) -> LightMemError:

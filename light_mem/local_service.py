@@ -7,14 +7,13 @@ import os
 import threading
 import weakref
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from light_mem import blocks
 from light_mem.client import CacheClient
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.opening import MAX_SHARDS, check_sizes
+from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
 from light_mem.engine.task_table import (
@@ -71,7 +70,8 @@ class LocalCacheService(CacheService):
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
-        super().__init__(create_timeout)
+        super().__init__(blocks.seconds("create_timeout", create_timeout))
+        blocks.yes_or_no("verify", verify)
         num_workers = blocks.whole_number("num_workers", num_workers, 1, MAX_WORKERS - 1)
         num_of_shard = blocks.whole_number("num_of_shard", num_of_shard, 1, MAX_SHARDS)
         storage_size = blocks.whole_number("storage_size", storage_size, 1, 2**63 - 1)
@@ -80,12 +80,13 @@ class LocalCacheService(CacheService):
             raise InvalidArgumentError(
                 f'durability is "kernel" or "flush", not {durability!r}', durability=durability
             )
-        directory = Path(file).absolute()
+        directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
         page_bytes, num_pages = _tensor_sizes(kvcache)
         per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, per_block)
+        check_descriptors(num_of_shard)
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)
@@ -118,7 +119,7 @@ class LocalCacheService(CacheService):
                 source,
                 verify=verify,
                 durability=durability,
-                is_stored=lambda low, high: engine.lookup.find_one(low, high, touch=False) >= 0,
+                is_stored=engine.is_stored,
                 reclaim=engine.reclaim,
             )
             undo.pop_all()

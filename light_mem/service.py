@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,7 +15,7 @@ from light_mem import blocks
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
 from light_mem.engine.task_table import READ, WORKER_COUNTERS, WRITE
-from light_mem.errors import ServiceClosedError
+from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue
 from light_mem.session import Session
@@ -85,7 +86,9 @@ class CacheService(ABC):
             self._count("queried", 1, "hits", int(found))
             return found
         keys = keymath.as_keys(blocks.parse_hashes(hashes))  # type: ignore[arg-type]
-        lengths = None if pages is None else np.asarray(pages, np.int64) * self.page_size()
+        lengths = None
+        if pages is not None:
+            lengths = blocks.parse_lengths(pages, len(keys)) * self.page_size()
         found_all = self._engine.find(keys, nbytes=lengths)
         self._count("queried", len(found_all), "hits", int(found_all.sum()))
         return found_all.tolist()
@@ -169,10 +172,13 @@ class CacheService(ABC):
         touches its pages any more.
 
         Blocks nobody has begun are Aborted at once; a worker that copies one stops at the next
-        piece (some 100 us), and this waits for it. Blocks that are Finished stay so. Raises
-        LockTimeoutError when a worker is stopped (SIGSTOP): its pages are not safe then.
+        piece (some 100 us) and says so when it is through with its batch: this waits for it, with
+        durability "flush" for a sync. Blocks that are Finished stay so. Raises LockTimeoutError
+        when a worker does not answer for 10 s (SIGSTOP, a sync): its pages are not safe then.
         """
         self._check()
+        if not isinstance(task, CacheTask):
+            raise InvalidArgumentError(f"abort takes a CacheTask, not {reprlib.repr(task)}")
         if task.ready():
             return
         task.abort(self._session.queue, _ABORT_SECONDS)
@@ -221,6 +227,7 @@ class CacheService(ABC):
         """Check every byte of the store; three outcomes: a clean report, a repaired one
         (`repair=True`), or StoreDamagedError. See `light_mem.maintenance.check`."""
         self._check_open()
+        blocks.yes_or_no("repair", repair)
         from light_mem import maintenance
 
         return maintenance.check(self._engine.directory, repair)

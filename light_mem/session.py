@@ -77,12 +77,16 @@ class Session:
         """Take a free lane (lane 0 when it is free: the server comes first)."""
         lock = RangeLock(path)
         queue = TaskQueue(table, lock)
-        for patience in (0.0, _LANE_SECONDS):
-            for lane in range(table.sizes.lanes):
-                if lock.try_lock(LANE_BYTE + lane):
-                    if _clean(table, lane, queue, patience):
-                        return cls(table, lane, lock, queue)
-                    lock.unlock(LANE_BYTE + lane)
+        try:
+            for patience in (0.0, _LANE_SECONDS):
+                for lane in range(table.sizes.lanes):
+                    if lock.try_lock(LANE_BYTE + lane):
+                        if _clean(table, lane, queue, patience):
+                            return cls(table, lane, lock, queue)
+                        lock.unlock(LANE_BYTE + lane)
+        except BaseException:
+            lock.close()
+            raise
         lock.close()
         raise TaskTableFullError(
             f"all {table.sizes.lanes - 1} client lanes of the service are taken",

@@ -47,20 +47,20 @@ class Power:
     def record(self, *calls: Callable[[], object]) -> list[int]:
         """Run the calls; returns the moment at which each had returned."""
         ends: list[int] = []
-        sync = shard_file._sync
-        names = {
-            self.engine.file(0)._data_fd: "shard-000.data",
-            self.engine.file(0)._slots_fd: "shard-000.slots",
-        }
         pending: list[tuple[str, Files]] = []
 
-        def noted(descriptor: int) -> None:
-            sync(descriptor)
-            name = names[descriptor]
-            content = (self._directory / name).read_bytes()
-            pending.append((name, {name: content}))
+        def note(function: str, name: str) -> None:
+            sync = getattr(shard_file, function)
 
-        self._patch.setattr(shard_file, "_sync", noted)
+            def noted(what: object) -> None:
+                sync(what)
+                content = (self._directory / name).read_bytes()
+                pending.append((name, {name: content}))
+
+            self._patch.setattr(shard_file, function, noted)
+
+        note("_sync", "shard-000.data")
+        note("_sync_map", "shard-000.slots")
         for call in calls:
             seen = moments(self._directory, call)
             start = len(self.history)
@@ -71,7 +71,7 @@ class Power:
                 self.synced.setdefault(name, []).append(start + at)
             pending.clear()
             ends.append(len(self.history) - 1)
-        self._patch.setattr(shard_file, "_sync", sync)
+        self._patch.undo()
         return ends
 
     @property

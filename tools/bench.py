@@ -248,8 +248,8 @@ def median_of(call: Any, times: int = 101) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--gib", type=float, default=1.0, help="bytes moved a round, in GiB")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gib", type=float, default=0.75, help="bytes moved a round, in GiB")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm", type=int, default=8, help="rounds of writing before")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pages", type=int, nargs="*", default=[3840, 61440, 983040])

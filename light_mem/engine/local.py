@@ -112,6 +112,7 @@ class LocalStorageEngine(StorageEngine):
 
         opening.check_sizes(page_bytes, num_of_shard, storage_size, block_pages)
         path = Path(directory)
+        opening.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
         opening.make_directory(path)
         with PathLock(lock_path(path, "open")).hold(timeout=60):
             owners = Owners(path)
@@ -121,8 +122,16 @@ class LocalStorageEngine(StorageEngine):
                 owners.close()
             engine = cls(path, kind=kind, verify=verify, durability=durability)
             engine._index.mark_open()
-        engine.reclaim()
-        engine.settle()
+        try:
+            engine.reclaim()
+            engine.settle()
+        except LockTimeoutError as error:
+            # A stopped stranger holds a shard: the store opens all the same, and slots of dead
+            # processes there stay taken until a write finds no room.
+            log.warning("store %s: %s", path, str(error))
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     # --- look-ups --------------------------------------------------------------------------------
@@ -136,6 +145,11 @@ class LocalStorageEngine(StorageEngine):
             stored = self._index.entries["nbytes"][entries[found]]
             found[found] = stored == nbytes[found].astype(np.uint64)
         return found
+
+    def is_stored(self, low: int, high: int, nbytes: int) -> bool:
+        """Whether a block of this key and length is stored; not counted as use. Any thread."""
+        entry = self.lookup.find_one(low, high, touch=False)
+        return entry >= 0 and int(self._index.entries["nbytes"][entry]) == nbytes
 
     # --- moving bytes ----------------------------------------------------------------------------
 
@@ -192,6 +206,8 @@ class LocalStorageEngine(StorageEngine):
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and
         never be read. Usually it is only gone by now."""
+        if self.lookup.find_one(block.low, block.high, touch=False) != entry:
+            return Outcome.LOST  # gone since it was looked up
         tag = self.lookup.tag(entry)
         shard, slot = divmod(entry, self.geometry.slots)
         with self.change(shard) as (index, _):
@@ -265,7 +281,7 @@ class LocalStorageEngine(StorageEngine):
     def settle(self) -> None:
         """Put shards in order whose holder died changing them: the next change would do it, but
         until then look-ups may miss blocks, for good where nobody writes."""
-        for shard in np.flatnonzero(self._index.control["dirty"]).tolist():
+        for shard in np.flatnonzero(self._index.control["dirty"].copy()).tolist():
             try:
                 with self.change(shard, timeout=1):  # a living holder needs some milliseconds
                     pass

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
+import time
 from pathlib import Path
 
 from light_mem.engine import shard_file
@@ -32,6 +34,18 @@ from light_mem.index.room import allocate
 log = logging.getLogger("light_mem")
 
 MAX_SHARDS = 1000
+DESCRIPTORS_PER_SHARD = 3  # the data file, and what its mapping and that of the records keep
+
+
+def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
+    """Raise StoreFullError for a new store that cannot fit, before anything of it is made."""
+    if any(directory.glob("shard-*")) or (directory / description.NAME).exists():
+        return
+    there = next(p for p in (directory, *directory.parents) if p.exists())
+    if there.is_dir():
+        slots = description.slots_for(storage_size, shards, page_bytes)
+        a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
+        _require_room(there, shards * a_shard)
 
 
 def make_directory(directory: Path) -> None:
@@ -46,6 +60,26 @@ def make_directory(directory: Path) -> None:
             found="file",
             expected="directory",
         ) from None
+
+
+def check_descriptors(shards: int) -> None:
+    """Raise InvalidArgumentError when this process may not open the files of so many shards."""
+    needed = DESCRIPTORS_PER_SHARD * shards + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise InvalidArgumentError(
+            f"{shards} shards need {needed} file descriptors, the limit is {hard} (ulimit -n)",
+            needed=needed,
+            limit=hard,
+        )
+    if needed > soft:
+        log.warning(
+            "%d shards need up to %d file descriptors here, the soft limit is %d (ulimit -n): "
+            "clear and delete may fail",
+            shards,
+            needed,
+            soft,
+        )
 
 
 def check_sizes(page_bytes: int, shards: int, storage_size: int, block_pages: int) -> None:
@@ -72,6 +106,8 @@ def prepare(
     described = description.load(directory)
     geometry = described or describe(directory)
     alone = not owners.others()
+    if not alone and described is not None and storage_size != described.storage_size:
+        alone = _wait_until_alone(owners)
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
         _require_empty(directory)
@@ -100,10 +136,20 @@ def prepare(
     _make_shards(directory, wanted, geometry, alone)
     if described != wanted:
         description.save(directory, wanted)
-    _ensure_index(directory, wanted, owners)
+    _ensure_index(directory, wanted, owners, resized=wanted.slots != geometry.slots)
     if alone:
         _cut_shards(directory, wanted)
     return wanted
+
+
+def _wait_until_alone(owners: Owners) -> bool:
+    """Whether nobody else has the store open: workers of a server just killed need a moment."""
+    deadline = time.monotonic() + 1
+    while owners.others():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def drop_unfinished(directory: Path) -> None:
@@ -168,7 +214,9 @@ def _from_shards(directory: Path) -> Geometry | None:
         shards, page_bytes = int(header["shards"]), int(header["page_bytes"])
         sizes = [p.stat().st_size for p in directory.glob("shard-*.data")]
         slots = max(0, max(sizes) - fmt.SHARD_HEADER_BYTES) // page_bytes
-        log.warning("store %s: its description was lost; made anew from the shards", directory)
+        log.warning(
+            "store %s: its description is lost; the shards' headers say the same", directory
+        )
         store_id = bytes(header["store_id"]).ljust(16, b"\0").hex()
         return Geometry(store_id, page_bytes, shards, slots, slots * shards * page_bytes)
     return None
@@ -257,7 +305,7 @@ def _cut_shards(directory: Path, geometry: Geometry) -> None:
                 os.truncate(path, size)
 
 
-def _ensure_index(directory: Path, geometry: Geometry, owners: Owners) -> None:
+def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, resized: bool) -> None:
     reason = ""
     try:
         file = IndexFile(directory / index_file.NAME, geometry)
@@ -278,4 +326,12 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners) -> None:
                 owners=owners.alive(),
             )
         blocks = make_index(directory, geometry)
-        log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)
+        if resized:
+            log.info(
+                "store %s now holds %d bytes; %d blocks are kept",
+                directory,
+                geometry.storage_size,
+                blocks,
+            )
+        else:
+            log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)

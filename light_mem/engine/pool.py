@@ -30,6 +30,7 @@ log = logging.getLogger("light_mem")
 START_SECONDS = 60.0
 # A worker has at most one batch in hand when it is told to leave; then it is killed.
 STOP_SECONDS = 10.0
+_SPAWN_PAUSES = (0.1, 0.5, 2.0)
 MAX_EARLY_DEATHS = 3  # in a row, before the worker was ready: another try will not help
 _POLL_SECONDS = 0.5  # only where there are no pidfds
 
@@ -49,7 +50,7 @@ class WorkerPool:
         *,
         verify: bool,
         durability: str,
-        is_stored: Callable[[int, int], bool],
+        is_stored: Callable[[int, int, int], bool],
         reclaim: Callable[[], int],
     ) -> None:
         self._table = table
@@ -216,6 +217,17 @@ class WorkerPool:
             self._give_up(f"{MAX_EARLY_DEATHS} workers in a row died before they were ready")
             return
         self._table.header["restarts"] += 1
+        self._spawn_again(number)
+
+    def _spawn_again(self, number: int) -> None:
+        """Start a worker in the place of a dead one; want of descriptors or memory may pass."""
+        for pause in _SPAWN_PAUSES:
+            try:
+                self._spawn(number)
+                return
+            except (OSError, WorkerStartError) as error:
+                log.warning("worker %d cannot be started: %s", number, str(error))
+                time.sleep(pause)
         self._spawn(number)
 
     def _give_up(self, reason: str) -> None:

@@ -13,6 +13,7 @@ claim   worker and state of the cells -> head
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,8 +30,8 @@ from light_mem.engine.task_table import (
     WRITE,
     TaskTable,
 )
-from light_mem.errors import InvalidArgumentError, ServiceClosedError
-from light_mem.index.locks import RangeLock
+from light_mem.errors import InvalidArgumentError, LockTimeoutError, ServiceClosedError
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, RangeLock
 
 QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
 LANE_BYTE = 1  # ... and the first of the lanes' locks
@@ -56,14 +57,23 @@ class TaskQueue:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the queue; raises LockTimeoutError when its holder is stopped."""
-        with self._threads:
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS  # for both: threads wait together
+        if not self._threads.acquire(timeout=LOCK_TIMEOUT_SECONDS):
+            raise LockTimeoutError(
+                f"the queue was not free within {LOCK_TIMEOUT_SECONDS:g} s: its holder is stopped",
+                path="queue",
+                timeout=LOCK_TIMEOUT_SECONDS,
+            )
+        try:
             if self._closed:
                 raise ServiceClosedError("the service is closed")
-            self._lock.lock(QUEUE_BYTE)
+            self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
             try:
                 yield
             finally:
                 self._lock.unlock(QUEUE_BYTE)
+        finally:
+            self._threads.release()
 
     def close(self) -> None:
         """Let go of the lock; whoever comes later gets ServiceClosedError."""
@@ -176,14 +186,26 @@ class TaskQueue:
         self._finish_lost_tasks()
 
     def abort_all(self) -> None:
-        """Abort every block of every task: the workers are gone."""
-        with self.held():
-            for cells in self._table.used_cells():
-                states = self._table.states[cells]
-                states[(states != FINISHED)] = ABORTED
-        self._finish_lost_tasks()
+        """Abort every block of every task: the workers are gone, and the service is shut down.
 
-    def recover(self, worker: int, is_stored: Callable[[int, int], bool], again: bool) -> int:
+        Where a stopped process holds the queue it is done all the same: nobody queues any more.
+        Raises LockTimeoutError then, afterwards.
+        """
+        try:
+            with self.held():
+                self._abort_all()
+        except LockTimeoutError:
+            self._abort_all()
+            raise
+        finally:
+            self._finish_lost_tasks()
+
+    def _abort_all(self) -> None:
+        for cells in self._table.used_cells():
+            states = self._table.states[cells]
+            states[(states != FINISHED)] = ABORTED
+
+    def recover(self, worker: int, is_stored: Callable[[int, int, int], bool], again: bool) -> int:
         """Settle the blocks of a dead worker; returns how many there were.
 
         Copied ones are done if they can be found, else aborted: their pages may hold other bytes
@@ -196,7 +218,8 @@ class TaskQueue:
             for at in lost:
                 cell = table.cells[at]
                 if table.states[at] == COPIED:
-                    stored = is_stored(int(cell["low"]), int(cell["high"]))
+                    nbytes = int(cell["count"]) * int(table.header["page_bytes"][0])
+                    stored = is_stored(int(cell["low"]), int(cell["high"]), nbytes)
                     table.states[at] = FINISHED if stored else ABORTED
                     continue
                 cell["attempts"] += 1

@@ -107,12 +107,13 @@ class ShardFile:
             data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
         )
         try:
-            self._slots, self._slots_fd = _map(
+            self._slots, descriptor = _map(
                 slots_path(directory, shard), fmt.slots_file_bytes(geometry.slots)
             )
         except BaseException:
             os.close(self._data_fd)
             raise
+        os.close(descriptor)  # a mapping keeps one of its own: three a shard are enough
         self._pages = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         ).reshape(geometry.slots, geometry.page_bytes)
@@ -179,18 +180,21 @@ class ShardFile:
     def sync(self) -> None:
         """Put pages and records on the device; raises OSError."""
         # fdatasync also writes what was changed through a mapping (fsync(2), msync(2)).
-        for descriptor in (self._data_fd, self._slots_fd):
-            _sync(descriptor)
+        _sync(self._data_fd)
+        _sync_map(self._slots)
 
     def close(self) -> None:
-        """Close the descriptors; the mappings go with the last array over them."""
-        for descriptor in (self._data_fd, self._slots_fd):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._data_fd = self._slots_fd = -1
+        """Close the descriptor; the mappings go with the last array over them."""
+        if self._data_fd >= 0:
+            os.close(self._data_fd)
+        self._data_fd = -1
 
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has none
+
+
+def _sync_map(mapping: mmap.mmap) -> None:
+    mapping.flush()
 
 
 def _map(path: Path, size: int) -> tuple[mmap.mmap, int]:

@@ -315,25 +315,28 @@ class TaskTable:
         """Whether the task of this row was aborted."""
         return bool(self._abort[row])
 
+    # Copies below: numpy's nonzero counts first and collects then, and raises RuntimeError when
+    # another process changes the memory in between.
+
     def used_cells(self) -> Iterator[slice]:
         """The cells of each lane that were ever used."""
-        for lane in np.flatnonzero(self.lanes["cells_top"]).tolist():
+        for lane in np.flatnonzero(self.lanes["cells_top"].copy()).tolist():
             start = lane * self.sizes.cells
             yield slice(start, start + int(self.lanes["cells_top"][lane]))
 
     def active_rows(self) -> list[int]:
         """Rows of tasks that are not ready."""
         rows: list[int] = []
-        for lane in np.flatnonzero(self.lanes["rows_top"]).tolist():
+        for lane in np.flatnonzero(self.lanes["rows_top"].copy()).tolist():
             start = lane * self.sizes.rows
             top = start + int(self.lanes["rows_top"][lane])
-            rows += (start + np.flatnonzero(self.active[start:top])).tolist()
+            rows += (start + np.flatnonzero(self.active[start:top].copy())).tolist()
         return rows
 
     def active_tasks(self, mode: int) -> int:
         """Tasks of all lanes that are not ready. No lock, no system call."""
         count = 0
-        for lane in np.flatnonzero(self.lanes["rows_top"]).tolist():
+        for lane in np.flatnonzero(self.lanes["rows_top"].copy()).tolist():
             start = self.active_at + lane * self.sizes.rows
             count += self.map[start : start + int(self.lanes["rows_top"][lane])].count(mode)
         return count

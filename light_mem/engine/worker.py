@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -145,6 +146,13 @@ def die_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
+def _allow_descriptors() -> None:
+    """A mapped shard costs three descriptors; the usual soft limit of 1,024 is for select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(config: dict[str, Any]) -> None:
     """Run one worker; `config` is what `pool.py` wrote."""
     # A Ctrl-C in the terminal goes to the whole group; the server decides when to stop.
@@ -153,6 +161,7 @@ def main(config: dict[str, Any]) -> None:
         die_with(config["parent"])
     except ProcessLookupError:
         return
+    _allow_descriptors()
     logging.basicConfig(stream=sys.stderr, level=config["log_level"], format=LOG_FORMAT)
     table = TaskTable(config["table_fd"], None)
     source = MemorySource(**config["memory"])

@@ -2,8 +2,8 @@
 
 Two holds of the shard's lock a batch, none during the copies:
 
-allocate  room for all, evicting where needed; intents, then marks, then the records of evicted
-          blocks go
+allocate  room for all, evicting where needed; intents, then the records of evicted blocks go, then
+          marks
 copy      pages to slots with the checksum; then the slot records; with `flush`, a sync
 publish   all become visible, or give their slots back
 """
@@ -146,13 +146,14 @@ class Writer:
                     waiting.append(at)
                 else:
                     taken.append((at, where))
-            # The order binds: intents name the slots before the slots are marked, and the records
-            # of evicted blocks are gone before their slots get other bytes.
+            # The order binds: intents name the slots before the slots are marked. The records of
+            # evicted blocks go before their slots are marked too: a holder that dies in between
+            # leaves either FREE slots, whose records the next holder clears, or cleared records.
             self._intend(shard, [where.slot for _, where in taken])
-            for _, where in taken:
-                index.mark(where.runs, self._owner.number)
             if evicted:
                 file.clear_records(evicted)
+            for _, where in taken:
+                index.mark(where.runs, self._owner.number)
         for at, outcome in outcomes:
             report(at, outcome)
         return taken, waiting
@@ -232,7 +233,8 @@ class Writer:
         """Announce the slots of one shard that are being filled, and keep announcing those that a
         failed lock left behind in others: they go back when their shard is written to again, when
         we leave, or at our death."""
-        self._orphans[shard] = slots
+        self._orphans.pop(shard, None)
+        self._orphans[shard] = slots  # last, and so never among those that do not fit
         intents = [(s, slot) for s, left in self._orphans.items() for slot in left]
         self._owner.intend(intents[-MAX_INTENTS:])
 

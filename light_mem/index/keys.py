@@ -67,7 +67,7 @@ def _one(value: object) -> bytes:
 
 def is_hash(value: object) -> bool:
     """Whether `value` is one hash rather than a sequence of them."""
-    return isinstance(value, (str, bytes, bytearray, int, np.integer))
+    return isinstance(value, (str, bytes, bytearray, memoryview, int, np.integer))
 
 
 def as_keys(hashes: Iterable[HashValue]) -> KeyArray:

@@ -17,6 +17,7 @@ from sortedcontainers import SortedList
 from light_mem.index.format import LIVE, STATE_MASK
 
 MIN_BATCH = 64  # blocks sorted out at a time at least
+MAX_BATCH = 16384  # sorting more would hold the lock for longer than the scan itself
 BATCH_PART = 8  # ... and an eighth of all, so that the scan costs little a block
 
 
@@ -50,7 +51,7 @@ class EvictionOrder:
         if not live.size:
             return False
         used = self._used[live]
-        count = min(live.size, max(MIN_BATCH, live.size // BATCH_PART))
+        count = min(live.size, MAX_BATCH, max(MIN_BATCH, live.size // BATCH_PART))
         if count < live.size:
             part = np.argpartition(used, count - 1)[:count]
             live, used = live[part], used[part]

@@ -110,7 +110,7 @@ class Owners:
 
     def _reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
         dead = 0
-        for number in np.flatnonzero(self.records["pid"]).tolist():
+        for number in np.flatnonzero(self.records["pid"].copy()).tolist():
             if number in self._joined or not self.locks.try_lock(number):
                 continue
             try:
@@ -144,7 +144,7 @@ class Owners:
                 float(self.records["started"][number]),
                 bytes(self.records["kind"][number]).decode("ascii", "replace"),
             )
-            for number in np.flatnonzero(self.records["pid"]).tolist()
+            for number in np.flatnonzero(self.records["pid"].copy()).tolist()
             if number and self.locks.locked_by_another(number)
         ]
 

@@ -60,6 +60,7 @@ class ShardIndex:
         self._order = EvictionOrder(self._tags, self._entries["used"])
         self._space: FreeRuns | None = None
         self._epoch = -1
+        self._held_from = -1  # the epoch at which this hold began
         self._unmarked: list[Run] = []  # allocated in this hold; the entries do not show it yet
 
     @contextmanager
@@ -77,6 +78,7 @@ class ShardIndex:
             if recovered:
                 self._put_in_order()
             self._catch_up()
+            self._held_from = self._epoch
             try:
                 yield recovered
             except BaseException:
@@ -127,14 +129,11 @@ class ShardIndex:
 
     def _read_space(self, epoch: int) -> None:
         starts, lengths = occupied_runs(self._entries)
-        space = FreeRuns()
-        free_from = 0
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            if start > free_from:
-                space.add(free_from, start - free_from)
-            free_from = max(free_from, start + length)
-        if free_from < self._f.slots:
-            space.add(free_from, self._f.slots - free_from)
+        # Gaps between the furthest end so far and the next start: runs of a damaged index overlap.
+        ends = np.maximum.accumulate(np.concatenate(([0], starts + lengths)))
+        gaps = np.concatenate((starts, [self._f.slots])) - ends
+        free = np.flatnonzero(gaps > 0)
+        space = FreeRuns.of_gaps(ends[free].tolist(), gaps[free].tolist())
         for start, length in self._unmarked:
             space.remove(start, length)
         self._space = space
@@ -142,10 +141,19 @@ class ShardIndex:
 
     def _journal(self, runs: Iterable[Run], freed: bool) -> None:
         mark = fmt.JOURNAL_FREED if freed else 0
+        journal = self._control["journal"][0]
         for start, length in runs:
-            self._control["journal"][0, self._epoch % fmt.JOURNAL_LENGTH] = (
-                start << 32 | mark | length
-            )
+            if self._epoch > self._held_from:
+                # The last record of this hold, which nobody has seen, may just grow: a batch that
+                # fills neighbouring slots is one record, and others need not read the entries.
+                last = int(journal[(self._epoch - 1) % fmt.JOURNAL_LENGTH])
+                first, count = last >> 32, last & fmt.JOURNAL_LENGTH_MASK
+                if last & fmt.JOURNAL_FREED == mark and first + count == start:
+                    journal[(self._epoch - 1) % fmt.JOURNAL_LENGTH] = (
+                        first << 32 | mark | count + length
+                    )
+                    continue
+            journal[self._epoch % fmt.JOURNAL_LENGTH] = start << 32 | mark | length
             self._epoch += 1
         self._control["epoch"] = self._epoch
 

@@ -21,6 +21,15 @@ class FreeRuns:
         for start, length in runs:
             self.add(start, length)
 
+    @classmethod
+    def of_gaps(cls, starts: list[int], lengths: list[int]) -> FreeRuns:
+        """Runs that are known not to touch each other, by place; much faster than one by one."""
+        space = cls()
+        space._by_start.update(zip(starts, lengths, strict=True))
+        space._by_length.update(zip(lengths, starts, strict=True))
+        space.total = sum(lengths)
+        return space
+
     def __len__(self) -> int:
         return len(self._by_start)
 

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from light_mem.blocks import seconds, whole_number
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import check_sizes
 from light_mem.errors import StoreBusyError
@@ -47,7 +48,8 @@ def evict(
     directory: str | os.PathLike[str], older_than: float, *, dry_run: bool = False
 ) -> ChangeReport:
     """Take out the blocks that nobody has used for `older_than` seconds. A block that is used
-    meanwhile stays. Raises as opening does."""
+    meanwhile stays. Raises InvalidArgumentError for a negative time, and as opening does."""
+    older_than = seconds("older_than", older_than)
     started = time.monotonic()
     store = Store(directory)
     before = time.time_ns() - int(older_than * 1e9)
@@ -96,6 +98,7 @@ def resize(
     middle, the store has its old size and all blocks that are not yet given up, or the new one.
     Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError.
     """
+    storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
     started = time.monotonic()
     store = Store(directory)
     geometry = store.geometry

@@ -57,7 +57,7 @@ def _read(directory: Path) -> tuple[dict[int, np.void], set[int]]:
     try:
         living = {info.owner for info in owners.alive()}
         records = owners.records[owners.records["pid"] != 0].copy()
-        numbers = np.flatnonzero(owners.records["pid"]).tolist()
+        numbers = np.flatnonzero(owners.records["pid"].copy()).tolist()
     finally:
         owners.close()
     return dict(zip(numbers, records, strict=False)), living

@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from light_mem.blocks import whole_number
 from light_mem.errors import (
     StoreBusyError,
     StoreDamagedError,
@@ -41,6 +42,8 @@ def verify(
     and run again. Raises StoreFormatError when there is no store, StoreBusyError when its index
     is replaced during the check, LockTimeoutError when a stopped process holds a shard's lock.
     """
+    if jobs is not None:
+        jobs = whole_number("jobs", jobs, 1, 1024)
     started = time.monotonic()
     store = Store(directory)
     findings = store.file_findings()
