@@ -167,3 +167,26 @@ def test_the_moments_of_a_write_are_the_documented_ones(tmp_path: Path) -> None:
     ]
     assert order == sorted(set(order))
     assert not intents(seen[-1]).any()
+
+
+def test_a_kill_leaves_no_record_of_a_victim_whose_slot_begins_a_further_run(
+    tmp_path: Path,
+) -> None:
+    blocks = [Block(key) for key in range(8)]
+    store = tmp_path / "store"
+    rig = Rig(open_local(store, 8, block_pages=8))
+    rig.write(*blocks)
+    rig.find(*[b for b in blocks if b.key not in (2, 6)], touch=True)  # not neighbours, the oldest
+    seen = moments(store, lambda: rig.write(Block(100, 2)))
+    rig.engine.close()
+    assert len(seen) > 15
+    for at, files in enumerate(seen):
+        again = Rig(open_local(restore(files, store, tmp_path / f"{at}"), 8, block_pages=8))
+        engine = again.engine
+        assert isinstance(engine, LocalStorageEngine)
+        with engine.change(0):
+            pass
+        live = np.flatnonzero(states_of(engine._index.entries) == fmt.LIVE)
+        assert np.flatnonzero(engine.file(0).records["tag"] == fmt.LIVE).tolist() == live.tolist()
+        again.read(*blocks, Block(100, 2))
+        engine.close()
