@@ -53,24 +53,7 @@ if TYPE_CHECKING:
     from light_mem.service import CacheService
     from light_mem.task import CacheBlock, CacheTask, State
 
-_ERRORS = (
-    "ForkedProcessError",
-    "InvalidArgumentError",
-    "KVCacheMemoryError",
-    "LightMemError",
-    "LockTimeoutError",
-    "PageIndexError",
-    "ServiceClosedError",
-    "SharedMemoryFullError",
-    "StoreBusyError",
-    "StoreDamagedError",
-    "StoreFormatError",
-    "StoreFullError",
-    "TaskExpiredError",
-    "TaskTableFullError",
-    "WorkerStartError",
-)
-_HOMES = {
+_HOMES = {  # of the names in __all__; the others are errors
     "CacheBlock": "task",
     "CacheTask": "task",
     "State": "task",
@@ -84,7 +67,6 @@ _HOMES = {
     "PyLocalCacheService": "compat",
     "PyState": "compat",
     "PyTask": "compat",
-    **dict.fromkeys(_ERRORS, "errors"),
 }
 
 __version__ = "0.1.0"
@@ -121,9 +103,9 @@ __all__ = [  # noqa: RUF022 - by topic
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name, "errors")
     value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value

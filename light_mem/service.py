@@ -137,9 +137,10 @@ class CacheService(ABC):
         keys = keymath.as_keys(hashes)
         pages = blocks.parse_pages(page_indices, self.num_pages, kind)
         per_hash = blocks.pages_per_hash(len(hashes), len(pages), self.pages_per_block)
-        # A write of a hash that is stored with another length (other settings) replaces it.
-        lengths = blocks.lengths(len(hashes), len(pages), per_hash) * self.page_size()
-        found = self._engine.find(keys, nbytes=lengths if kind == WRITE else None)
+        lengths = None
+        if kind == WRITE:  # a block that is stored with another length (other settings) is replaced
+            lengths = blocks.lengths(len(hashes), len(pages), per_hash) * self.page_size()
+        found = self._engine.find(keys, nbytes=lengths)
         done = found if kind == WRITE else ~found
         already = _pages_of(pages, found, per_hash) if kind == WRITE else []
         counters = self._session.counters

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import light_mem
+from light_mem.maintenance import export_store
+from tests import maintenance_helpers
 
 SHM = Path("/dev/shm")
 
@@ -74,3 +76,26 @@ def _nothing_stays_behind() -> Iterator[None]:
         if os.path.exists(f"/proc/self/fd/{n}")
     ]
     pytest.fail(f"left behind: {processes=} {shm=} {descriptors=} of {open_now}")
+
+
+# --- for the tests of the tools -------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A closed store of the blocks of `maintenance_helpers`."""
+    return maintenance_helpers.make_store(tmp_path / "store")
+
+
+@pytest.fixture
+def exported(store: Path) -> Path:
+    """An export of that store, beside it."""
+    path = store.parent / "blocks.lmx"
+    export_store(store, path)
+    return path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> maintenance_helpers.Command:
+    """`light-mem`, in this process."""
+    return maintenance_helpers.Command(capsys)

@@ -24,7 +24,6 @@ from tests.maintenance_helpers import (
     geometry_of,
     index_of,
     key_of,
-    make_store,
     opened,
     order_of_use,
     place_of,
@@ -32,16 +31,6 @@ from tests.maintenance_helpers import (
 )
 
 FULL = SLOTS * SHARDS * PAGE
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
 
 
 def data_bytes(store: Path) -> int:

@@ -42,11 +42,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_store(tmp_path / "store")
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
 @pytest.mark.parametrize("name", [*COMMANDS, "demo"])
 def test_every_command_explains_itself_with_examples_and_exit_codes(
     name: str, capsys: pytest.CaptureFixture[str]

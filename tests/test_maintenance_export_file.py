@@ -29,26 +29,6 @@ from tests.maintenance_helpers import (
 PART = fmt.ALIGN
 
 
-PART = fmt.ALIGN
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
-@pytest.fixture
-def exported(store: Path) -> Path:
-    path = store.parent / "blocks.lmx"
-    export_store(store, path)
-    return path
-
-
 def offset_of(exported: Path, block: Block) -> int:
     """Where the header of a block lies in an export."""
     low = keymath.as_key(block.key)[0]

@@ -23,20 +23,9 @@ from tests.maintenance_helpers import (
     files,
     index_of,
     key_of,
-    make_store,
     opened,
     stored,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
 
 
 def missing(store: Path) -> None:

@@ -27,29 +27,11 @@ from tests.maintenance_helpers import (
 )
 from tests.payload import block_bytes_of
 
-COMMANDS = {  # and what they need to run on a store
-    "inspect": [],
-    "dump": [],
-    "verify": [],
-    "rebuild": [],
-    "export": ["x.lmx"],
-    "import": ["x.lmx"],
-    "resize": ["--storage-size", str(2 * SHARDS * SLOTS * PAGE)],
-    "clear": [],
-    "evict": ["--older-than", "1w"],
-}
-READ_ONLY = ["inspect", "dump", "verify"]
-
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
 
 
 # --- inspect --------------------------------------------------------------------------------------

@@ -32,17 +32,6 @@ from tests.maintenance_helpers import (
     stored,
 )
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
 # --- what happened to the index -------------------------------------------------------------------
 
 

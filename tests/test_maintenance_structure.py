@@ -20,22 +20,10 @@ from tests.maintenance_helpers import (
     entries_of,
     files,
     index_of,
-    make_store,
     place_of,
     records_of,
     reseal,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
 
 Spoil = Callable[[Path, int, int], None]  # store, shard and slot of one block of two pages
 

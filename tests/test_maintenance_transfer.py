@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from light_mem.index import keys as keymath
-from light_mem.maintenance import export_store, import_store
+from light_mem.maintenance import import_store
 from tests.engine_helpers import Block, open_local
 from tests.maintenance_helpers import (
     BLOCKS,
@@ -22,23 +22,6 @@ from tests.maintenance_helpers import (
     order_of_use,
     stored,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
-@pytest.fixture
-def exported(store: Path) -> Path:
-    path = store.parent / "blocks.lmx"
-    export_store(store, path)
-    return path
 
 
 def test_a_store_goes_over_with_its_order_of_use(

@@ -33,16 +33,6 @@ from tests.maintenance_helpers import (
 )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(capsys)
-
-
 def test_a_sound_store_is_clean_and_no_byte_of_it_changes(store: Path, command: Command) -> None:
     before = files(store)
     assert command("verify", store) == 0

@@ -10,6 +10,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from light_mem import LocalCacheService
 from light_mem.demo.model import ModelConfig, Transformer
 from light_mem.demo.pages import PagedKV
 
@@ -34,6 +35,16 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         return cls(**json.loads(text))
+
+    def service(self, kvcache: Tensor) -> LocalCacheService:
+        """The service of one process; both open the store with the same numbers."""
+        return LocalCacheService(
+            file=self.store,
+            storage_size=self.storage_size,
+            num_of_shard=4,
+            kvcache=kvcache,
+            num_workers=self.workers,
+        )
 
     @property
     def config(self) -> ModelConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from light_mem import LocalCacheService, allocate_kvcache
+from light_mem import allocate_kvcache
 from light_mem.demo.plan import Engine, Plan, Progress
 from light_mem.demo.proof import difference, read_logits
 from light_mem.demo.report import Row
@@ -26,13 +26,7 @@ def restart(plan: Plan, logits_file: Path, sha256: str) -> dict[str, Any]:
     engine = Engine(plan.config, kvcache, plan.threads)
     prompt = plan.prompt()
     opening = perf_counter()
-    with LocalCacheService(
-        file=plan.store,
-        storage_size=plan.storage_size,
-        num_of_shard=4,
-        kvcache=kvcache,
-        num_workers=plan.workers,
-    ) as service:
+    with plan.service(kvcache) as service:
         service.run()
         opened = perf_counter() - opening
         table = engine.allot(plan.pages, plan.seed + 3)

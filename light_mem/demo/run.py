@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 import light_mem
-from light_mem import LocalCacheService, allocate_kvcache
+from light_mem import allocate_kvcache
 from light_mem.demo.plan import Engine, Plan, Progress, prompt_text
 from light_mem.demo.proof import difference, write_logits
 from light_mem.demo.report import Report, Row, drop_page_cache, store_files
@@ -82,13 +82,7 @@ def first_process(plan: Plan, report: Report, logits_file: Path, show: Bars) -> 
     engine = Engine(plan.config, kvcache, plan.threads)
     prompt = plan.prompt()
     opening = perf_counter()
-    with LocalCacheService(
-        file=plan.store,
-        storage_size=plan.storage_size,
-        num_of_shard=4,
-        kvcache=kvcache,
-        num_workers=plan.workers,
-    ) as service:
+    with plan.service(kvcache) as service:
         service.run()
         report.opened_seconds["first process"] = perf_counter() - opening
 

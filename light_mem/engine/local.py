@@ -92,7 +92,7 @@ class LocalStorageEngine(StorageEngine):
         except BaseException:
             self._owners.close()
             raise
-        self._writer = Writer(self, self._owner, flush=durability == "flush")
+        self._writer = Writer(self, self._owner, self._copier, flush=durability == "flush")
 
     @classmethod
     def open_store(

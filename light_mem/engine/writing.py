@@ -47,12 +47,14 @@ class _Written(NamedTuple):
 class Writer:
     """Writes batches for one engine. Not thread-safe."""
 
-    def __init__(self, engine: LocalStorageEngine, owner: Owner, *, flush: bool) -> None:
+    def __init__(
+        self, engine: LocalStorageEngine, owner: Owner, copier: Copier, *, flush: bool
+    ) -> None:
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
         self._flush = flush
-        self._copier = Copier()
+        self._copier = copier
         self._geometry = engine.geometry
         # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
         self._orphans: dict[int, list[int]] = {}
@@ -213,15 +215,16 @@ class Writer:
                 elif at not in whole:
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.STOPPED))
-                elif index.find(block.low, block.high, block.nbytes) is not None:
-                    file.clear_records([where.slot])
-                    index.give_back(where.slot)
-                    outcomes.append((at, Outcome.PRESENT))
                 else:
-                    other = index.find(block.low, block.high)
-                    if other is not None:  # of another length: with other settings, by another
-                        index.remove(other)
-                        file.clear_records([other])
+                    stored = index.find(block.low, block.high)
+                    if stored is not None and index.entries["nbytes"][stored] == block.nbytes:
+                        file.clear_records([where.slot])
+                        index.give_back(where.slot)
+                        outcomes.append((at, Outcome.PRESENT))
+                        continue
+                    if stored is not None:  # of another length: with other settings, by another
+                        index.remove(stored)
+                        file.clear_records([stored])
                     digest = whole[at].checksum
                     index.publish(where.slot, block.low, block.high, digest, block.nbytes, now)
                     outcomes.append((at, Outcome.STORED))

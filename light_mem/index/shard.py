@@ -76,7 +76,7 @@ class ShardIndex:
             recovered = bool(self._control["dirty"][0])
             self._control["dirty"] = 1
             if recovered:
-                self._put_in_order()
+                self.put_in_order()
             self._catch_up()
             self._held_from = self._epoch
             try:
@@ -95,13 +95,6 @@ class ShardIndex:
     def control(self) -> npt.NDArray[np.void]:
         """The shard's control page, CONTROL [1]: the shared one, not a copy."""
         return self._control
-
-    def put_in_order(self) -> None:
-        """Chains, counts and free space anew from the entries; what makes no sense is freed.
-
-        For repairs; after a death it happens by itself.
-        """
-        self._put_in_order()
 
     def free_slots(self) -> npt.NDArray[np.intp]:
         """Slots at which no block and no run of one starts."""
@@ -289,7 +282,7 @@ class ShardIndex:
         self._unlink(bucket, slot)
         self._control["blocks"] -= 1
         if runs is None:
-            self._put_in_order()  # what it held is what no other block holds
+            self.put_in_order()  # what it held is what no other block holds
         return runs
 
     def give_back(self, slot: int) -> None:
@@ -297,7 +290,7 @@ class ShardIndex:
         runs = self._lookup.runs(self.shard, slot)
         self._free_tags([slot] if runs is None else [start for start, _ in runs])
         if runs is None:
-            self._put_in_order()
+            self.put_in_order()
         else:
             self._free_runs(runs)
 
@@ -308,7 +301,7 @@ class ShardIndex:
 
     def _free_runs(self, runs: list[Run]) -> None:
         if not self._put_back(runs):
-            self._put_in_order()  # damaged entries: two blocks in the same slots
+            self.put_in_order()  # damaged entries: two blocks in the same slots
             return
         self._journal(runs, freed=True)
         self._control["used_slots"] -= sum(length for _, length in runs)
@@ -338,13 +331,16 @@ class ShardIndex:
             runs = self._lookup.runs(self.shard, slot, int(self._entries["nbytes"][slot]))
             starts += [slot] if runs is None else [start for start, _ in runs]
         self._free_tags(starts)
-        self._put_in_order()
+        self.put_in_order()
         return [int(slot) for slot in live]
 
     # --- after a death ---------------------------------------------------------------------------
 
-    def _put_in_order(self) -> None:
-        """Chains, counts and free space, from the entries; what makes no sense is dropped."""
+    def put_in_order(self) -> None:
+        """Chains, counts and free space anew from the entries; what makes no sense is freed.
+
+        After a death `change` does it by itself; repairs call it.
+        """
         sound = sound_blocks(self._entries, self._f.geometry.page_bytes)
         wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
         self._free_tags(wrong.tolist())
