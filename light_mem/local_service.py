@@ -98,6 +98,7 @@ class LocalCacheService(CacheService):
                 block_pages=per_block,
                 verify=verify,
                 durability=durability,
+                recover=False,  # the pool's thread does it, off the way to the first request
             )
             undo.callback(engine.close)
             warn_of_network(directory)
@@ -120,7 +121,7 @@ class LocalCacheService(CacheService):
                 verify=verify,
                 durability=durability,
                 is_stored=engine.is_stored,
-                reclaim=engine.reclaim,
+                recover=engine.recover,
             )
             undo.pop_all()
         self._engine = engine

@@ -30,11 +30,12 @@ from light_mem.engine.base import (
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
-from light_mem.errors import LockTimeoutError, StoreFormatError
+from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
+from light_mem.index.format import CHANGING, RELINKING
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
@@ -88,7 +89,7 @@ class LocalStorageEngine(StorageEngine):
         try:
             self._index = IndexFile(self.directory / index_file.NAME, geometry)
             self.lookup = Lookup(self._index)
-            self._owner: Owner = self._owners.join(kind)
+            self._owner = self._join(kind)
         except BaseException:
             self._owners.close()
             raise
@@ -106,8 +107,13 @@ class LocalStorageEngine(StorageEngine):
         kind: str = "server",
         verify: bool = True,
         durability: str = "kernel",
+        recover: bool = True,
     ) -> LocalStorageEngine:
-        """Make or open the store in `directory`; see `opening.prepare` for the errors."""
+        """Make or open the store in `directory`; see `opening.prepare` for the errors.
+
+        `recover=False` leaves `recover()` to the caller, who need not wait for it: until then
+        slots of dead processes stay taken. What is stored is found in any case.
+        """
         from light_mem.engine import opening  # not for workers, which open what is prepared
 
         opening.check_sizes(page_bytes, num_of_shard, storage_size, block_pages)
@@ -123,8 +129,10 @@ class LocalStorageEngine(StorageEngine):
             engine = cls(path, kind=kind, verify=verify, durability=durability)
             engine._index.mark_open()
         try:
-            engine.reclaim()
-            engine.settle()
+            if recover:
+                engine.recover()
+            else:
+                engine.settle(RELINKING)
         except LockTimeoutError as error:
             # A stopped stranger holds a shard: the store opens all the same, and slots of dead
             # processes there stay taken until a write finds no room.
@@ -133,6 +141,14 @@ class LocalStorageEngine(StorageEngine):
             engine.close()
             raise
         return engine
+
+    def _join(self, kind: str) -> Owner:
+        try:
+            return self._owners.join(kind)
+        except StoreBusyError:
+            if not self.reclaim():  # records of the dead may take all the room
+                raise
+            return self._owners.join(kind)
 
     # --- look-ups --------------------------------------------------------------------------------
 
@@ -273,15 +289,19 @@ class LocalStorageEngine(StorageEngine):
                         file.clear_records([slot])
                         index.give_back(slot)
 
-        dead = self._owners.reclaim(take_back)
-        if dead:
-            self.settle()
+        return self._owners.reclaim(take_back)
+
+    def recover(self) -> int:
+        """Tidy up after dead processes: give back their slots, put in order the shards in which
+        they died; returns how many died. Raises LockTimeoutError, OSError, StoreFormatError."""
+        dead = self.reclaim()
+        self.settle()
         return dead
 
-    def settle(self) -> None:
-        """Put shards in order whose holder died changing them: the next change would do it, but
-        until then look-ups may miss blocks, for good where nobody writes."""
-        for shard in np.flatnonzero(self._index.control["dirty"].copy()).tolist():
+    def settle(self, least: int = CHANGING) -> None:
+        """Put shards in order whose holder died changing them (with `least` RELINKING: only those
+        in which look-ups miss blocks, for good where nobody writes); the next change would too."""
+        for shard in np.flatnonzero(self._index.control["dirty"].copy() >= least).tolist():
             try:
                 with self.change(shard, timeout=1):  # a living holder needs some milliseconds
                     pass

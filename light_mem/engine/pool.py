@@ -23,7 +23,7 @@ from light_mem.engine import worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import TaskTable
-from light_mem.errors import LockTimeoutError, ServiceClosedError, WorkerStartError
+from light_mem.errors import LockTimeoutError, ServiceClosedError, StoreFormatError, WorkerStartError
 
 log = logging.getLogger("light_mem")
 
@@ -51,7 +51,7 @@ class WorkerPool:
         verify: bool,
         durability: str,
         is_stored: Callable[[int, int, int], bool],
-        reclaim: Callable[[], int],
+        recover: Callable[[], int],
     ) -> None:
         self._table = table
         self._queue = queue
@@ -59,7 +59,7 @@ class WorkerPool:
         self._memory = memory
         self._settings = {"verify": verify, "durability": durability}
         self._is_stored = is_stored
-        self._reclaim = reclaim
+        self._recover = recover
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
@@ -150,6 +150,7 @@ class WorkerPool:
 
     def _watch(self) -> None:
         timeout = None if self._pidfds else _POLL_SECONDS
+        self._tidy_up()  # after those who died before us
         while not self._stopping:
             for key, _ in self._selector.select(timeout):
                 if key.data == "log":
@@ -201,11 +202,7 @@ class WorkerPool:
         self._forget(number)
         if ends:
             return
-        try:
-            self._reclaim()
-        except (LockTimeoutError, OSError) as error:
-            # A write that finds no room, and the next open, will do it.
-            log.warning("the slots that worker %d was filling stay taken: %s", number, str(error))
+        self._tidy_up()
         log.warning(
             "worker %d (pid %d) died with status %d; %d blocks were in its hands",
             number,
@@ -218,6 +215,13 @@ class WorkerPool:
             return
         self._table.header["restarts"] += 1
         self._spawn_again(number)
+
+    def _tidy_up(self) -> None:
+        try:
+            self._recover()
+        except (LockTimeoutError, OSError, StoreFormatError) as error:
+            # A write that finds no room, and the next open, will do it.
+            log.warning("slots that dead processes were filling stay taken: %s", str(error))
 
     def _spawn_again(self, number: int) -> None:
         """Start a worker in the place of a dead one; want of descriptors or memory may pass."""

@@ -70,7 +70,7 @@ INDEX_HEADER_CRC = ("version", "store_id", "page_bytes", "shards", "slots", "buc
 JOURNAL_LENGTH = 448
 CONTROL = np.dtype(
     [
-        ("dirty", "<u8"),  # 1 while a holder changes the shard; found set: the holder died
+        ("dirty", "<u8"),  # CHANGING or RELINKING while held; found set: the holder died
         ("epoch", "<u8"),  # changes of the free space ever made; the journal's write position
         ("unlinks", "<u8"),  # chains cut ever; a look-up that missed looks again when it moved
         ("blocks", "<u8"),  # stored blocks
@@ -84,6 +84,9 @@ CONTROL = np.dtype(
     ]
 )
 assert CONTROL.itemsize == BLOCK_ALIGN
+# What a dead holder was at. After a change every stored block can still be found, and the next
+# holder has time to put the shard in order; while chains were linked anew, blocks are missing.
+CHANGING, RELINKING = 1, 2
 # A journal record: first slot in bits 32-63, length in bits 0-30, bit 31 set: freed, else taken.
 JOURNAL_FREED = 1 << 31
 JOURNAL_LENGTH_MASK = JOURNAL_FREED - 1

@@ -74,9 +74,10 @@ class ShardIndex:
         with self._lock.hold(timeout):
             self._unmarked = []
             recovered = bool(self._control["dirty"][0])
-            self._control["dirty"] = 1
             if recovered:
                 self.put_in_order()
+            else:
+                self._control["dirty"] = fmt.CHANGING
             self._catch_up()
             self._held_from = self._epoch
             try:
@@ -341,6 +342,7 @@ class ShardIndex:
 
         After a death `change` does it by itself; repairs call it.
         """
+        self._control["dirty"] = fmt.RELINKING  # before the first chain is touched
         sound = sound_blocks(self._entries, self._f.geometry.page_bytes)
         wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
         self._free_tags(wrong.tolist())
@@ -353,6 +355,7 @@ class ShardIndex:
         # Further than the journal reaches: every replica reads the entries.
         self._control["epoch"] += fmt.JOURNAL_LENGTH + 1
         self._read_space(int(self._control["epoch"][0]))
+        self._control["dirty"] = fmt.CHANGING
 
 
 def open_shard(directory: Path, file: IndexFile, shard: int, lookup: Lookup) -> ShardIndex:

@@ -92,7 +92,7 @@ def _restore_frame(store: Store) -> None:
     try:
         allocate(descriptor, store.index_path, size)
         control = np.zeros(1, fmt.CONTROL)
-        control["dirty"] = 1
+        control["dirty"] = fmt.RELINKING
         for shard in range(store.geometry.shards):
             with store.held(shard):
                 os.pwrite(descriptor, control.tobytes(), fmt.BLOCK_ALIGN * (1 + shard))
