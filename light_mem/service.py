@@ -18,6 +18,7 @@ from light_mem.engine.task_table import READ, WORKER_COUNTERS, WRITE
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue
+from light_mem.layouts import Layout, PageLayout, parse_regions
 from light_mem.session import Session
 from light_mem.task import CacheTask
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
+    from light_mem.layouts import Regions
     from light_mem.maintenance import VerifyReport
 
 DEFAULT_CREATE_TIMEOUT = 10.0
@@ -134,30 +136,51 @@ class CacheService(ABC):
         self._check()
         kind = blocks.parse_mode(mode)
         hashes = blocks.parse_hashes(hash_values)
-        keys = keymath.as_keys(hashes)
         pages = blocks.parse_pages(page_indices, self.num_pages, kind)
         per_hash = blocks.pages_per_hash(len(hashes), len(pages), self.pages_per_block)
-        lengths = None
-        if kind == WRITE:  # a block that is stored with another length (other settings) is replaced
-            lengths = blocks.lengths(len(hashes), len(pages), per_hash) * self.page_size()
-        found = self._engine.find(keys, nbytes=lengths)
+        layout = PageLayout(pages, len(hashes), per_hash, self.page_size())
+        return self._create(kind, hashes, layout)
+
+    def create_regions(
+        self, mode: str, hash_values: Sequence[HashValue], regions: Regions
+    ) -> CacheTask:
+        """`create` for blocks that are regions of the KV tensor's memory rather than pages.
+
+        regions   one entry a hash: (offset, length) in bytes from the tensor's first byte, or
+                  several such pairs, which together are the block; also as an integer array
+                  [H, 2] or [H, R, 2]
+
+        A block takes as many slots as its bytes fill; a read wants the very length that was
+        written. Errors, states and all else as `create`.
+        """
+        self._check()
+        kind = blocks.parse_mode(mode)
+        hashes = blocks.parse_hashes(hash_values)
+        layout = parse_regions(regions, len(hashes), self.num_pages * self.page_size(), kind)
+        if layout is None:
+            return self.create(mode, [], [])
+        return self._create(kind, hashes, layout)
+
+    def _create(self, kind: int, hashes: list[HashValue], layout: Layout) -> CacheTask:
+        keys = keymath.as_keys(hashes)
+        # A block that is stored with another length (other settings) is replaced by a write.
+        found = self._engine.find(keys, nbytes=layout.nbytes if kind == WRITE else None)
         done = found if kind == WRITE else ~found
-        already = _pages_of(pages, found, per_hash) if kind == WRITE else []
+        already = layout.pages_where(found) if kind == WRITE else []
         counters = self._session.counters
         counters["write_tasks" if kind == WRITE else "read_tasks"] += 1
         counters["present" if kind == WRITE else "missing"] += int(done.sum())
         fields: dict[str, Any] = {
             "mode": kind,
             "hashes": hashes,
-            "pages": pages,
-            "pages_per_hash": per_hash,
+            "layout": layout,
             "already": already,
         }
         if done.all():
             final = bytes([2 if kind == WRITE else 3]) * len(hashes)
             return CacheTask(**fields, final=final)
         session = self._session
-        place = session.place(keys, kind, pages, per_hash, self._create_timeout)
+        place = session.place(keys, kind, layout, self._create_timeout)
         task = CacheTask(**fields, table=session.table, place=place, session=session)
         order = np.flatnonzero(~done)
         if kind == WRITE and len(order) > 1:
@@ -257,11 +280,3 @@ class CacheService(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _pages_of(
-    pages: npt.NDArray[np.uint32], found: npt.NDArray[np.bool_], per_hash: int
-) -> list[int]:
-    listed = np.repeat(found, per_hash)[: len(pages)]
-    chosen: list[int] = pages[listed].tolist()
-    return chosen

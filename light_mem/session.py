@@ -38,6 +38,7 @@ from light_mem.index.keys import KeyArray
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
 from light_mem.index.space import FreeRuns
+from light_mem.layouts import Layout
 from light_mem.task import CacheTask
 
 _FULL_PAUSE = 0.001  # between two looks for room in a full table
@@ -99,8 +100,7 @@ class Session:
         self,
         keys: KeyArray,
         mode: int,
-        pages: npt.NDArray[np.uint32],
-        pages_per_hash: int,
+        layout: Layout,
         timeout: float,
     ) -> Place:
         """Put a task in the table; `submit` brings it to life.
@@ -109,19 +109,19 @@ class Session:
         there is no room within `timeout` seconds.
         """
         table, count = self.table, len(keys)
-        place = self._room(count, len(pages), timeout)
+        words = layout.words
+        place = self._room(count, len(words), timeout)
         cells = np.zeros(count, CELL)
         cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
-        first = np.arange(count, dtype=np.uint32) * pages_per_hash
-        cells["pages"] = place.pages + first
-        cells["count"] = np.minimum(pages_per_hash, len(pages) - first)
+        cells["pages"], cells["count"] = place.pages + layout.first, layout.count
+        cells["nbytes"], cells["regions"] = layout.nbytes, layout.regions
         cells["row"], cells["mode"] = place.row, mode
         end = place.start + count
         # Before the states: whoever still polls a former task of this row finds out.
         table.rows["generation"][place.row] += 1
         # A process may die before it submits: the blocks are final until then.
         table.states[place.start : end] = ABORTED
-        table.pages[place.pages : place.pages + len(pages)] = pages
+        table.pages[place.pages : place.pages + len(words)] = words
         table.cells[place.start : end] = cells
         return place
 

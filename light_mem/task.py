@@ -12,14 +12,12 @@ from collections.abc import Generator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from light_mem.engine import task_table
 from light_mem.engine.process import is_alive
 from light_mem.engine.task_table import READ, TableAddress, TaskTable, is_final, is_safe
 from light_mem.errors import LockTimeoutError, ServiceClosedError, TaskExpiredError
 from light_mem.index.keys import HashValue
+from light_mem.layouts import Layout
 
 if TYPE_CHECKING:
     from light_mem.engine.queue import TaskQueue
@@ -42,11 +40,15 @@ _PUBLIC = (State.Initial, State.Working, State.Finished, State.Aborted, State.Wo
 
 
 class CacheBlock(NamedTuple):
-    """One block of a task at the moment of asking: its hash, its pages in order, its state."""
+    """One block of a task at the moment of asking: its hash, its pages in order, its state.
+
+    `regions`, (offset, length) in bytes, is set instead of `pages` by `create_regions`.
+    """
 
     hash: HashValue
     pages: tuple[int, ...]
     state: State
+    regions: tuple[tuple[int, int], ...] = ()
 
     def ready(self) -> bool:
         """Whether the block is Finished."""
@@ -68,8 +70,7 @@ class CacheTask:
         *,
         mode: int,
         hashes: Sequence[HashValue],
-        pages: npt.NDArray[np.uint32],
-        pages_per_hash: int,
+        layout: Layout,
         already: list[int],
         table: TaskTable | None = None,
         place: Place | None = None,
@@ -78,8 +79,7 @@ class CacheTask:
     ) -> None:
         self._mode = mode
         self._hashes = hashes
-        self._pages = pages
-        self._pages_per_hash = pages_per_hash
+        self._layout = layout
         self._already = already
         self._final = final  # the states once they are all final
         self._table = table
@@ -142,9 +142,9 @@ class CacheTask:
     @property
     def blocks(self) -> list[CacheBlock]:
         """The blocks with their states now."""
-        n = self._pages_per_hash
+        of = self._layout
         return [
-            CacheBlock(h, tuple(self._pages[at * n : (at + 1) * n].tolist()), state)
+            CacheBlock(h, of.pages_of(at), state, of.regions_of(at))
             for at, (h, state) in enumerate(zip(self._hashes, self.state(), strict=True))
         ]
 
@@ -218,8 +218,7 @@ class CacheTask:
         fields = (
             self._mode,
             list(self._hashes),
-            self._pages,
-            self._pages_per_hash,
+            self._layout,
             self._already,
             self._final,
         )
@@ -231,12 +230,11 @@ def _restore(
     where: tuple[int, int, int, int] | None,
     fields: tuple[Any, ...],
 ) -> CacheTask:
-    mode, hashes, pages, pages_per_hash, already, final = fields
+    mode, hashes, layout, already, final = fields
     task = CacheTask(
         mode=mode,
         hashes=hashes,
-        pages=pages,
-        pages_per_hash=pages_per_hash,
+        layout=layout,
         already=already,
         final=final,
     )

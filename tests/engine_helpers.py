@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from light_mem.engine.base import BlockIO, Outcome, StorageEngine, never
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.places import Rows
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -142,7 +143,7 @@ class Rig:
             mine, rows = rows[: block.pages], rows[block.pages :]
             if fill:
                 memory[mine] = block_bytes_of(block.key, block.pages, self.page_bytes)
-            batch.append(BlockIO(*keymath.as_key(block.key), memory, mine))
+            batch.append(BlockIO(*keymath.as_key(block.key), Rows(memory, mine)))
         return batch
 
     def write(
@@ -162,7 +163,7 @@ class Rig:
         self.engine.read(batch, lambda at, outcome: outcomes[at].append(outcome), stop)
         for block, io, got in zip(blocks, batch, outcomes, strict=True):
             assert len(got) == 1
-            found = io.memory[io.rows]
+            found = io.place.memory[io.place.numbers]
             if got[0] is Outcome.LOADED:
                 wanted = block_bytes_of(block.key, block.pages, self.page_bytes)
                 assert np.array_equal(found, wanted), f"wrong bytes of {block}"

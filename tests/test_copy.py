@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,16 @@ import pytest
 import xxhash
 
 from light_mem.engine.base import never
-from light_mem.engine.copy import PIECE_BYTES, SMALL_PAGE_BYTES, Copier, Stopped, new_checksum
+from light_mem.engine.copy import (
+    PIECE_BYTES,
+    SMALL_PAGE_BYTES,
+    Copier,
+    FileSink,
+    MappedSink,
+    Stopped,
+    new_checksum,
+)
+from light_mem.engine.places import Rows
 from light_mem.index.keys import key_bytes
 from tests.deaths import interleave
 
@@ -24,6 +34,28 @@ ROWS = {
     "backwards": [6, 5, 4],
     "like a range": [1, 3, 2, 4],  # first and last fit a range
 }
+
+
+def gather(
+    copier: Copier,
+    memory: np.ndarray,
+    rows: np.ndarray,
+    slots: np.ndarray,
+    checksum: xxhash.xxh3_64,
+    stopped: Callable[[], bool],
+) -> None:
+    copier.gather(Rows(memory, rows), MappedSink(slots.reshape(-1)), checksum, stopped)
+
+
+def scatter(
+    copier: Copier,
+    slots: np.ndarray,
+    memory: np.ndarray,
+    rows: np.ndarray,
+    checksum: xxhash.xxh3_64 | None,
+    stopped: Callable[[], bool],
+) -> None:
+    copier.scatter(slots.reshape(-1), Rows(memory, rows), checksum, stopped)
 
 
 def not_stopped() -> bool:
@@ -58,7 +90,7 @@ def test_gather_and_scatter_move_every_byte_and_sum_it_with_the_key(
     original = memory.copy()
     slots = np.full((len(rows) + 2, page_bytes), 0xEE, np.uint8)
     copier, checksum = Copier(), new_checksum(*KEY)
-    copier.gather(memory, rows, slots[1:-1], checksum, not_stopped)
+    gather(copier, memory, rows, slots[1:-1], checksum, not_stopped)
     wanted = original[rows]
     assert np.array_equal(slots[1:-1], wanted)
     assert (slots[[0, -1]] == 0xEE).all()
@@ -67,7 +99,7 @@ def test_gather_and_scatter_move_every_byte_and_sum_it_with_the_key(
 
     back = np.full_like(memory, 0xEE)
     checksum = new_checksum(*KEY)
-    copier.scatter(slots[1:-1], back, rows, checksum, not_stopped)
+    scatter(copier, slots[1:-1], back, rows, checksum, not_stopped)
     assert np.array_equal(back[rows], wanted)
     untouched = np.setdiff1d(np.arange(len(memory)), rows)
     assert (back[untouched] == 0xEE).all()
@@ -75,7 +107,7 @@ def test_gather_and_scatter_move_every_byte_and_sum_it_with_the_key(
     assert checksum.intdigest() == expected_sum(wanted)
 
     back[:] = 0xEE
-    copier.scatter(slots[1:-1], back, rows, None, not_stopped)
+    scatter(copier, slots[1:-1], back, rows, None, not_stopped)
     assert np.array_equal(back[rows], wanted)
 
 
@@ -87,7 +119,7 @@ def test_a_gather_into_a_file_leaves_what_one_into_memory_leaves(
     memory, rows = layout(kind, page_bytes)
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     checksum = new_checksum(*KEY)
-    Copier().gather_to_file(memory, rows, descriptor, 4096, checksum, not_stopped)
+    Copier().gather(Rows(memory, rows), FileSink(descriptor, 4096), checksum, not_stopped)
     os.close(descriptor)
     raw = (tmp_path / "file").read_bytes()
     assert not any(raw[:4096])
@@ -100,8 +132,8 @@ def test_a_block_in_several_runs_has_the_sum_of_its_bytes_in_order() -> None:
     rows = np.array([7, 2, 3, 0], np.intp)
     slots = np.zeros((10, 100), np.uint8)
     copier, checksum = Copier(), new_checksum(*KEY)
-    copier.gather(memory, rows[:1], slots[5:6], checksum, not_stopped)
-    copier.gather(memory, rows[1:], slots[1:4], checksum, not_stopped)
+    gather(copier, memory, rows[:1], slots[5:6], checksum, not_stopped)
+    gather(copier, memory, rows[1:], slots[1:4], checksum, not_stopped)
     assert checksum.intdigest() == expected_sum(memory[rows])
 
 
@@ -127,15 +159,15 @@ def test_the_sum_of_a_gather_is_never_of_what_others_do_to_the_slots(
     wanted = expected_sum(memory[rows])
     copier = Copier()
 
-    def gather() -> int:
+    def summed_gather() -> int:
         checksum = new_checksum(*KEY)
-        copier.gather(memory, rows, slots, checksum, not_stopped)
+        gather(copier, memory, rows, slots, checksum, not_stopped)
         return checksum.intdigest()
 
     at, reached = 1, True
     while reached:
         slots = np.zeros((len(rows), page_bytes), np.uint8)
-        digest, reached = interleave(gather, lambda: slots.fill(0xEE), at)  # noqa: B023
+        digest, reached = interleave(summed_gather, lambda: slots.fill(0xEE), at)  # noqa: B023
         assert digest == wanted
         at += 1
     assert at > 30
@@ -150,16 +182,16 @@ def test_a_scatter_whose_sum_fits_has_copied_the_bytes_of_that_sum(
     wanted = expected_sum(original)
     copier = Copier()
 
-    def scatter() -> int:
+    def summed_scatter() -> int:
         checksum = new_checksum(*KEY)
-        copier.scatter(slots, memory, rows, checksum, not_stopped)
+        scatter(copier, slots, memory, rows, checksum, not_stopped)
         return checksum.intdigest()
 
     fitted = []
     at, reached = 1, True
     while reached:
         slots, memory = original.copy(), np.zeros_like(original)
-        digest, reached = interleave(scatter, lambda: slots.fill(0xEE), at)  # noqa: B023
+        digest, reached = interleave(summed_scatter, lambda: slots.fill(0xEE), at)  # noqa: B023
         fitted.append(digest == wanted)
         if fitted[-1]:
             assert np.array_equal(memory[rows], original)
@@ -177,7 +209,7 @@ def test_a_copy_stops_between_two_pieces(page_bytes: int, straight: bool) -> Non
         rows = rows[::-1].copy()
     slots = np.zeros((count, page_bytes), np.uint8)
 
-    for direction in ("gather", "scatter"):
+    for move in (gather, scatter):
         asked = 0
 
         def stopped() -> bool:
@@ -186,11 +218,11 @@ def test_a_copy_stops_between_two_pieces(page_bytes: int, straight: bool) -> Non
             return asked == 3
 
         target = np.zeros_like(memory)
-        arguments = (memory, rows, slots) if direction == "gather" else (memory, target, rows)
+        arguments = (memory, rows, slots) if move is gather else (memory, target, rows)
         with pytest.raises(Stopped):
-            getattr(Copier(), direction)(*arguments, new_checksum(*KEY), stopped)
+            move(Copier(), *arguments, new_checksum(*KEY), stopped)
         assert asked == 3
-        moved = slots if direction == "gather" else target[rows]
-        wanted = memory[rows] if direction == "gather" else memory
+        moved = slots if move is gather else target[rows]
+        wanted = memory[rows] if move is gather else memory
         done = int((moved == wanted).reshape(-1).cumprod().sum())
         assert PIECE_BYTES < done <= 2 * PIECE_BYTES + 2 * page_bytes

@@ -11,6 +11,7 @@ import pytest
 
 from light_mem.engine.base import BlockIO, Outcome, StorageEngine
 from light_mem.engine.memory import MemoryStorageEngine
+from light_mem.engine.places import Rows
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import keys as keymath
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, let_go, open_local
@@ -110,10 +111,10 @@ def test_a_block_from_consecutive_rows_loads_into_scattered_ones(make: MakeEngin
     memory[2:6] = block_bytes_of("k", 4, 100)
     seen: list[Outcome] = []
     rows = np.arange(2, 6, dtype=np.intp)
-    engine.write([BlockIO(1, 2, memory, rows)], lambda _, outcome: seen.append(outcome))
+    engine.write([BlockIO(1, 2, Rows(memory, rows))], lambda _, outcome: seen.append(outcome))
     back = np.zeros((8, 100), np.uint8)
     rows = np.array([7, 0, 4, 3], np.intp)
-    engine.read([BlockIO(1, 2, back, rows)], lambda _, outcome: seen.append(outcome))
+    engine.read([BlockIO(1, 2, Rows(back, rows))], lambda _, outcome: seen.append(outcome))
     assert seen == [*COPIED_AND_STORED, LOADED]
     assert np.array_equal(back[rows], memory[2:6])
     assert not back[[1, 2, 5, 6]].any()
@@ -125,7 +126,7 @@ def test_rows_that_are_no_pages_are_refused(make: MakeEngine, row_bytes: int) ->
     rig = Rig(engine)
     rig.write(Block(1))
     row = np.array([0], np.intp)
-    batch = [BlockIO(1, 0, np.zeros((1, row_bytes), np.uint8), row)]
+    batch = [BlockIO(1, 0, Rows(np.zeros((1, row_bytes), np.uint8), row))]
     for move in (engine.write, engine.read):
         with pytest.raises(InvalidArgumentError):
             move(batch, lambda *_: pytest.fail("nothing happens"))

@@ -168,7 +168,7 @@ def test_a_record_has_these_bytes(tmp_path: Path) -> None:
     assert geometry is not None
     file = shard_file.ShardFile(tmp_path / "store", geometry, 0)
     runs = [(1, 2), (5, 1)]
-    file.write_records(runs, low=0x1122, high=0x3344, checksum=0x5566, nbytes=130, now=0x7788)
+    file.write_records([shard_file.Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788)])
     file.close()
     raw = (tmp_path / "store" / "shard-000.slots").read_bytes()[4096:]
     key_to_nbytes = "2211000000000000 4433000000000000 TAG_____00000000 6655000000000000"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.shard_file import ShardFile, Written
 from light_mem.index import description
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -22,7 +22,7 @@ def describe(store: Path, runs: list[tuple[int, int]], key: int, nbytes: int, no
     geometry = description.load(store)
     assert geometry is not None
     file = ShardFile(store, geometry, 0)
-    file.write_records(runs, key, 0, 0, nbytes, now)
+    file.write_records([Written(key, 0, 0, nbytes, runs, now)])
     file.close()
 
 

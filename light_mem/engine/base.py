@@ -10,10 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.errors import InvalidArgumentError
+from light_mem.engine.places import Place
 from light_mem.index.keys import KeyArray
-
-Bytes2D = npt.NDArray[np.uint8]
 
 
 class Outcome(IntEnum):
@@ -37,37 +35,26 @@ class Outcome(IntEnum):
 
 
 class BlockIO(NamedTuple):
-    """One block to move: its key and the rows of `memory` that it is made of, in order.
-
-    memory  uint8 [rows, page_bytes]: the KV tensor, one row a page of the store
-    rows    row numbers, dtype intp, shape [n]
-    """
+    """One block to move: its key, and where in the KV memory its bytes are, or go."""
 
     low: int
     high: int
-    memory: Bytes2D
-    rows: npt.NDArray[np.intp]
+    place: Place
 
     @property
     def nbytes(self) -> int:
         """Length of the block in bytes."""
-        return len(self.rows) * int(self.memory.shape[1])
+        return self.place.nbytes
 
 
 Report = Callable[[int, Outcome], None]  # (position in the batch, outcome)
 Stop = Callable[[int], bool]  # whether the block at this position was aborted
 
 
-def check_rows(batch: Sequence[BlockIO], page_bytes: int) -> None:
-    """Raise InvalidArgumentError unless each row is a page: a longer one would reach into the
-    slots of another block."""
+def check_places(batch: Sequence[BlockIO], page_bytes: int) -> None:
+    """Raise InvalidArgumentError for a block whose rows are no pages."""
     for block in batch:
-        if block.memory.shape[1] != page_bytes:
-            raise InvalidArgumentError(
-                f"the rows of a block are pages of {page_bytes} bytes, not {block.memory.shape[1]}",
-                page_bytes=page_bytes,
-                found=block.memory.shape[1],
-            )
+        block.place.require_pages(page_bytes)
 
 
 def never(_: int) -> bool:

@@ -1,4 +1,4 @@
-"""Copies between KV pages and mapped slots, with the checksum in the same pass.
+"""Copies between the KV memory and slots, with the checksum in the same pass.
 
 The work goes in pieces that fit the second-level cache, so that the checksum finds the piece
 there. Two orders keep wrong bytes from ever being believed:
@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Protocol, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from light_mem.engine.base import Bytes2D
+from light_mem.engine.places import Bytes1D, Bytes2D, Place, RowNumbers, Rows
 from light_mem.index.keys import key_bytes
 
 PIECE_BYTES = 512 * 1024  # half of the 1 MiB second-level cache of current server cores
 # Below this a call a page costs more than a second copy of the piece inside the cache; measured
 # crossing between 8 and 16 KiB.
 SMALL_PAGE_BYTES = 12 * 1024
-
-Rows = npt.NDArray[np.intp]
 
 
 class Stopped(Exception):
@@ -38,6 +36,61 @@ def new_checksum(low: int, high: int) -> xxhash.xxh3_64:
     return xxhash.xxh3_64(key_bytes(low, high))
 
 
+class Sink(Protocol):
+    """Where a gather puts a run of slots; `at` counts bytes from its start."""
+
+    def put(self, at: int, piece: Bytes1D) -> None:
+        """Store a piece."""
+
+    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
+        """Store rows of the memory, one after the other."""
+
+
+class MappedSink:
+    """Slots that this process has mapped: uint8 [bytes], contiguous."""
+
+    def __init__(self, slots: Bytes1D) -> None:
+        self._slots = slots
+
+    def put(self, at: int, piece: Bytes1D) -> None:
+        self._slots[at : at + len(piece)] = piece
+
+    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
+        row_bytes = memory.shape[1]
+        out = self._slots[at : at + len(rows) * row_bytes].reshape(len(rows), row_bytes)
+        # mode="clip" writes straight to `out`; "raise" would go through a buffer. The rows were
+        # checked when the task was made.
+        np.take(memory, rows, axis=0, out=out, mode="clip")
+
+
+class FileSink:
+    """Slots of a file from byte `base` on, by system calls; raises OSError.
+
+    For slots that this process has not mapped yet: there a store to the mapping costs a page fault
+    every 4 KiB, four times the copy on a fresh file.
+    """
+
+    def __init__(self, descriptor: int, base: int) -> None:
+        self._descriptor = descriptor
+        self._base = base
+
+    def put(self, at: int, piece: Bytes1D) -> None:
+        self._write([piece.data], at)
+
+    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
+        self._write([memory[row].data for row in rows.tolist()], at)
+
+    def _write(self, pieces: list[memoryview], at: int) -> None:
+        at += self._base
+        wanted = sum(map(len, pieces))
+        done = os.pwritev(self._descriptor, pieces, at)
+        if done < wanted:  # a signal, or the end of the room: the rest says which
+            rest = memoryview(b"".join(pieces))[done:]
+            while rest:
+                written = os.pwrite(self._descriptor, rest, at + done)
+                rest, done = rest[written:], done + written
+
+
 class Copier:
     """Copies of one worker; holds its piece of scratch memory. Not thread-safe."""
 
@@ -45,146 +98,75 @@ class Copier:
         self._scratch = np.empty(PIECE_BYTES, np.uint8)
 
     def gather(
-        self,
-        memory: Bytes2D,
-        rows: Rows,
-        out: Bytes2D,
-        checksum: xxhash.xxh3_64,
-        stopped: Callable[[], bool],
+        self, place: Place, sink: Sink, checksum: xxhash.xxh3_64, stopped: Callable[[], bool]
     ) -> None:
-        """Copy rows of `memory` into `out` [len(rows), row_bytes]; raises Stopped."""
+        """Copy what lies at `place` into `sink`; raises Stopped, and OSError of the sink."""
+        if not _is_scattered(place):
+            at = 0
+            for part in place.slices():
+                for a, b in _pieces(len(part), PIECE_BYTES):
+                    if stopped():
+                        raise Stopped
+                    piece = part[a:b]
+                    checksum.update(piece.data)
+                    sink.put(at, piece)
+                    at += b - a
+            return
+        memory, rows = place
         row_bytes = memory.shape[1]
-        straight = _contiguous(rows)
-        if straight is not None:
-            source = memory[straight : straight + len(rows)].reshape(-1)
-            flat = out.reshape(-1)
-            for a, b in _pieces(len(flat), PIECE_BYTES):
-                if stopped():
-                    raise Stopped
-                checksum.update(source[a:b].data)
-                flat[a:b] = source[a:b]
-        elif row_bytes < SMALL_PAGE_BYTES:
-            for a, b in _pieces(len(rows), max(1, PIECE_BYTES // row_bytes)):
-                if stopped():
-                    raise Stopped
-                piece = self._scratch[: (b - a) * row_bytes].reshape(b - a, row_bytes)
-                # mode="clip" writes straight to `out`; "raise" would go through a buffer. The
-                # rows were checked when the task was made.
-                np.take(memory, rows[a:b], axis=0, out=piece, mode="clip")
+        small = row_bytes < SMALL_PAGE_BYTES
+        for a, b in _pieces(len(rows), max(1, PIECE_BYTES // row_bytes)):
+            if stopped():
+                raise Stopped
+            if small:
+                piece = self._scratch[: (b - a) * row_bytes]
+                out = piece.reshape(b - a, row_bytes)
+                np.take(memory, rows[a:b], axis=0, out=out, mode="clip")
                 checksum.update(piece.data)
-                out[a:b] = piece
-        elif row_bytes <= PIECE_BYTES:
-            for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
-                if stopped():
-                    raise Stopped
+                sink.put(a * row_bytes, piece)
+            else:
                 for row in rows[a:b].tolist():
                     checksum.update(memory[row].data)
-                np.take(memory, rows[a:b], axis=0, out=out[a:b], mode="clip")
-        else:
-            for at, row in enumerate(rows.tolist()):
-                self.gather(memory, _single(row), out[at : at + 1], checksum, stopped)
-
-    def gather_to_file(
-        self,
-        memory: Bytes2D,
-        rows: Rows,
-        descriptor: int,
-        at: int,
-        checksum: xxhash.xxh3_64,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """`gather` into a file at byte `at`, by system calls; raises Stopped, OSError.
-
-        For parts of a file that this process has not mapped yet: there a store to the mapping
-        costs a page fault every 4 KiB, four times the copy on a fresh file.
-        """
-        row_bytes = memory.shape[1]
-        straight = _contiguous(rows)
-        if straight is not None:
-            source = memory[straight : straight + len(rows)].reshape(-1)
-            for a, b in _pieces(len(source), PIECE_BYTES):
-                if stopped():
-                    raise Stopped
-                piece = source[a:b].data
-                checksum.update(piece)
-                _write(descriptor, [piece], at + a)
-        elif row_bytes < SMALL_PAGE_BYTES:
-            for a, b in _pieces(len(rows), max(1, PIECE_BYTES // row_bytes)):
-                if stopped():
-                    raise Stopped
-                scratch = self._scratch[: (b - a) * row_bytes]
-                np.take(
-                    memory, rows[a:b], axis=0, out=scratch.reshape(b - a, row_bytes), mode="clip"
-                )
-                checksum.update(scratch.data)
-                _write(descriptor, [scratch.data], at + a * row_bytes)
-        elif row_bytes <= PIECE_BYTES:
-            for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
-                if stopped():
-                    raise Stopped
-                pages = [memory[row].data for row in rows[a:b].tolist()]
-                for page in pages:
-                    checksum.update(page)
-                _write(descriptor, pages, at + a * row_bytes)
-        else:
-            for n, row in enumerate(rows.tolist()):
-                place = at + n * row_bytes
-                self.gather_to_file(memory, _single(row), descriptor, place, checksum, stopped)
+                sink.put_rows(a * row_bytes, memory, rows[a:b])
 
     def scatter(
         self,
-        source: Bytes2D,
-        memory: Bytes2D,
-        rows: Rows,
+        source: Bytes1D,
+        place: Place,
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy `source` [len(rows), row_bytes] to rows of `memory`; raises Stopped."""
+        """Copy `source`, as long as the place, to `place`; raises Stopped."""
+        if not _is_scattered(place):
+            at = 0
+            for part in place.slices():
+                for a, b in _pieces(len(part), PIECE_BYTES):
+                    if stopped():
+                        raise Stopped
+                    piece = source[at : at + b - a]
+                    part[a:b] = piece
+                    if checksum is not None:
+                        checksum.update(piece.data)
+                    at += b - a
+            return
+        memory, rows = place
         row_bytes = memory.shape[1]
-        straight = _contiguous(rows)
-        if straight is not None:
-            target = memory[straight : straight + len(rows)].reshape(-1)
-            flat = source.reshape(-1)
-            for a, b in _pieces(len(flat), PIECE_BYTES):
-                if stopped():
-                    raise Stopped
-                target[a:b] = flat[a:b]
-                if checksum is not None:
-                    checksum.update(flat[a:b].data)
-        elif row_bytes <= PIECE_BYTES:
-            for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
-                if stopped():
-                    raise Stopped
-                memory[rows[a:b]] = source[a:b]
-                if checksum is not None:
-                    checksum.update(source[a:b].data)
-        else:
-            for at, row in enumerate(rows.tolist()):
-                self.scatter(source[at : at + 1], memory, _single(row), checksum, stopped)
+        for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
+            if stopped():
+                raise Stopped
+            piece = source[a * row_bytes : b * row_bytes]
+            memory[rows[a:b]] = piece.reshape(b - a, row_bytes)
+            if checksum is not None:
+                checksum.update(piece.data)
 
 
-def _write(descriptor: int, pieces: list[memoryview], at: int) -> None:
-    wanted = sum(map(len, pieces))
-    done = os.pwritev(descriptor, pieces, at)
-    if done < wanted:  # a signal, or the end of the room: the rest says which
-        rest = memoryview(b"".join(pieces))[done:]
-        while rest:
-            written = os.pwrite(descriptor, rest, at + done)
-            rest, done = rest[written:], done + written
-
-
-def _single(row: int) -> Rows:
-    return np.array([row], np.intp)
-
-
-def _contiguous(rows: Rows) -> int | None:
-    """The first row when the rows follow each other, else None."""
-    first = int(rows[0])
-    if len(rows) == 1:
-        return first
-    if int(rows[-1]) - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
-        return first
-    return None
+def _is_scattered(place: Place) -> TypeGuard[Rows]:
+    """Whether it is better copied by rows, several a call, than slice by slice."""
+    return (
+        isinstance(place, Rows)
+        and place.memory.shape[1] <= PIECE_BYTES
+        and place.first_if_contiguous() is None
+    )
 
 
 def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:

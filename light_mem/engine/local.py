@@ -24,7 +24,7 @@ from light_mem.engine.base import (
     Report,
     Stop,
     StorageEngine,
-    check_rows,
+    check_places,
     never,
 )
 from light_mem.engine.copy import Copier, Stopped, new_checksum
@@ -170,11 +170,11 @@ class LocalStorageEngine(StorageEngine):
     # --- moving bytes ----------------------------------------------------------------------------
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
-        check_rows(batch, self.geometry.page_bytes)
+        check_places(batch, self.geometry.page_bytes)
         self._writer.write(batch, report, stop)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
-        check_rows(batch, self.geometry.page_bytes)
+        check_places(batch, self.geometry.page_bytes)
         keys = np.array([(b.low, b.high) for b in batch], np.uint64).reshape(-1, 2)
         for at, entry in enumerate(self.lookup.find(keys).tolist()):
             try:
@@ -198,17 +198,18 @@ class LocalStorageEngine(StorageEngine):
             return Outcome.MISSING
         file = self.file(where.shard)
         checksum = new_checksum(block.low, block.high) if self._verify else None
-        row = 0
+        single = len(where.runs) == 1
+        done = 0
         try:
             for start, length in where.runs:
+                end = min(block.nbytes, done + length * file.page_bytes)
                 self._copier.scatter(
-                    file.pages(start, length),
-                    block.memory,
-                    block.rows[row : row + length],
+                    file.bytes(start, length)[: end - done],
+                    block.place if single else block.place.part(done, end),
                     checksum,
                     stopped,  # type: ignore[arg-type]
                 )
-                row += length
+                done = end
         except Stopped:
             return Outcome.STOPPED
         # First the tag, then the sum: after an eviction the sum says nothing about damage.

@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 from light_mem.engine.base import (
     BlockIO,
-    Bytes2D,
     Outcome,
     Report,
     Stop,
     StorageEngine,
-    check_rows,
+    check_places,
     never,
 )
+from light_mem.engine.places import Bytes1D
 from light_mem.errors import InvalidArgumentError
 from light_mem.index.keys import KeyArray
 
@@ -45,7 +45,7 @@ class MemoryStorageEngine(StorageEngine):
         self._page_bytes = page_bytes
         self._pages = pages
         self._guard = threading.Lock()
-        self._blocks: OrderedDict[Key, Bytes2D] = OrderedDict()
+        self._blocks: OrderedDict[Key, Bytes1D] = OrderedDict()
         self._used = 0
         self._counters = {"evictions": 0, "inserts": 0, "removals": 0}
 
@@ -61,7 +61,7 @@ class MemoryStorageEngine(StorageEngine):
         )
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
-        check_rows(batch, self._page_bytes)
+        check_places(batch, self._page_bytes)
         for at, block in enumerate(batch):
             report(at, self._write_one(at, block, report, stop))
 
@@ -70,9 +70,9 @@ class MemoryStorageEngine(StorageEngine):
         with self._guard:
             if self._has(block):
                 return Outcome.PRESENT
-        if len(block.rows) > self._pages:
+        if self._pages_of(block.nbytes) > self._pages:
             return Outcome.NO_ROOM
-        stored = np.empty((len(block.rows), self._page_bytes), np.uint8)
+        stored = np.empty(block.nbytes, np.uint8)
         if not _copy(block, stored, at, stop, to_memory=False):
             return Outcome.STOPPED
         report(at, Outcome.COPIED)
@@ -81,20 +81,20 @@ class MemoryStorageEngine(StorageEngine):
                 return Outcome.PRESENT
             if key in self._blocks:  # of another length
                 self._remove([key])
-            while self._used + len(stored) > self._pages:
-                self._used -= len(self._blocks.popitem(last=False)[1])
+            while self._used + self._pages_of(len(stored)) > self._pages:
+                self._used -= self._pages_of(len(self._blocks.popitem(last=False)[1]))
                 self._counters["evictions"] += 1
             self._blocks[key] = stored
-            self._used += len(stored)
+            self._used += self._pages_of(len(stored))
             self._counters["inserts"] += 1
         return Outcome.STORED
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
-        check_rows(batch, self._page_bytes)
+        check_places(batch, self._page_bytes)
         for at, block in enumerate(batch):
             with self._guard:
                 stored = self._get((block.low, block.high), touch=True)
-            if stored is None or len(stored) != len(block.rows):
+            if stored is None or len(stored) != block.nbytes:
                 outcome = Outcome.MISSING
             elif _copy(block, stored, at, stop, to_memory=True):
                 outcome = Outcome.LOADED
@@ -119,7 +119,10 @@ class MemoryStorageEngine(StorageEngine):
     def close(self) -> None:
         """Nothing to let go of: what is stored stays, for as long as this object does."""
 
-    def _get(self, key: Key, touch: bool) -> Bytes2D | None:
+    def _pages_of(self, nbytes: int) -> int:
+        return -(-nbytes // self._page_bytes)
+
+    def _get(self, key: Key, touch: bool) -> Bytes1D | None:
         stored = self._blocks.get(key)
         if stored is not None and touch:
             self._blocks.move_to_end(key)
@@ -127,22 +130,25 @@ class MemoryStorageEngine(StorageEngine):
 
     def _has(self, block: BlockIO) -> bool:
         stored = self._get((block.low, block.high), touch=False)
-        return stored is not None and len(stored) == len(block.rows)
+        return stored is not None and len(stored) == block.nbytes
 
     def _remove(self, stored: list[Key]) -> int:
         for key in stored:
-            self._used -= len(self._blocks.pop(key))
+            self._used -= self._pages_of(len(self._blocks.pop(key)))
         self._counters["removals"] += len(stored)
         return len(stored)
 
 
-def _copy(block: BlockIO, stored: Bytes2D, at: int, stop: Stop, to_memory: bool) -> bool:
-    """Copy between a block's rows and its stored bytes; False: stopped between two rows."""
-    for number, row in enumerate(block.rows.tolist()):
+def _copy(block: BlockIO, stored: Bytes1D, at: int, stop: Stop, to_memory: bool) -> bool:
+    """Copy between a block's place and its stored bytes; False: stopped between two parts."""
+    done = 0
+    for part in block.place.slices():
         if stop(at):
             return False
+        bytes_there = stored[done : done + len(part)]
         if to_memory:
-            block.memory[row] = stored[number]
+            part[:] = bytes_there
         else:
-            stored[number] = block.memory[row]
+            bytes_there[:] = part
+        done += len(part)
     return True

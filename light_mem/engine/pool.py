@@ -23,7 +23,12 @@ from light_mem.engine import worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import TaskTable
-from light_mem.errors import LockTimeoutError, ServiceClosedError, StoreFormatError, WorkerStartError
+from light_mem.errors import (
+    LockTimeoutError,
+    ServiceClosedError,
+    StoreFormatError,
+    WorkerStartError,
+)
 
 log = logging.getLogger("light_mem")
 

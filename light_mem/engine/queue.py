@@ -53,6 +53,12 @@ class TaskQueue:
         self._closed = False
         self._threads = threading.Lock()
         self._turn = 0
+        cells = table.cells
+        self._modes, self._workers, self._lengths = cells["mode"], cells["worker"], cells["nbytes"]
+        self._ends = {
+            mode: (table.header[f"{_name(mode)}_head"], table.header[f"{_name(mode)}_tail"])
+            for mode in (READ, WRITE)
+        }
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -121,8 +127,8 @@ class TaskQueue:
 
     def depth(self, mode: int) -> int:
         """Blocks waiting, aborted ones among them."""
-        header, name = self._table.header, _name(mode)
-        return int(header[f"{name}_tail"][0]) - int(header[f"{name}_head"][0])
+        head, tail = self._ends[mode]
+        return int(tail[0]) - int(head[0])
 
     def claim(self, worker: int) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
@@ -141,24 +147,35 @@ class TaskQueue:
         return []
 
     def _take(self, worker: int, mode: int) -> list[int]:
-        table, name = self._table, _name(mode)
-        ring, states, cell = table.rings[mode], table.states, table.cells
-        head, tail = int(table.header[f"{name}_head"][0]), int(table.header[f"{name}_tail"][0])
-        workers, page_bytes = int(table.header["workers"][0]), int(table.header["page_bytes"][0])
-        limit = min(BATCH_BLOCKS, -(-(tail - head) // workers))
-        claimed: list[int] = []
+        table = self._table
+        ring, states = table.rings[mode], table.states
+        heads, tails = self._ends[mode]
+        head, tail = int(heads[0]), int(tails[0])
+        limit = min(BATCH_BLOCKS, -(-(tail - head) // int(table.header["workers"][0])))
+        claimed: dict[int, None] = {}  # in order; an entry may be there twice
         nbytes = 0
         while head < tail and len(claimed) < limit and nbytes < BATCH_BYTES[mode]:
-            at = int(ring[head % table.ring_length])
-            head += 1
-            if states[at] != INITIAL or cell["mode"][at] != mode:
-                continue
-            cell["worker"][at] = worker
-            states[at] = WORKING
-            claimed.append(at)
-            nbytes += int(cell["count"][at]) * page_bytes
-        table.header[f"{name}_head"] = head
-        return claimed
+            at = head % table.ring_length
+            cells = ring[at : at + min(limit - len(claimed), tail - head)].tolist()
+            for cell, state, its_mode, length in zip(
+                cells,
+                states[cells].tolist(),
+                self._modes[cells].tolist(),
+                self._lengths[cells].tolist(),
+                strict=True,
+            ):
+                head += 1
+                if state == INITIAL and its_mode == mode and cell not in claimed:
+                    claimed[cell] = None
+                    nbytes += length
+                    if nbytes >= BATCH_BYTES[mode]:
+                        break
+        mine = list(claimed)
+        if mine:
+            self._workers[mine] = worker
+            states[mine] = WORKING
+        heads[0] = head
+        return mine
 
     def abort(self, table: TaskTable, start: int, end: int, row: int, generation: int) -> None:
         """Abort a task: blocks nobody has begun at once, the others when their worker looks.
@@ -218,8 +235,7 @@ class TaskQueue:
             for at in lost:
                 cell = table.cells[at]
                 if table.states[at] == COPIED:
-                    nbytes = int(cell["count"]) * int(table.header["page_bytes"][0])
-                    stored = is_stored(int(cell["low"]), int(cell["high"]), nbytes)
+                    stored = is_stored(int(cell["low"]), int(cell["high"]), int(cell["nbytes"]))
                     table.states[at] = FINISHED if stored else ABORTED
                     continue
                 cell["attempts"] += 1

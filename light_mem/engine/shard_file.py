@@ -12,17 +12,18 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from light_mem.engine.base import Bytes2D
-from light_mem.engine.copy import Copier, Rows
+from light_mem.engine.copy import Copier, FileSink, MappedSink
+from light_mem.engine.places import Bytes1D, Place
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.recovery import record_crc
+from light_mem.index.recovery import record_crcs
 
 
 def data_path(directory: Path, shard: int) -> Path:
@@ -96,6 +97,17 @@ def is_foreign(path: Path) -> bool:
         os.close(descriptor)
 
 
+class Written(NamedTuple):
+    """A block whose bytes lie in its slots."""
+
+    low: int
+    high: int
+    checksum: int
+    nbytes: int
+    runs: list[tuple[int, int]]
+    used: int  # ns since 1970
+
+
 class ShardFile:
     """A shard's pages and records in this process. Any process may hold one; slots are written
     only by the process whose intents name them, records only by it or under the shard's lock."""
@@ -114,9 +126,9 @@ class ShardFile:
             os.close(self._data_fd)
             raise
         os.close(descriptor)  # a mapping keeps one of its own: three a shard are enough
-        self._pages = np.frombuffer(
+        self._bytes = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
-        ).reshape(geometry.slots, geometry.page_bytes)
+        )
         self._touched = np.zeros(geometry.slots, bool)  # slots that this process has written
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
@@ -126,12 +138,11 @@ class ShardFile:
         self,
         copier: Copier,
         run: tuple[int, int],
-        memory: Bytes2D,
-        rows: Rows,
+        place: Place,
         checksum: xxhash.xxh3_64,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy rows of `memory` into a run of slots, whole or up to Stopped; raises OSError.
+        """Copy what lies at `place` into a run of slots, whole or up to Stopped; raises OSError.
 
         Through the mapping where this process has written before, else by `pwrite`: mapped slots
         that were never touched cost a fault every 4 KiB (measured with two writers: fresh file 1-2
@@ -140,36 +151,40 @@ class ShardFile:
         start, length = run
         touched = self._touched[start : start + length]
         if touched.all():
-            copier.gather(memory, rows, self.pages(start, length), checksum, stopped)
+            copier.gather(place, MappedSink(self.bytes(start, length)), checksum, stopped)
         else:
             at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
-            copier.gather_to_file(memory, rows, self._data_fd, at, checksum, stopped)
+            copier.gather(place, FileSink(self._data_fd, at), checksum, stopped)
             touched[:] = True
 
-    def pages(self, start: int, length: int) -> Bytes2D:
-        """The mapped pages of a run of slots, uint8 [length, page_bytes]."""
-        return self._pages[start : start + length]
+    def bytes(self, start: int, length: int) -> Bytes1D:
+        """The mapped bytes of a run of slots, uint8 [length * page_bytes]."""
+        return self._bytes[start * self.page_bytes : (start + length) * self.page_bytes]
 
-    def write_records(
-        self,
-        runs: list[tuple[int, int]],
-        low: int,
-        high: int,
-        checksum: int,
-        nbytes: int,
-        now: int,
-    ) -> None:
-        """Describe a block whose bytes are in place; the record of its first slot comes last."""
-        for at in reversed(range(len(runs))):
-            start, length = runs[at]
-            record = np.zeros((), fmt.RECORD)
-            record["low"], record["high"] = low, high
-            record["tag"] = fmt.LIVE if at == 0 else fmt.EXTENT
-            record["checksum"], record["nbytes"], record["used"] = checksum, nbytes, now
-            record["run"] = length
+    def write_records(self, blocks: Sequence[Written]) -> None:
+        """Describe blocks whose bytes are in place; the record of a block's first slot comes
+        after those of its further runs."""
+        heads = np.array(
+            [
+                (b.low, b.high, fmt.LIVE, b.checksum, b.nbytes, b.used, b.runs[0][1], 0, 0, 0)
+                for b in blocks
+            ],
+            fmt.RECORD,
+        )
+        for at, block in enumerate(blocks):
+            if len(block.runs) > 1:
+                heads["next_run"][at] = block.runs[1][0] + 1
+                self._write_extents(block.runs, heads[at])
+        heads["crc"] = record_crcs(heads)
+        self.records[[b.runs[0][0] for b in blocks]] = heads
+
+    def _write_extents(self, runs: list[tuple[int, int]], head: np.void) -> None:
+        for at in range(1, len(runs)):
+            record = np.array([head], fmt.RECORD)
+            record["tag"], record["run"] = fmt.EXTENT, runs[at][1]
             record["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
-            record["crc"] = record_crc(record)
-            self.records[start] = record
+            record["crc"] = record_crcs(record)
+            self.records[runs[at][0]] = record[0]
 
     def clear_records(self, starts: Sequence[int] | npt.NDArray[np.intp]) -> None:
         """The blocks that began at these slots are gone."""

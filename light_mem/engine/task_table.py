@@ -37,6 +37,7 @@ CLIENT_LANES = 63
 MAX_BLOCKS = 1 << 22  # a lane: page indices of all lanes are numbered with 32 bits
 MAX_PATH_BYTES = 2047
 PAGES_PER_CELL = 16  # room for page indices; a table full of 64-page blocks holds a quarter as many
+WORDS_PER_REGION = 4  # of page indices: offset and length, 64 bits each
 
 HEADER = np.dtype(
     [
@@ -116,12 +117,15 @@ CELL = np.dtype(
     [
         ("low", "<u8"),
         ("high", "<u8"),
+        ("nbytes", "<u8"),  # length of the block
         ("pages", "<u4"),  # first page index, global
-        ("count", "<u4"),
+        ("count", "<u4"),  # page indices; or, where `regions` is set, regions
         ("row", "<u4"),
         ("worker", "<u2"),
         ("attempts", "u1"),
         ("mode", "u1"),
+        ("regions", "<u4"),  # 1: the block is regions of the KV memory, not pages
+        ("pad", "<u4"),
     ]
 )
 
@@ -205,6 +209,9 @@ class TaskTable:
         self.done_word = header_at + HEADER.fields["done_seq"][1]  # type: ignore[index]
         self._row_done = ROW.fields["done"][1]  # type: ignore[index]
         self._abort = self.rows["abort"]
+        self._row_start, self._row_count = self.rows["start"], self.rows["count"]
+        self._row_words, self._done_seq = self.rows["done"], self.header["done_seq"]
+        self._worker_done = self.workers["done"]
 
     @classmethod
     def create(
@@ -351,15 +358,15 @@ class TaskTable:
         The words get values that no other process writes (its number in the low byte), so that
         two workers that finish at a time cannot hide a change from a waiter.
         """
-        start, count = int(self.rows["start"][row]), int(self.rows["count"][row])
+        start, count = int(self._row_start[row]), int(self._row_count[row])
         if not is_final(self.snapshot(start, start + count)):
             return False
         self.active[row] = 0
-        counter = int(self.workers["done"][worker]) + 1
-        self.workers["done"][worker] = counter
+        counter = int(self._worker_done[worker]) + 1
+        self._worker_done[worker] = counter
         value = (counter << 8 | worker) & 0xFFFFFFFF
-        self.rows["done"][row] = value
-        self.header["done_seq"] = value
+        self._row_words[row] = value
+        self._done_seq[0] = value
         self.futex.wake(self.row_word(row))
         self.futex.wake(self.done_word)
         return True

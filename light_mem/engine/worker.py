@@ -18,20 +18,24 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from light_mem.engine.base import BlockIO, Bytes2D, Outcome
+from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.places import Bytes2D, Regions, Rows
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import (
     ABORTED,
+    CELL,
     COPIED,
     FINISHED,
     READ,
+    WORDS_PER_REGION,
     TaskTable,
 )
 from light_mem.errors import LockTimeoutError
@@ -43,6 +47,8 @@ log = logging.getLogger("light_mem")
 # Read by the server and logged there: level, then the text.
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
+
+_NBYTES, _ROW, _MODE = ((CELL.names or ()).index(name) for name in ("nbytes", "row", "mode"))
 
 _COUNTERS = {
     Outcome.STORED: "blocks_written",
@@ -72,6 +78,7 @@ class Worker:
         self._table = table
         self._queue = queue
         self._memory = memory
+        self._flat = memory.reshape(-1)
         self._engine = engine
         self._me = table.workers[number : number + 1]
 
@@ -94,26 +101,29 @@ class Worker:
 
     def do(self, cells: Sequence[int]) -> None:
         """Do one batch of claimed cells, all of one mode."""
-        table, me = self._table, self._me
-        batch: list[BlockIO] = []
-        rows: list[int] = []
-        for at in cells:
-            low, high, first, count, row = table.cells[at].item()[:5]
-            pages = table.pages[first : first + count].astype(np.intp)
-            batch.append(BlockIO(low, high, self._memory, pages))
-            rows.append(row)
-        reading = int(table.cells["mode"][cells[0]]) == READ
-        bytes_counter = "bytes_read" if reading else "bytes_written"
+        table, number = self._table, self._number
+        states_at, states = table.states_at, table.map
+        listed = table.cells[cells].tolist()
+        batch = [self._block(*cell) for cell in listed]
+        rows: list[int] = [cell[_ROW] for cell in listed]
+        reading = listed[0][_MODE] == READ
+        left = Counter(rows)  # a task may end before the batch does
+        tally: dict[Outcome, int] = defaultdict(int)
+        moved = 0
 
         def report(at: int, outcome: Outcome) -> None:
+            nonlocal moved
             if outcome is Outcome.COPIED:
-                table.states[cells[at]] = COPIED
+                states[states_at + cells[at]] = COPIED
                 return
-            me[_COUNTERS[outcome]] += 1
-            if outcome in (Outcome.LOADED, Outcome.STORED):
-                me[bytes_counter] += batch[at].nbytes
-            table.states[cells[at]] = FINISHED if outcome.success else ABORTED
-            table.finish(rows[at], self._number)
+            tally[outcome] += 1
+            if outcome is Outcome.LOADED or outcome is Outcome.STORED:
+                moved += listed[at][_NBYTES]
+            states[states_at + cells[at]] = FINISHED if outcome.success else ABORTED
+            row = rows[at]
+            left[row] -= 1
+            if not left[row]:
+                table.finish(row, number)
 
         def stop(at: int) -> bool:
             return table.aborted(rows[at])
@@ -123,7 +133,20 @@ class Worker:
             self._engine.read(batch, report, stop)
         else:
             self._engine.write(batch, report, stop)
+        me = self._me
         me["read_ns" if reading else "write_ns"] += time.perf_counter_ns() - started
+        me["bytes_read" if reading else "bytes_written"] += moved
+        for outcome, count in tally.items():
+            me[_COUNTERS[outcome]] += count
+
+    def _block(self, low: int, high: int, _: int, first: int, count: int, *rest: int) -> BlockIO:
+        words = self._table.pages
+        if rest[-2]:
+            table = words[first : first + count * WORDS_PER_REGION].copy().view(np.uint64)
+            regions = list(zip(table[::2].tolist(), table[1::2].tolist(), strict=True))
+            return BlockIO(low, high, Regions(self._flat, regions))
+        pages = words[first : first + count].astype(np.intp)
+        return BlockIO(low, high, Rows(self._memory, pages))
 
 
 def die_with(parent: int) -> None:

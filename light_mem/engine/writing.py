@@ -15,10 +15,13 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.shard_file import Written
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.format import MAX_INTENTS
@@ -38,12 +41,6 @@ MAX_BATCH = MAX_INTENTS // 2  # of one shard at a time; the other half is for wh
 _ROOM_PAUSE = 0.002
 
 
-class _Written(NamedTuple):
-    at: int  # position in the batch
-    where: Allocation
-    checksum: int
-
-
 class Writer:
     """Writes batches for one engine. Not thread-safe."""
 
@@ -61,10 +58,11 @@ class Writer:
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.write`."""
+        keys = np.array([block[:2] for block in batch], np.uint64).reshape(-1, 2)
+        shards = keymath.shards_of(keymath.mix(keys), self._geometry.shards).tolist()
         by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, block in enumerate(batch):
-            mixed = keymath.mix_one(block.low, block.high)
-            by_shard[keymath.shard_of(mixed, self._geometry.shards)].append(at)
+        for at, shard in enumerate(shards):
+            by_shard[shard].append(at)
         open_blocks = set(range(len(batch)))
 
         def settle(at: int, outcome: Outcome) -> None:
@@ -99,7 +97,7 @@ class Writer:
             taken, waiting = self._allocate(shard, waiting, batch, report)
             written = self._copy_in(shard, taken, batch, report, stop)
             if taken:
-                self._publish(shard, taken, written, batch, report)
+                self._publish(shard, taken, written, report)
                 deadline = time.monotonic() + ROOM_SECONDS
             elif waiting:
                 waiting = self._wait_for_room(waiting, deadline, report, stop)
@@ -125,40 +123,34 @@ class Writer:
     def _allocate(
         self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report
     ) -> tuple[list[tuple[int, Allocation]], list[int]]:
-        taken: list[tuple[int, Allocation]] = []
-        waiting: list[int] = []
         evicted: list[int] = []
         outcomes: list[tuple[int, Outcome]] = []
+        wanted: list[tuple[int, int]] = []  # position, slots
         with self._engine.change(shard) as (index, file):
             self._give_back_orphans(shard, index, file)
-            for at in positions:
-                block = batch[at]
-                slots = -(-block.nbytes // self._geometry.page_bytes)
-                if slots > self._geometry.slots:
-                    outcomes.append((at, Outcome.NO_ROOM))
-                    continue
-                if waiting:  # first come, first served
-                    waiting.append(at)
-                    continue
-                if index.find(block.low, block.high, block.nbytes) is not None:
+            keys = np.array([batch[at][:2] for at in positions], np.uint64)
+            for at, stored in zip(positions, index.find_many(keys).tolist(), strict=True):
+                nbytes = batch[at].nbytes
+                slots = -(-nbytes // self._geometry.page_bytes)
+                if stored >= 0 and index.entries["nbytes"][stored] == nbytes:
                     outcomes.append((at, Outcome.PRESENT))
-                    continue
-                where = index.allocate(slots, evicted, self._engine.evicts)
-                if where is None:
-                    waiting.append(at)
+                elif slots > self._geometry.slots:
+                    outcomes.append((at, Outcome.NO_ROOM))
                 else:
-                    taken.append((at, where))
+                    wanted.append((at, slots))
+            # First come, first served: what finds no room waits, and so does what follows.
+            given = index.allocate_many([n for _, n in wanted], evicted, self._engine.evicts)
             # The order binds: intents name the slots before the slots are marked. The records of
             # evicted blocks go before their slots are marked too: a holder that dies in between
             # leaves either FREE slots, whose records the next holder clears, or cleared records.
-            self._intend(shard, [where.slot for _, where in taken])
+            self._intend(shard, [where.slot for where in given])
             if evicted:
                 file.clear_records(evicted)
-            for _, where in taken:
-                index.mark(where.runs, self._owner.number)
+            index.mark_many(given, self._owner.number)
         for at, outcome in outcomes:
             report(at, outcome)
-        return taken, waiting
+        taken = [(at, where) for (at, _), where in zip(wanted, given, strict=False)]
+        return taken, [at for at, _ in wanted[len(given) :]]
 
     def _copy_in(
         self,
@@ -167,70 +159,100 @@ class Writer:
         batch: Sequence[BlockIO],
         report: Report,
         stop: Stop,
-    ) -> list[_Written]:
+    ) -> dict[int, Written]:
+        """Copy into the slots; what was written, by position in the batch."""
         file = self._engine.file(shard)
-        written: list[_Written] = []
+        page_bytes = self._geometry.page_bytes
+        written: dict[int, Written] = {}
         for at, where in taken:
-            block = batch[at]
-            checksum = new_checksum(block.low, block.high)
-            row = 0
+            low, high, place = batch[at]
+            checksum = new_checksum(low, high)
+
+            def stopped(at: int = at) -> bool:
+                return stop(at)
+
+            done = 0
             try:
-                for start, length in where.runs:
-                    file.gather(
-                        self._copier,
-                        (start, length),
-                        block.memory,
-                        block.rows[row : row + length],
-                        checksum,
-                        lambda at=at: stop(at),  # type: ignore[misc]
-                    )
-                    row += length
+                for run in where.runs:
+                    end = done + run[1] * page_bytes
+                    part = place if len(where.runs) == 1 else place.part(done, end)
+                    file.gather(self._copier, run, part, checksum, stopped)
+                    done = end
             except Stopped:
                 continue
             report(at, Outcome.COPIED)
-            digest = checksum.intdigest()
-            now = time.time_ns()
-            file.write_records(where.runs, block.low, block.high, digest, block.nbytes, now)
-            written.append(_Written(at, where, digest))
-        if written and self._flush:
-            file.sync()
+            written[at] = Written(
+                low, high, checksum.intdigest(), place.nbytes, where.runs, time.time_ns()
+            )
+        if written:
+            file.write_records(list(written.values()))
+            if self._flush:
+                file.sync()
         return written
 
     def _publish(
         self,
         shard: int,
         taken: list[tuple[int, Allocation]],
-        written: list[_Written],
-        batch: Sequence[BlockIO],
+        written: dict[int, Written],
         report: Report,
     ) -> None:
-        whole = {w.at: w for w in written}
         outcomes: list[tuple[int, Outcome]] = []
+        fresh: dict[tuple[int, int], tuple[int, Written]] = {}
         with self._engine.change(shard) as (index, file):
-            now = time.time_ns()
             for at, where in taken:
-                block = batch[at]
+                block = written.get(at)
                 if not index.is_marked(where.slot, self._owner.number):
                     outcomes.append((at, Outcome.FAILED))  # cleared or put in order meanwhile
-                elif at not in whole:
+                elif block is None:
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.STOPPED))
+                elif (block.low, block.high) in fresh:  # twice in one batch
+                    self._withdraw(index, file, where.slot)
+                    outcomes.append((at, Outcome.PRESENT))
                 else:
-                    stored = index.find(block.low, block.high)
-                    if stored is not None and index.entries["nbytes"][stored] == block.nbytes:
-                        file.clear_records([where.slot])
-                        index.give_back(where.slot)
-                        outcomes.append((at, Outcome.PRESENT))
-                        continue
-                    if stored is not None:  # of another length: with other settings, by another
-                        index.remove(stored)
-                        file.clear_records([stored])
-                    digest = whole[at].checksum
-                    index.publish(where.slot, block.low, block.high, digest, block.nbytes, now)
-                    outcomes.append((at, Outcome.STORED))
+                    fresh[block.low, block.high] = at, block
+            if fresh:
+                outcomes += self._publish_fresh(index, file, list(fresh.values()))
         self._intend(shard, [])
         for at, outcome in outcomes:
             report(at, outcome)
+
+    def _publish_fresh(
+        self, index: ShardIndex, file: ShardFile, blocks: list[tuple[int, Written]]
+    ) -> list[tuple[int, Outcome]]:
+        """Publish blocks of different keys, unless another process was faster."""
+        keys = np.array([block[:2] for _, block in blocks], np.uint64)
+        outcomes = [(at, Outcome.STORED) for at, _ in blocks]
+        stored = index.find_many(keys)
+        if (stored >= 0).any():
+            left = []
+            for n, slot in enumerate(stored.tolist()):
+                at, block = blocks[n]
+                if slot >= 0 and index.entries["nbytes"][slot] == block.nbytes:
+                    self._withdraw(index, file, block.runs[0][0])
+                    outcomes[n] = at, Outcome.PRESENT
+                    continue
+                if slot >= 0:  # of another length: with other settings, by another
+                    index.remove(slot)
+                    file.clear_records([slot])
+                left.append(n)
+            blocks, keys = [blocks[n] for n in left], keys[left]
+        written = [block for _, block in blocks]
+        index.publish_many(
+            np.array([block.runs[0][0] for block in written], np.int64),
+            keys,
+            [block.checksum for block in written],
+            [block.nbytes for block in written],
+            time.time_ns(),
+        )
+        return outcomes
+
+    @staticmethod
+    def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:
+        """Give back the slots of a block that is stored already."""
+        file.clear_records([slot])
+        index.give_back(slot)
 
     def _intend(self, shard: int, slots: list[int]) -> None:
         """Announce the slots of one shard that are being filled, and keep announcing those that a

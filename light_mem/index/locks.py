@@ -38,21 +38,16 @@ class _Held:
     """The one lock object a path has in this process, and what keeps its threads apart."""
 
     def __init__(self, path: str) -> None:
-        import filelock  # 25 ms: a worker is ready before it needs it
+        from light_mem.index.kept_lock import KeptFileLock  # 25 ms: ready before it is needed
 
         self.thread = threading.Lock()
-        self.file = filelock.FileLock(path, mode=0o600, thread_local=False)
-
-    def abandon(self) -> None:
-        """In a forked child: close the inherited descriptor. `release` would free the parent's
-        lock, and left open it would outlive the parent for as long as the child lives."""
-        context = self.file._context
-        if context.lock_file_fd is not None:
-            os.close(context.lock_file_fd)
-            context.lock_file_fd = None
+        self.file = KeptFileLock(path)
 
 
-_held: dict[str, _Held] = {}
+# Weak: the descriptor of a lock goes with the last PathLock on its path.
+_held: weakref.WeakValueDictionary[str, _Held] = weakref.WeakValueDictionary()
+# Reentrant: a finalizer that closes a service may run in here and make a PathLock of its own.
+_held_guard = threading.RLock()
 
 
 class PathLock:
@@ -64,15 +59,18 @@ class PathLock:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.realpath(path)
+        self._mine: _Held | None = None
 
     @contextmanager
     def hold(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
         """Hold the lock; raises LockTimeoutError after `timeout` seconds."""
-        held = _held.get(self.path)
-        if held is None:
-            # One step, and no lock around it: a finalizer that closes a service may run here, in
-            # this thread, and hold another PathLock.
-            held = _held.setdefault(self.path, _Held(self.path))
+        held = self._mine
+        if held is None or _held.get(self.path) is not held:  # a forked child has none
+            with _held_guard:
+                held = _held.get(self.path)
+                if held is None:
+                    held = _held[self.path] = _Held(self.path)
+            self._mine = held
         if not held.thread.acquire(timeout=timeout):
             raise self._timeout(timeout)
         try:
@@ -174,9 +172,11 @@ def _after_fork_in_child() -> None:
     # long as the child lives. Closing them in the child leaves the parent's locks alone.
     for lock in list(_range_locks):
         lock.close()
-    for held in _held.values():
-        held.abandon()
+    global _held_guard
+    for held in list(_held.values()):
+        held.file.abandon()
     _held.clear()
+    _held_guard = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -33,18 +33,40 @@ class EvictionOrder:
     def oldest(self) -> int | None:
         """First slot of the least recently used stored block; None: no block is stored."""
         for _ in range(3):  # every candidate may have been used meanwhile
-            while self._candidates:
-                used, slot = self._candidates.pop(0)
-                if int(self._tags[slot]) & STATE_MASK != LIVE:
-                    continue
-                now = int(self._used[slot])
-                if now == used:
-                    return int(slot)
-                if now <= self._horizon:
-                    self._candidates.add((now, slot))
+            slot = self._next_candidate()
+            if slot is not None:
+                return slot
             if not self._refill():
                 return None
         return None
+
+    def oldest_many(self, count: int) -> list[int]:
+        """Up to `count` of the least recently used blocks, the oldest first; empty only when none
+        is stored. Take these out, or put them back, before asking again."""
+        slot = self.oldest()
+        found: list[int] = []
+        # Not beyond the sorted part: sorting anew would find those that were just found.
+        while slot is not None:
+            found.append(slot)
+            slot = self._next_candidate() if len(found) < count else None
+        return found
+
+    def _next_candidate(self) -> int | None:
+        while self._candidates:
+            used, slot = self._candidates.pop(0)
+            if int(self._tags[slot]) & STATE_MASK != LIVE:
+                continue
+            now = int(self._used[slot])
+            if now == used:
+                return int(slot)
+            if now <= self._horizon:
+                self._candidates.add((now, slot))
+        return None
+
+    def put_back(self, slots: list[int]) -> None:
+        """Blocks that were found oldest stay after all."""
+        for slot in slots:
+            self._candidates.add((int(self._used[slot]), slot))
 
     def _refill(self) -> bool:
         live = np.flatnonzero((self._tags & np.uint64(STATE_MASK)) == LIVE)

@@ -134,13 +134,17 @@ def record_crc(record: Table) -> int:
     return xxhash.xxh3_64_intdigest(record.tobytes()[: fmt.RECORD_CRC_BYTES]) & 0xFFFFFFFF
 
 
-def crc_fits(records: Table) -> npt.NDArray[np.bool_]:
-    """Which records carry the crc that they must."""
+def record_crcs(records: Table) -> list[int]:
+    """`record_crc` of many records, shape [n]."""
     raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
     digest = xxhash.xxh3_64_intdigest
-    crcs = [digest(raw[at : at + end]) & 0xFFFFFFFF for at in range(0, len(raw), size)]
-    return np.asarray(np.array(crcs, np.uint32) == records["crc"])
+    return [digest(raw[at : at + end]) & 0xFFFFFFFF for at in range(0, len(raw), size)]
+
+
+def crc_fits(records: Table) -> npt.NDArray[np.bool_]:
+    """Which records carry the crc that they must."""
+    return np.asarray(np.array(record_crcs(records), np.uint32) == records["crc"])
 
 
 def drop_damaged_records(records: Table) -> int:

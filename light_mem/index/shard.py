@@ -8,14 +8,12 @@ publish  fields of the entry -> tag LIVE -> head of the chain: found only when w
 remove   tag FREE with a new generation -> cut from the chain -> slots may be used again: a reader
          that copied from the slots sees another tag
 
-Free slots are replicated in each process (`FreeRuns`); the last changes are in the shard's
-journal, so that a holder catches up with what others did by replaying a few records. After
-longer absence, or after a death, it reads the entries instead.
+What a batch does to many blocks it does to all of them step by step, by numpy calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,18 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index import format as fmt
-from light_mem.index import keys as keymath
+from light_mem.index.chains import FEW, Chains, Slots, next_generations, tags_of
 from light_mem.index.file import IndexFile
+from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.order import EvictionOrder
-from light_mem.index.recovery import link_chains, occupied_runs, sound_blocks
-from light_mem.index.space import FreeRuns
+from light_mem.index.recovery import link_chains, sound_blocks
+from light_mem.index.replica import Run, SpaceReplica
 
 # A block in more runs than this costs its reader more than evicting one block further does.
 MAX_PIECES = 8
-
-Run = tuple[int, int]  # first slot, slots
 
 
 class Allocation(NamedTuple):
@@ -57,11 +54,9 @@ class ShardIndex:
         self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
         self._heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
         self._tags = self._entries["tag"]
+        self._chains = Chains(self._heads, self._entries)
         self._order = EvictionOrder(self._tags, self._entries["used"])
-        self._space: FreeRuns | None = None
-        self._epoch = -1
-        self._held_from = -1  # the epoch at which this hold began
-        self._unmarked: list[Run] = []  # allocated in this hold; the entries do not show it yet
+        self._space = SpaceReplica(self._control, self._entries)
 
     @contextmanager
     def change(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[bool]:
@@ -72,18 +67,17 @@ class ShardIndex:
         things in order, exactly as after a death.
         """
         with self._lock.hold(timeout):
-            self._unmarked = []
+            self._space.unmarked = []
             recovered = bool(self._control["dirty"][0])
             if recovered:
                 self.put_in_order()
             else:
                 self._control["dirty"] = fmt.CHANGING
-            self._catch_up()
-            self._held_from = self._epoch
+            self._space.begin()
             try:
                 yield recovered
             except BaseException:
-                self._space = None  # it may know of changes that nobody else does
+                self._space.distrust()
                 raise
             self._control["dirty"] = 0
 
@@ -101,58 +95,6 @@ class ShardIndex:
         """Slots at which no block and no run of one starts."""
         return np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.FREE)
 
-    # --- free space ------------------------------------------------------------------------------
-
-    def _catch_up(self) -> None:
-        epoch = int(self._control["epoch"][0])
-        missed = epoch - self._epoch
-        space = self._space
-        if space is None or not 0 <= missed <= fmt.JOURNAL_LENGTH:
-            self._read_space(epoch)
-            return
-        journal = self._control["journal"][0]
-        for at in range(self._epoch, epoch):
-            record = int(journal[at % fmt.JOURNAL_LENGTH])
-            start, length = record >> 32, record & fmt.JOURNAL_LENGTH_MASK
-            replay = space.add if record & fmt.JOURNAL_FREED else space.remove
-            sound = 0 < length <= self._f.slots - start
-            if not sound or not replay(start, length):
-                self._read_space(epoch)
-                return
-        self._epoch = epoch
-
-    def _read_space(self, epoch: int) -> None:
-        starts, lengths = occupied_runs(self._entries)
-        # Gaps between the furthest end so far and the next start: runs of a damaged index overlap.
-        ends = np.maximum.accumulate(np.concatenate(([0], starts + lengths)))
-        gaps = np.concatenate((starts, [self._f.slots])) - ends
-        free = np.flatnonzero(gaps > 0)
-        space = FreeRuns.of_gaps(ends[free].tolist(), gaps[free].tolist())
-        for start, length in self._unmarked:
-            space.remove(start, length)
-        self._space = space
-        self._epoch = epoch
-
-    def _journal(self, runs: Iterable[Run], freed: bool) -> None:
-        mark = fmt.JOURNAL_FREED if freed else 0
-        journal = self._control["journal"][0]
-        for start, length in runs:
-            if self._epoch > self._held_from:
-                # The last record of this hold, which nobody has seen, may just grow: a batch that
-                # fills neighbouring slots is one record, and others need not read the entries.
-                last = int(journal[(self._epoch - 1) % fmt.JOURNAL_LENGTH])
-                first, count = last >> 32, last & fmt.JOURNAL_LENGTH_MASK
-                if last & fmt.JOURNAL_FREED == mark and first + count == start:
-                    journal[(self._epoch - 1) % fmt.JOURNAL_LENGTH] = (
-                        first << 32 | mark | count + length
-                    )
-                    continue
-            journal[self._epoch % fmt.JOURNAL_LENGTH] = start << 32 | mark | length
-            self._epoch += 1
-        self._control["epoch"] = self._epoch
-
-    # --- writing a block -------------------------------------------------------------------------
-
     def find(self, low: int, high: int, nbytes: int | None = None) -> int | None:
         """First slot of the stored block of this key (and length, where one is given), or None."""
         entry = self._lookup.find_one(low, high, touch=False)
@@ -162,6 +104,13 @@ class ShardIndex:
         if nbytes is not None and int(self._entries["nbytes"][slot]) != nbytes:
             return None
         return slot
+
+    def find_many(self, keys: KeyArray) -> Slots:
+        """First slots of the stored blocks of these keys of this shard, -1: not stored."""
+        entries = self._lookup.find(keys, touch=False)
+        return np.where(entries < 0, -1, entries - self.shard * self._f.slots)
+
+    # --- room ------------------------------------------------------------------------------------
 
     def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
         """Take room for one block, evicting the least recently used ones where needed.
@@ -175,8 +124,7 @@ class ShardIndex:
         if slots > self._f.slots:
             return None
         while True:
-            space = self._space  # evicting a damaged block reads it anew
-            assert space is not None
+            space = self._space.runs  # evicting a damaged block reads it anew
             start = space.take(slots)
             if start is not None:
                 runs = [(start, slots)]
@@ -188,7 +136,7 @@ class ShardIndex:
                 runs = pieces
                 break
             if pieces is not None and len(pieces) > MAX_PIECES and len(evicted) < 2 * MAX_PIECES:
-                self._put_back(pieces)
+                self._space.put_back(pieces)
                 pieces = None
             if pieces is not None:
                 runs = pieces
@@ -205,35 +153,85 @@ class ShardIndex:
             left = self._take_out(victim)
             if left == [(victim, slots)]:
                 # The usual case of a full store: the free slots stay what they were for everyone.
-                self._unmarked += left
+                self._space.unmarked += left
                 return Allocation(victim, left)
             if left is not None:
                 self._free_runs(left)
-        self._journal(runs, freed=False)
-        self._control["used_slots"] += slots
-        self._unmarked += runs
+        self._space.taken(runs)
         return Allocation(runs[0][0], runs)
+
+    def allocate_many(
+        self, lengths: list[int], evicted: list[int], evict: bool = True
+    ) -> list[Allocation]:
+        """`allocate` for blocks of `lengths` slots, in this order, up to the first without room.
+
+        Blocks of one length follow each other on neighbouring slots where there is room, and take
+        the slots of evicted blocks of that length as they are.
+        """
+        given: list[Allocation] = []
+        uniform = len(set(lengths)) == 1
+        while len(given) < len(lengths):
+            length = lengths[len(given)]
+            alike = len(lengths) - len(given) if uniform else 1
+            space = self._space.runs
+            count = min(alike, space.longest // length)
+            start = space.take(count * length) if count else None
+            if start is not None:
+                self._space.taken([(start, count * length)])
+                given += [
+                    Allocation(at, [(at, length)])
+                    for at in range(start, start + count * length, length)
+                ]
+                continue
+            if evict and alike > FEW and space.total < length:
+                victims = self._evict_alike(alike, length)
+                if victims:
+                    evicted += victims
+                    given += [Allocation(slot, [(slot, length)]) for slot in victims]
+                    continue
+            where = self.allocate(length, evicted, evict)
+            if where is None:
+                break
+            given.append(where)
+        return given
+
+    def _evict_alike(self, count: int, length: int) -> list[int]:
+        """Evict up to `count` blocks, the oldest ones, as long as each is one run of `length`
+        slots; its slots are taken, not free. Empty: the oldest is another kind of block."""
+        oldest = self._order.oldest_many(count)
+        if not oldest:
+            return []
+        entries = self._entries[oldest]
+        pages = -(-entries["nbytes"].astype(np.int64) // self._f.geometry.page_bytes)
+        fits = (entries["run"] == length) & (entries["next_run"] == 0) & (pages == length)
+        fits &= np.array(oldest) + length <= self._f.slots
+        good = len(oldest) if fits.all() else int(fits.argmin())
+        self._order.put_back(oldest[good:])
+        victims = oldest[:good]
+        if not victims:
+            return []
+        slots = np.array(victims, np.int64)
+        self._control["evictions"] += good
+        self._tags[slots] = tags_of(fmt.FREE, 0, next_generations(self._tags[slots]))
+        self._chains.cut_out_many(slots)
+        self._control["unlinks"] += good
+        self._control["blocks"] -= good
+        self._space.unmarked += [(slot, length) for slot in victims]
+        return victims
 
     def take(self, runs: list[Run]) -> Allocation:
         """Take exactly these free slots for one block, as `allocate` would.
 
         Raises ValueError when they are not free: nothing was taken.
         """
-        space = self._space
-        assert space is not None
         for at, (start, length) in enumerate(runs):
-            if not space.remove(start, length):
-                self._put_back(runs[:at])
+            if not self._space.runs.remove(start, length):
+                self._space.put_back(runs[:at])
                 raise ValueError(f"slots {start} to {start + length - 1} are not free")
-        self._journal(runs, freed=False)
-        self._control["used_slots"] += sum(length for _, length in runs)
-        self._unmarked += runs
+        self._space.taken(runs)
         return Allocation(runs[0][0], runs)
 
-    def _put_back(self, runs: Iterable[Run]) -> bool:
-        space = self._space
-        assert space is not None
-        return all(space.add(start, length) for start, length in runs)
+    # --- writing a block -------------------------------------------------------------------------
 
     def mark(self, runs: list[Run], owner: int) -> None:
         """Mark allocated slots as being written by `owner`, whose intents already name them."""
@@ -244,7 +242,19 @@ class ShardIndex:
             entry["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
             state = fmt.WRITING if at == 0 else fmt.EXTENT
             entry["tag"] = fmt.make_tag(state, owner, generation)
-        self._unmarked = [run for run in self._unmarked if run not in runs]
+        self._space.unmarked = [run for run in self._space.unmarked if run not in runs]
+
+    def mark_many(self, allocations: list[Allocation], owner: int) -> None:
+        """`mark` for everything that was allocated in this hold."""
+        if any(len(where.runs) > 1 for where in allocations) or len(allocations) <= FEW:
+            for where in allocations:
+                self.mark(where.runs, owner)
+            return
+        starts = np.array([where.slot for where in allocations], np.int64)
+        self._entries["run"][starts] = [where.runs[0][1] for where in allocations]
+        self._entries["next_run"][starts] = 0
+        self._tags[starts] = tags_of(fmt.WRITING, owner, next_generations(self._tags[starts]))
+        self._space.unmarked = []
 
     def is_marked(self, slot: int, owner: int) -> bool:
         """Whether the block at `slot` is still being written by `owner`."""
@@ -258,12 +268,23 @@ class ShardIndex:
         entry = self._entries[slot]
         entry["low"], entry["high"] = low, high
         entry["checksum"], entry["nbytes"], entry["used"] = checksum, nbytes, now
-        bucket = keymath.mix_one(low, high) & (self._f.buckets - 1)
-        entry["next"] = self._heads[bucket]
-        entry["tag"] = fmt.make_tag(fmt.LIVE, 0, int(entry["tag"]) >> fmt.GENERATION_SHIFT)
-        self._heads[bucket] = slot + 1
+        tag = fmt.make_tag(fmt.LIVE, 0, int(entry["tag"]) >> fmt.GENERATION_SHIFT)
+        self._chains.put_in(slot, low, high, tag)
         self._control["blocks"] += 1
         self._control["inserts"] += 1
+
+    def publish_many(
+        self, slots: Slots, keys: KeyArray, checksums: list[int], nbytes: list[int], now: int
+    ) -> None:
+        """`publish` for blocks of different keys, none of which is stored."""
+        entries = self._entries
+        entries["low"][slots], entries["high"][slots] = keys[:, 0], keys[:, 1]
+        entries["checksum"][slots] = np.array(checksums, np.uint64)
+        entries["nbytes"][slots], entries["used"][slots] = nbytes, now
+        generations = self._tags[slots] >> np.uint64(fmt.GENERATION_SHIFT)
+        self._chains.put_in_many(slots, keys, tags_of(fmt.LIVE, 0, generations))
+        self._control["blocks"] += len(slots)
+        self._control["inserts"] += len(slots)
 
     # --- taking blocks out -----------------------------------------------------------------------
 
@@ -276,11 +297,10 @@ class ShardIndex:
     def _take_out(self, slot: int) -> list[Run] | None:
         """Make a stored block invisible; returns its runs, which are not among the free ones yet.
         None: its entry was damaged, and the shard has been put in order."""
-        entry = self._entries[slot]
-        runs = self._lookup.runs(self.shard, slot, int(entry["nbytes"]))
+        runs = self._lookup.runs(self.shard, slot, int(self._entries["nbytes"][slot]))
         self._free_tags([slot] if runs is None else [start for start, _ in runs])
-        bucket = keymath.mix_one(int(entry["low"]), int(entry["high"])) & (self._f.buckets - 1)
-        self._unlink(bucket, slot)
+        self._chains.cut_out(slot)
+        self._control["unlinks"] += 1
         self._control["blocks"] -= 1
         if runs is None:
             self.put_in_order()  # what it held is what no other block holds
@@ -301,27 +321,8 @@ class ShardIndex:
             self._tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
 
     def _free_runs(self, runs: list[Run]) -> None:
-        if not self._put_back(runs):
+        if not self._space.free(runs):
             self.put_in_order()  # damaged entries: two blocks in the same slots
-            return
-        self._journal(runs, freed=True)
-        self._control["used_slots"] -= sum(length for _, length in runs)
-
-    def _unlink(self, bucket: int, slot: int) -> None:
-        link, following = slot + 1, int(self._entries[slot]["next"])
-        if int(self._heads[bucket]) == link:
-            self._heads[bucket] = following
-        else:
-            at = int(self._heads[bucket])
-            for _ in range(self._f.slots):
-                if not 0 < at <= self._f.slots:
-                    break
-                after = int(self._entries["next"][at - 1])
-                if after == link:
-                    self._entries["next"][at - 1] = following
-                    break
-                at = after
-        self._control["unlinks"] += 1
 
     def clear(self) -> list[int]:
         """Take out all stored blocks; returns their first slots. Blocks being written stay so."""
@@ -350,11 +351,12 @@ class ShardIndex:
         states = self._tags & np.uint64(fmt.STATE_MASK)
         self._control["blocks"] = np.count_nonzero(states == fmt.LIVE)
         used = int(self._entries["run"][states != fmt.FREE].sum())
-        self._control["used_slots"] = used + sum(length for _, length in self._unmarked)
+        used += sum(length for _, length in self._space.unmarked)
+        self._control["used_slots"] = used
         self._control["unlinks"] += 1
         # Further than the journal reaches: every replica reads the entries.
         self._control["epoch"] += fmt.JOURNAL_LENGTH + 1
-        self._read_space(int(self._control["epoch"][0]))
+        self._space.read()
         self._control["dirty"] = fmt.CHANGING
 
 

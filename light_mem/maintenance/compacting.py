@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.shard_file import ShardFile, Written
 from light_mem.index import recovery
 from light_mem.index.owners import Owner, Owners
-from light_mem.index.shard import Run, ShardIndex
+from light_mem.index.replica import Run
+from light_mem.index.shard import ShardIndex
 from light_mem.index.space import FreeRuns
 from light_mem.maintenance.store import blocks_in
 
@@ -130,8 +131,8 @@ class _Compaction:
         source = np.concatenate([np.arange(a, a + n) for a, n in block.runs])
         target = np.concatenate([np.arange(a, a + n) for a, n in runs])
         for a, b in zip(source.tolist(), target.tolist(), strict=True):
-            file.pages(b, 1)[:] = file.pages(a, 1)
-        file.write_records(runs, low, high, checksum, nbytes, written)
+            file.bytes(b, 1)[:] = file.bytes(a, 1)
+        file.write_records([Written(low, high, checksum, nbytes, runs, written)])
         index.publish(runs[0][0], low, high, checksum, nbytes, block.used)
         index.remove(block.slot)
         file.clear_records([block.slot])

@@ -18,6 +18,7 @@ import numpy as np
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import describe
+from light_mem.engine.places import Regions
 from light_mem.errors import StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.maintenance.data import Progress
@@ -161,7 +162,7 @@ class _Import:
             return False
         geometry = engine.geometry
         shard = keymath.shard_of(keymath.mix_one(block.low, block.high), geometry.shards)
-        needed = self._batch_slots[shard] + len(block.data) // geometry.page_bytes
+        needed = self._batch_slots[shard] - (-len(block.data) // geometry.page_bytes)
         if engine.free_slots(shard) < needed:
             self.no_room += 1
             return False
@@ -169,11 +170,10 @@ class _Import:
         return True
 
     def _store(self, engine: LocalStorageEngine, blocks: list[ExportedBlock]) -> None:
-        page_bytes = self._source.page_bytes
         batch = []
         for block in blocks:
-            pages = np.frombuffer(block.data, np.uint8).reshape(-1, page_bytes)
-            batch.append(BlockIO(block.low, block.high, pages, np.arange(len(pages))))
+            place = Regions(np.frombuffer(block.data, np.uint8), [(0, len(block.data))])
+            batch.append(BlockIO(block.low, block.high, place))
 
         def report(at: int, outcome: Outcome) -> None:
             if outcome is Outcome.STORED:

@@ -185,7 +185,7 @@ def _complete(store: Store, sums: _Sums) -> None:
             for _, entry, runs in rows:
                 names = ("low", "high", "checksum", "nbytes", "used")
                 low, high, checksum, nbytes, used = (int(entry[name][0]) for name in names)
-                file.write_records(runs, low, high, checksum, nbytes, used)
+                file.write_records([shard_file.Written(low, high, checksum, nbytes, runs, used)])
             file.sync()
         finally:
             file.close()

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.shard_file import ShardFile, data_path
+from light_mem.engine.shard_file import ShardFile, Written, data_path
 from light_mem.errors import LightMemError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -144,4 +144,5 @@ class Repair:
         if runs is not None:
             # When it was written nobody knows any more: not after its last use.
             used = int(entry["used"])
-            file.write_records(runs, low, high, int(entry["checksum"]), nbytes, used)
+            checksum = int(entry["checksum"])
+            file.write_records([Written(low, high, checksum, nbytes, runs, used)])

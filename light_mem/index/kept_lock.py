@@ -1,0 +1,82 @@
+"""A `filelock` lock that keeps its file open between two holds.
+
+filelock opens and closes the file each time, which costs more than everything else that a holder
+of a shard's lock does for a block. The lock is the same flock(2) on the same file, so it excludes
+plain `filelock.FileLock` objects, other processes, and other objects of this one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+
+import filelock
+
+
+class KeptFileLock(filelock.BaseFileLock):
+    """An exclusive lock on one path. Not reentrant; threads need a lock of their own around it.
+
+    A file that was replaced or deleted while it was open here is noticed at the next acquisition:
+    the lock is always that of the file which the path names.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, mode=0o600, thread_local=False)
+        self._path = path
+        self._descriptor = -1
+        self._identity = (0, 0)
+        self._locked = False
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._locked
+
+    def _acquire(self) -> None:
+        while not self._locked:
+            if self._descriptor < 0:
+                self._open()
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                if self._is_current():
+                    return  # somebody else's: the caller waits and tries again
+            else:
+                # After the lock: the file may have been replaced between the two calls.
+                self._locked = self._is_current()
+            if not self._locked:
+                self.abandon()
+
+    def _release(self) -> None:
+        self._locked = False
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        found = os.fstat(self._descriptor)
+        self._identity = (found.st_dev, found.st_ino)
+
+    def _is_current(self) -> bool:
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
+
+    def abandon(self) -> None:
+        """Close the descriptor without unlocking: in a forked child the lock is the parent's, and
+        left open it would outlive the parent for as long as the child lives."""
+        self._locked = False
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def __del__(self) -> None:
+        # Closing is unlocking, unless a forked child still has it open.
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.abandon()
