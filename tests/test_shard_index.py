@@ -13,6 +13,7 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
 from light_mem.index.recovery import states_of
+from light_mem.index.replica import SpaceReplica
 from light_mem.index.shard import MAX_PIECES, ShardIndex
 from tests.engine_helpers import (
     PAGE,
@@ -245,8 +246,8 @@ def test_a_replica_that_was_away_catches_up(
     with away.change():
         kept = put(away, 1000, 3)
     reads: list[int] = []
-    real = ShardIndex._read_space
-    monkeypatch.setattr(ShardIndex, "_read_space", lambda s, e: (reads.append(e), real(s, e))[1])
+    real = SpaceReplica.read
+    monkeypatch.setattr(SpaceReplica, "read", lambda s: (reads.append(1), real(s))[1])
     with busy.change():
         reads.clear()
         for key in range(changes):  # two records of the journal each
