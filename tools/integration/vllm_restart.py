@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ import psutil
 from light_mem import maintenance
 
 HERE = Path(__file__).resolve().parent
-BLOCK = 16  # tokens
+BLOCK = 32  # tokens; vLLM on a CPU wants multiples of it
 STORE_BYTES = 64 << 20
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,7 +44,7 @@ MODEL = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
-    "torch_dtype": "float32",
+    "dtype": "float32",
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -68,6 +69,43 @@ class Checks:
         print(f"{'PASS' if fine else 'FAIL'}  {what}", flush=True)
 
 
+def make_model(directory: Path, seed: int) -> None:
+    """A Llama with random weights whose answers depend on all of a prompt: vLLM's own dummy weights
+    are so small that the last token alone decides."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner, vocab = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["vocab_size"]
+    heads = {"q": MODEL["num_attention_heads"], "k": MODEL["num_key_value_heads"]}
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * (gain / columns**0.5)
+
+    tensors = {
+        "model.embed_tokens.weight": matrix(vocab, hidden, hidden**0.5),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": matrix(vocab, hidden),
+    }
+    for n in range(MODEL["num_hidden_layers"]):
+        layer = f"model.layers.{n}."
+        width = {name: count * MODEL["head_dim"] for name, count in heads.items()}
+        tensors |= {
+            layer + "input_layernorm.weight": torch.ones(hidden),
+            layer + "post_attention_layernorm.weight": torch.ones(hidden),
+            layer + "self_attn.q_proj.weight": matrix(width["q"], hidden, 2.0),
+            layer + "self_attn.k_proj.weight": matrix(width["k"], hidden, 2.0),
+            layer + "self_attn.v_proj.weight": matrix(width["k"], hidden, 2.0),
+            layer + "self_attn.o_proj.weight": matrix(hidden, width["q"], 2.0),
+            layer + "mlp.gate_proj.weight": matrix(inner, hidden),
+            layer + "mlp.up_proj.weight": matrix(inner, hidden),
+            layer + "mlp.down_proj.weight": matrix(hidden, inner),
+        }
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
 class Engines:
     """Starts engines, one after another, on stores in one directory."""
 
@@ -75,8 +113,7 @@ class Engines:
         self.directory = directory
         self.prompts = prompts
         self.model = directory / "model"
-        self.model.mkdir()
-        (self.model / "config.json").write_text(json.dumps(MODEL))
+        make_model(self.model, seed=0)
         self._lives = 0
 
     def life(
@@ -105,8 +142,6 @@ class Engines:
             self._follow(process, answer, log, store, when_done)
         finally:
             _kill(process)
-            # vLLM removes it in order, and leaves it behind when it is killed.
-            Path(f"/dev/shm/vllm_offload_{engine_id}.mmap").unlink(missing_ok=True)
         found: dict[str, Any] = json.loads(answer.read_text())
         found["log"] = log.read_text(errors="replace")
         return found
@@ -139,7 +174,6 @@ class Engines:
             "max_tokens": 16,
             "wait_to_be_killed": wait,
             "engine": {
-                "load_format": "dummy",
                 "skip_tokenizer_init": True,
                 "enforce_eager": True,
                 "seed": 0,
@@ -171,11 +205,22 @@ class Engines:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for all of an engine's processes at once; returns when they are gone."""
+    """SIGKILL for all of an engine's processes at once; returns when they are gone.
+
+    vLLM then leaves its shared memory behind: what they had mapped is removed here.
+    """
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         family = []
+    left: set[str] = set()
+    for pid in [process.pid, *(member.pid for member in family)]:
+        try:
+            left.update(
+                re.findall(r"/dev/shm/(?:psm_|vllm_)\S+", Path(f"/proc/{pid}/maps").read_text())
+            )
+        except OSError:
+            pass
     try:
         os.killpg(process.pid, signal.SIGKILL)  # its own session: nobody else is in it
     except ProcessLookupError:
@@ -184,11 +229,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     _, alive = psutil.wait_procs(family, timeout=20)
     for member in alive:
         member.kill()
+    for path in left:
+        Path(path).unlink(missing_ok=True)
 
 
 def stored_blocks(store: Path) -> int:
     """Blocks in a store, looked up from outside."""
-    return int(maintenance.inspect(store)["blocks"])
+    return maintenance.inspect(store).blocks
 
 
 def wait_for_blocks(wanted: int) -> Callable[[Path], None]:
@@ -207,6 +254,8 @@ def wait_for_blocks(wanted: int) -> Callable[[Path], None]:
 def run(directory: Path, tokens: int, check: Checks) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 1024) for _ in range(n)] for n in (tokens, 700, 333)]
+    half = tokens // 2  # shows that the answer depends on what is loaded
+    prompts.append([rng.randrange(3, 1024) for _ in range(half)] + prompts[0][half:])
     chunks = [len(p) // BLOCK for p in prompts]
     # The chunk that holds the last token of a prompt is computed for its logits.
     usable = [(len(p) - 1) // BLOCK for p in prompts]
@@ -240,9 +289,8 @@ def run(directory: Path, tokens: int, check: Checks) -> None:
     report("cold", cold)
     check(all(r["cached"] == 0 for r in cold["requests"]), "cold: nothing from a cache")
     check(loaded(cold) == 0, "cold: nothing loaded from LightMem")
-    check(
-        stored_blocks(store) == sum(chunks), f"cold: {stored_blocks(store)} chunks in the store"
-    )
+    check(answers(cold)[0] != answers(cold)[3], "cold: another first half gives other tokens")
+    check(stored_blocks(store) == sum(chunks), f"cold: {stored_blocks(store)} chunks in the store")
     hits("restart", engines.life(store))
 
     killed = directory / "killed"
@@ -259,10 +307,10 @@ def run(directory: Path, tokens: int, check: Checks) -> None:
     check(loaded(other) == 0, "another namespace: nothing loaded")
     check(all(r["cached"] == 0 for r in other["requests"]), "another namespace: no hit")
     check(answers(other) == answers(cold), "another namespace: same tokens as cold")
-    (engines.model / "config.json").write_text(json.dumps({**MODEL, "rms_norm_eps": 1e-3}))
+    make_model(engines.model, seed=1)
     changed = engines.life(store)
-    check(loaded(changed) == 0, "a changed model of the same name: nothing loaded")
-    check(answers(changed) != answers(cold), "a changed model of the same name: other tokens")
+    check(loaded(changed) == 0, "other weights in the same place: nothing loaded")
+    check(answers(changed) != answers(cold), "other weights in the same place: other tokens")
 
 
 def main() -> int:
