@@ -29,10 +29,12 @@ def engine(**parts: Any) -> dict[str, Any]:
 
 
 def offloading(extra: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return engine_config.describe_offloading(fakes.OffloadingConfig(extra or {}, **changes))
+    return engine_config.describe_offloading(
+        fakes.OffloadingConfig({} if extra is None else extra, **changes)
+    )
 
 
-# --- the hash of a key -----------------------------------------------------------------------------
+# --- the hash of a key ----------------------------------------------------------------------------
 
 
 def test_a_hash_depends_on_every_bit_of_the_key_and_on_the_description() -> None:
@@ -61,7 +63,7 @@ def test_the_order_of_the_description_does_not_matter() -> None:
     assert Namespace({"a": 1, "b": 2}).name == Namespace({"b": 2, "a": 1}).name
 
 
-# --- configuration ---------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_a_description_is_the_same_in_another_process() -> None:
     assert len(names) == 1
 
 
-# --- weights ---------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 LARGE = (1 << 20) + 12345
 

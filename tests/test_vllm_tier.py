@@ -27,7 +27,9 @@ def key(n: int, group: int = 0) -> bytes:
 
 
 def spec_of(extra: dict[str, Any] | None = None, **changes: Any) -> Any:
-    return fakes.TieringOffloadingSpec(fakes.OffloadingConfig(extra or {}, **changes))
+    return fakes.TieringOffloadingSpec(
+        fakes.OffloadingConfig({} if extra is None else extra, **changes)
+    )
 
 
 class Life:
@@ -207,13 +209,15 @@ def test_stats_are_told_once_and_under_declared_names(
 
 
 def test_touched_blocks_outlive_others(live: Callable[..., Life]) -> None:
-    life = live(storage_size=16 * ROW_BYTES)
-    life.store(1, KEYS, list(range(8)))
-    life.store(2, [key(n) for n in range(8, 16)], list(range(8, 16)))
-    life.tier.touch(KEYS, R)
+    life = live()  # room for 64
+    old = [key(n) for n in range(32)]
+    life.store(1, old, list(range(32)))
+    life.store(2, [key(n) for n in range(32, 64)], list(range(32)))
+    life.tier.touch(old, R)
     life.tier.drain_jobs()
-    life.store(3, [key(n) for n in range(16, 20)], list(range(16, 20)))
-    assert life.hits(KEYS) == [True] * 8
+    life.store(3, [key(n) for n in range(64, 72)], list(range(8)))
+    assert life.hits(old) == [True] * 32
+    assert sum(life.hits([key(n) for n in range(32, 64)])) == 24
 
 
 def test_shutdown_finishes_stores_and_lets_go_of_the_memory(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from light_mem import InvalidArgumentError, LocalCacheService, TaskTableFullError, allocate_kvcache
@@ -43,6 +44,7 @@ def service(tmp_path: Path) -> Iterator[Gate]:
     kv = allocate_kvcache(4096, ROW)
     with Gate(tmp_path / "store", 4096 * ROW, 1, kv, 1, create_timeout=0.0) as service:
         yield service
+    service.__dict__.clear()  # pytest keeps the object for longer than its memory may live
 
 
 @pytest.fixture
@@ -127,7 +129,6 @@ def test_of_a_large_job_the_part_that_found_room_counts(
 
 
 def test_a_load_that_takes_too_long_is_given_up(service: Gate) -> None:
-    # The service does not run: nobody begins a block.
     transfers = TierTransfers(service, Namespace({}), max_queued=64, load_timeout=0.0)
     hashes = transfers_hashes(KEYS[:3])
     service.run()
@@ -149,8 +150,6 @@ def transfers_hashes(keys: Sequence[bytes]) -> list[int]:
 
 
 def stop_workers(service: LocalCacheService, stop: bool) -> None:
-    import psutil
-
     for pid in service.worker_pids:
         (psutil.Process(pid).suspend if stop else psutil.Process(pid).resume)()
 

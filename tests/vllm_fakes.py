@@ -12,7 +12,6 @@ import mmap
 import os
 import sys
 import uuid
-from abc import ABC
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,7 +77,7 @@ class Metric:
     labelnames: tuple[str, ...] = ()
 
 
-class SecondaryTierManager(ABC):
+class SecondaryTierManager:
     def __init__(
         self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str, detector: Any
     ) -> None:
@@ -106,7 +105,7 @@ class OffloadingConnectorStats:
         self.values[name] = value
 
 
-# --- configuration, as vLLM's dataclasses name it --------------------------------------------------
+# --- configuration, as vLLM's dataclasses name it -------------------------------------------------
 
 
 @dataclass
@@ -204,7 +203,7 @@ class TieringOffloadingSpec:
         self.replicated_layout = config.replicated_layout
 
 
-# --- in the place of vLLM --------------------------------------------------------------------------
+# --- in the place of vLLM -------------------------------------------------------------------------
 
 
 class SecondaryTierFactory:
@@ -223,9 +222,7 @@ def _modules() -> dict[str, dict[str, Any]]:
     here = globals()
     base = {
         name: here[name]
-        for name in (
-            "Locality LookupResult Medium ReqContext RequestOffloadingContext".split()  # noqa: SIM905
-        )
+        for name in ("Locality LookupResult Medium ReqContext RequestOffloadingContext".split())
     }
     return {
         "vllm": {"__version__": "0.33.0"},

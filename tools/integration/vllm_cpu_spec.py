@@ -56,7 +56,8 @@ class CpuTieringSpec(TieringOffloadingSpec):
     """TieringOffloadingSpec with a CopyWorker."""
 
     def get_worker(self, kv_caches: Any) -> OffloadingWorker:
-        assert self.blocks_per_chunk == 1 and len(self.config.groups) == 1
+        assert self.blocks_per_chunk == 1
+        assert len(self.config.groups) == 1
         region = SharedOffloadRegion(
             engine_id=self._engine_id,
             num_chunks=self.num_chunks,
