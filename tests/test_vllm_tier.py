@@ -209,7 +209,7 @@ def test_stats_are_told_once_and_under_declared_names(
 
 
 def test_touched_blocks_outlive_others(live: Callable[..., Life]) -> None:
-    life = live()  # room for 64
+    life = live(max_queued_blocks=32)  # room for 64
     old = [key(n) for n in range(32)]
     life.store(1, old, list(range(32)))
     life.store(2, [key(n) for n in range(32, 64)], list(range(32)))

@@ -22,7 +22,7 @@ def rows_of(view: memoryview) -> torch.Tensor:
             f"{'a read-only' if view.readonly else 'a'} one of shape {view.shape} and strides "
             f"{view.strides}"
         )
-    rows = view.shape[0]
+    rows = len(view)
     return torch.frombuffer(view, dtype=torch.uint8).view(rows, view.nbytes // rows)
 
 

@@ -109,7 +109,13 @@ class TierTransfers:
         if len(job.keys) > room:
             job.dropped = len(job.keys) - room
             job.keys, job.rows = job.keys[:room], job.rows[:room]
-            self._warn("drop", "stores are dropped: %d blocks are under way", self._storing)
+            self._warn(
+                "drop",
+                "%d blocks of a store of %d are dropped: at most %d may be under way",
+                job.dropped,
+                job.dropped + room,
+                self._max_queued,
+            )
         self._storing += len(job.keys)
         self._submit(job)
 
