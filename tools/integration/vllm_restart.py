@@ -217,7 +217,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     for pid in [process.pid, *(member.pid for member in family)]:
         try:
             left.update(
-                re.findall(r"/dev/shm/(?:psm_|vllm_)\S+", Path(f"/proc/{pid}/maps").read_text())
+                re.findall(
+                    r"/dev/shm/(?:psm_|vllm_|sem\.mp-)\S+", Path(f"/proc/{pid}/maps").read_text()
+                )
             )
         except OSError:
             pass
