@@ -106,6 +106,11 @@ class CacheService(ABC):
         self._count("queried", len(keys), "hits", length)
         return length
 
+    def touch(self, hashes: Sequence[HashValue]) -> None:
+        """Count hashes as used for eviction, those that are stored; no look-up in `stats()`."""
+        self._check()
+        self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
+
     def _count(self, name: str, n: int, other: str, m: int) -> None:
         # Statistics: two threads at once may lose one of their additions.
         counters = self._session.counters

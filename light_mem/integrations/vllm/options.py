@@ -1,0 +1,69 @@
+"""The options of the tier in vLLM's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from light_mem import blocks
+from light_mem.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class TierOptions:
+    """What an entry of `secondary_tiers` may say beside `type`, `module_path`, `backpressure`.
+
+    file               directory of the store
+    storage_size       bytes of chunks that the store holds at most; allocated when it is opened
+    num_of_shard       shards of a new store; an existing one must have as many
+    num_workers        processes that copy
+    weights            tells these weights from others, in place of what LightMem finds out
+    namespace          told apart: what is stored under another text is not found
+    max_queued_blocks  chunks of stores that may wait; more are dropped. 0: half the primary tier
+    load_timeout       seconds after which a load gives up what nobody has begun
+    shutdown_timeout   seconds that the shutdown waits for stores
+    verify, durability as for LocalCacheService
+    locality           "LOCAL" or "REMOTE", for vLLM's filter of tiers
+    """
+
+    file: str
+    storage_size: int
+    num_of_shard: int = 8
+    num_workers: int = 4
+    weights: str | None = None
+    namespace: str = ""
+    max_queued_blocks: int = 0
+    load_timeout: float = 30.0
+    shutdown_timeout: float = 10.0
+    verify: bool = True
+    durability: str = "kernel"
+    locality: str = "LOCAL"
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> TierOptions:
+        """The options; raises InvalidArgumentError for one that is missing, unknown or wrong."""
+        fields = dataclasses.fields(cls)
+        unknown = sorted(set(options) - {field.name for field in fields})
+        missing = sorted({"file", "storage_size"} - set(options))
+        if unknown or missing:
+            raise InvalidArgumentError(
+                f"the light_mem tier: unknown options {unknown}, missing options {missing}; it has "
+                f"{', '.join(field.name for field in fields)}",
+                unknown=unknown,
+                missing=missing,
+            )
+        found = cls(**options)
+        for name in ("file", "namespace", "weights", "locality"):
+            value = getattr(found, name)
+            if not isinstance(value, str) and not (name == "weights" and value is None):
+                raise InvalidArgumentError(f"{name} is a text, not {value!r}", **{name: value})
+        if found.weights == "":
+            raise InvalidArgumentError("weights is a text that tells something, or left out")
+        if found.locality not in ("LOCAL", "REMOTE"):
+            raise InvalidArgumentError(f'locality is "LOCAL" or "REMOTE", not {found.locality!r}')
+        blocks.whole_number("max_queued_blocks", found.max_queued_blocks, 0, 2**31)
+        blocks.seconds("load_timeout", found.load_timeout)
+        blocks.seconds("shutdown_timeout", found.shutdown_timeout)
+        return found

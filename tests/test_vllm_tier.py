@@ -1,0 +1,320 @@
+"""The tier as vLLM sees it: store, restart, look-up, load; against fakes of vLLM's types."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from light_mem import InvalidArgumentError, maintenance
+from light_mem.integrations.vllm import plugin
+from tests import vllm_fakes as fakes
+from tests.conftest import wait_until
+from tests.payload import page_bytes_of
+
+ROWS, ROW_BYTES = 32, 8192
+R = fakes.ReqContext("r")
+
+
+def key(n: int, group: int = 0) -> bytes:
+    """A key as vLLM makes it: 32 bytes of hash, 4 of the group."""
+    return n.to_bytes(32, "big") + group.to_bytes(4, "big")
+
+
+def spec_of(extra: dict[str, Any] | None = None, **changes: Any) -> Any:
+    return fakes.TieringOffloadingSpec(
+        fakes.OffloadingConfig({} if extra is None else extra, **changes)
+    )
+
+
+class Life:
+    """One life of an engine: a primary tier and the tier on it."""
+
+    def __init__(self, module: Any, store: Path, spec: Any = None, **options: Any) -> None:
+        self.primary = fakes.Primary(ROWS, ROW_BYTES)
+        settings = {"weights": "w", "storage_size": 64 * ROW_BYTES, "num_of_shard": 1}
+        settings |= {"num_workers": 1, "file": str(store), **options}
+        try:
+            self.tier = module.LightMemTier(spec or spec_of(), self.primary.view, "lm", **settings)
+        except BaseException:
+            gc.collect()
+            self.primary.close()
+            raise
+
+    def wait(self, *numbers: int) -> dict[int, Any]:
+        """The results of these jobs, once they are over; each is told once."""
+        found: dict[int, Any] = {}
+
+        def poll() -> bool:
+            for result in self.tier.get_finished_jobs():
+                assert result.job_id not in found
+                found[result.job_id] = result
+            return set(found) >= set(numbers)
+
+        wait_until(poll, what=f"jobs {numbers}")
+        assert set(found) == set(numbers)
+        return found
+
+    def store(self, number: int, keys: list[bytes], rows: list[int]) -> Any:
+        for k, row in zip(keys, rows, strict=True):
+            self.primary.put(row, page_bytes_of(k, 0, ROW_BYTES))
+        self.tier.submit_store(fakes.job(number, keys, rows))
+        return self.wait(number)[number]
+
+    def load(self, number: int, keys: list[bytes], rows: list[int]) -> Any:
+        self.primary.array[rows] = -91
+        self.tier.submit_load(fakes.job(number, keys, rows, load=True))
+        return self.wait(number)[number]
+
+    def holds(self, k: bytes, row: int) -> bool:
+        return bool(np.array_equal(self.primary.bytes(row), page_bytes_of(k, 0, ROW_BYTES)))
+
+    def hits(self, keys: list[bytes], request: fakes.ReqContext = R) -> list[bool]:
+        results = [self.tier.lookup(k, request) for k in keys]
+        assert set(results) <= {fakes.LookupResult.HIT, fakes.LookupResult.MISS}
+        return [result is fakes.LookupResult.HIT for result in results]
+
+    def end(self) -> None:
+        self.tier.shutdown()
+        self.primary.close()
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    with fakes.installed(monkeypatch) as module:
+        yield module
+
+
+@pytest.fixture
+def live(module: Any, tmp_path: Path) -> Iterator[Callable[..., Life]]:
+    """Makes lives on one store; ends those that the test did not."""
+    lives: list[Life] = []
+
+    def make(spec: Any = None, **options: Any) -> Life:
+        lives.append(Life(module, tmp_path / "store", spec, **options))
+        return lives[-1]
+
+    yield make
+    for life in lives:
+        if life.primary.array is not None:
+            life.end()
+
+
+KEYS = [key(n) for n in range(8)]
+
+
+def test_a_new_engine_loads_what_the_last_one_stored(live: Callable[..., Life]) -> None:
+    first = live()
+    assert first.hits(KEYS) == [False] * 8
+    result = first.store(1, KEYS, list(range(8)))
+    assert result.success
+    assert result.transfer_bytes == 8 * ROW_BYTES
+    assert result.transfer_time >= 0
+    first.end()
+    second = live()
+    assert second.hits([*KEYS, key(9)]) == [True] * 8 + [False]
+    rows = [30, 3, 17, 5, 8, 0, 1, 2]
+    result = second.load(1, KEYS, rows)
+    assert result.success
+    assert result.successful_keys is None
+    assert all(second.holds(k, row) for k, row in zip(KEYS, rows, strict=True))
+
+
+def test_keys_may_be_a_set_in_the_order_of_their_rows(live: Callable[..., Life]) -> None:
+    life = live()
+    keys = set(KEYS)  # the scheduler's jobs have sets
+    for row, k in enumerate(keys):
+        life.primary.put(row, page_bytes_of(k, 0, ROW_BYTES))
+    life.tier.submit_store(fakes.job(1, keys, range(8)))
+    assert life.wait(1)[1].success
+    assert life.load(2, [KEYS[5]], [20]).success
+    assert life.holds(KEYS[5], 20)
+
+
+def test_groups_of_one_hash_are_blocks_of_their_own(live: Callable[..., Life]) -> None:
+    life = live()
+    life.store(1, [key(1, group=0)], [0])
+    assert life.hits([key(1, group=0), key(1, group=1)]) == [True, False]
+
+
+def test_a_load_that_finds_a_part_says_which(live: Callable[..., Life]) -> None:
+    life = live()
+    life.store(1, KEYS[:2], [0, 1])
+    result = life.load(2, [KEYS[0], key(77), KEYS[1]], [5, 6, 7])
+    assert not result.success
+    assert result.successful_keys == (KEYS[0], KEYS[1])
+    assert life.holds(KEYS[0], 5)
+    assert life.holds(KEYS[1], 7)
+
+
+def test_a_load_that_finds_nothing_fails_and_is_not_tried_again_by_its_request(
+    live: Callable[..., Life],
+) -> None:
+    life = live()
+    result = life.load(1, [KEYS[0]], [0])
+    assert not result.success
+    assert result.successful_keys is None
+    life.store(2, [KEYS[0]], [1])
+    other = fakes.ReqContext("another")
+    assert life.hits([KEYS[0]]) == [False]
+    assert life.hits([KEYS[0]], other) == [True]
+    life.tier.on_request_finished(R)
+    assert life.hits([KEYS[0]]) == [True]
+
+
+def test_a_damaged_block_is_computed_anew(live: Callable[..., Life], tmp_path: Path) -> None:
+    life = live()
+    life.store(1, [KEYS[0]], [0])
+    life.end()
+    data = tmp_path / "store" / "shard-000.data"
+    content = bytearray(data.read_bytes())
+    content[4096 + 100] ^= 1
+    data.write_bytes(content)
+    life = live()
+    assert life.hits([KEYS[0]]) == [True]
+    assert not life.load(1, [KEYS[0]], [0]).success
+    assert life.hits([KEYS[0]], fakes.ReqContext("another")) == [False]
+
+
+def test_stores_beyond_the_queue_are_dropped_and_counted(live: Callable[..., Life]) -> None:
+    life = live(max_queued_blocks=3)
+    result = life.store(1, KEYS, list(range(8)))
+    assert not result.success
+    assert life.hits(KEYS) == [True] * 3 + [False] * 5
+    told = life.tier.get_stats().values
+    assert told["vllm:kv_offload_light_mem_dropped_blocks"] == 5
+    assert told["vllm:kv_offload_light_mem_dropped_stores"] == 1
+    assert told["vllm:kv_offload_light_mem_stored_blocks"] == 3
+    assert life.store(2, KEYS[3:6], [3, 4, 5]).success  # there is room again
+
+
+def test_stats_are_told_once_and_under_declared_names(
+    live: Callable[..., Life], module: Any
+) -> None:
+    life = live()
+    assert life.tier.get_stats() is None
+    life.store(1, KEYS, list(range(8)))
+    life.load(2, [KEYS[0], key(77)], [9, 10])
+    told = life.tier.get_stats().values
+    assert told["vllm:kv_offload_light_mem_stored_blocks"] == 8
+    assert told["vllm:kv_offload_light_mem_loaded_blocks"] == 1
+    assert told["vllm:kv_offload_light_mem_failed_load_blocks"] == 1
+    assert set(told) <= set(module.LightMemTier.build_metric_definitions({}))
+    assert life.tier.get_stats() is None
+
+
+def test_touched_blocks_outlive_others(live: Callable[..., Life]) -> None:
+    life = live(max_queued_blocks=32)  # room for 64
+    old = [key(n) for n in range(32)]
+    life.store(1, old, list(range(32)))
+    life.store(2, [key(n) for n in range(32, 64)], list(range(32)))
+    life.tier.touch(old, R)
+    life.tier.drain_jobs()
+    life.store(3, [key(n) for n in range(64, 72)], list(range(8)))
+    assert life.hits(old) == [True] * 32
+    assert sum(life.hits([key(n) for n in range(32, 64)])) == 24
+
+
+def test_shutdown_finishes_stores_and_lets_go_of_the_memory(
+    live: Callable[..., Life], tmp_path: Path
+) -> None:
+    life = live()
+    life.tier.submit_store(fakes.job(1, KEYS, range(8)))
+    life.end()  # BufferError when the tier still holds the view
+    life.tier.shutdown()  # once more does nothing
+    assert maintenance.inspect(tmp_path / "store").blocks == 8
+    assert life.hits(KEYS) == [False] * 8
+
+
+def test_after_draining_every_result_is_there(live: Callable[..., Life]) -> None:
+    life = live()
+    for n in range(8):
+        life.tier.submit_store(fakes.job(n, [KEYS[n]], [n]))
+    life.tier.drain_jobs()
+    assert {result.job_id for result in life.tier.get_finished_jobs()} == set(range(8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel": fakes.OffloadingParallelConfig(tp_size=2, world_size=2)},
+        {"model": fakes.OffloadingModelConfig(dtype="fp8_e4m3")},
+        {"kv_cache_layout": "HND"},
+        {"cache": fakes.OffloadingCacheConfig(tokens_per_hash=32)},
+    ],
+)
+def test_another_configuration_finds_nothing(live: Callable[..., Life], change: Any) -> None:
+    first = live()
+    first.store(1, KEYS, list(range(8)))
+    first.end()
+    assert live(spec_of(**change)).hits(KEYS) == [False] * 8
+    assert live(weights="others").hits(KEYS) == [False] * 8
+    assert live(namespace="mine").hits(KEYS) == [False] * 8
+    # Another life, another replica, another size of the primary tier: the same bytes.
+    replica = fakes.OffloadingParallelConfig(data_parallel_index=1, data_parallel_size=2)
+    same = spec_of({"cpu_bytes_to_use": 1 << 30}, parallel=replica)
+    assert live(same).hits(KEYS) == [True] * 8
+
+
+def test_the_engines_configuration_is_found_and_counts(
+    live: Callable[..., Life], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1" * 100)
+    named = fakes.OffloadingModelConfig(name=str(model))
+
+    def life(**settings: Any) -> Life:
+        extra: dict[str, Any] = {}
+        engine = fakes.VllmConfig(
+            SimpleNamespace(kv_connector_extra_config=extra), fakes.ModelConfig(**settings)
+        )
+        made = live(spec_of(extra, model=named), weights=None)
+        assert engine.model_config.model == "m"
+        return made
+
+    life().store(1, KEYS, list(range(8)))
+    assert life().hits(KEYS) == [True] * 8
+    assert life(quantization="fp8").hits(KEYS) == [False] * 8
+    (model / "model.safetensors").write_bytes(b"2" * 100)
+    assert life().hits(KEYS) == [False] * 8
+
+
+def test_without_the_engines_configuration_the_user_must_tell(live: Callable[..., Life]) -> None:
+    with pytest.raises(ValueError, match='Set "weights"'):
+        live(weights=None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"flie": "x"}, {"file": 3}, {"locality": "HERE"}, {"load_timeout": -1}]
+)
+def test_wrong_options_are_errors_that_name_them(
+    live: Callable[..., Life], wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+        live(**wrong)
+
+
+def test_a_store_of_other_rows_is_refused(live: Callable[..., Life], tmp_path: Path) -> None:
+    maintenance_store = tmp_path / "store"
+    life = live()
+    life.end()
+    before = sorted(p.name for p in maintenance_store.iterdir())
+    with pytest.raises(ValueError, match="shards"):
+        live(num_of_shard=2)
+    assert sorted(p.name for p in maintenance_store.iterdir()) == before
+
+
+def test_the_short_name_is_registered_once(module: Any) -> None:
+    plugin.register()
+    plugin.register()
+    assert fakes.SecondaryTierFactory.tiers == {"light_mem": (module.__name__, "LightMemTier")}
+
+
+def test_a_vllm_without_tiers_is_left_alone() -> None:
+    plugin.register()  # no vLLM here at all
