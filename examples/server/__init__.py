@@ -13,4 +13,5 @@ only from itself. `docs/example-server.md` starts it from nothing and shows a hi
     web.py       HTTP: JSON in, a stream of server-sent events out
     process.py   one server process: model, KV tensor, LocalCacheService, web server
     __main__.py  the command: binds the port, starts the processes and replaces dead ones
+    client.py    a client, and a server started for it: for tests and the benchmark
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -32,7 +33,7 @@ class Generation:
     ) -> None:
         self._model = model
         self._prefixes = prefixes
-        self._cache = DynamicCache(config=model.network.config)
+        self._cache: Any = DynamicCache(config=model.network.config)
         self.prompt = list(prompt)
         self.max_tokens = max_tokens
         self.tokens: list[int] = []
@@ -41,7 +42,7 @@ class Generation:
         self.load_seconds = 0.0  # bringing its K and V back
         self.first_token_seconds = 0.0  # both, the rest of the prefill, and the argmax
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, None, None]:
         started = perf_counter()
         try:
             self._load()
@@ -85,9 +86,10 @@ class Generation:
 
     def _store(self) -> None:
         """Prompt *and* answer: in a conversation they are the beginning of the next prompt."""
-        if self._prefixes is None or not self._cache.get_seq_length():
+        # The last token was chosen but has not been through the model: it has no K and V. The
+        # least of all layers, because an error may have struck between two of them.
+        known = min(layer.get_seq_length() for layer in self._cache.layers)
+        if self._prefixes is None or not known:
             return
-        # The last token was chosen but has not been through the model: it has no K and V.
-        known = (self.prompt + self.tokens)[: self._cache.get_seq_length()]
         layers = [(layer.keys[0], layer.values[0]) for layer in self._cache.layers]
-        self._prefixes.store(known, layers)
+        self._prefixes.store((self.prompt + self.tokens)[:known], layers)

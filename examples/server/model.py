@@ -125,7 +125,7 @@ def layout_of(network: Any, tokens_per_page: int) -> PageLayout:
     for kind in ("dynamic", "longrope"):
         if f'"{kind}"' in rope:
             raise ValueError(f"rope_type {kind!r}: K would depend on the length of the sequence")
-    cache = DynamicCache(config=network.config)
+    cache: Any = DynamicCache(config=network.config)
     network(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -180,16 +180,17 @@ class Handler(BaseHTTPRequestHandler):
 
 def with_text(
     generation: Generation, tokenizer: Tokenizer | None
-) -> Iterator[tuple[int, str | None]]:
+) -> Generator[tuple[int, str | None], None, None]:
     """Each token with the text that it completes; a character may take several tokens."""
     said = 0
-    with closing(iter(generation)) as tokens:  # type: ignore[type-var]
+    with closing(generation.__iter__()) as tokens:
         for token in tokens:
             if tokenizer is None:
                 yield token, None
                 continue
             text = tokenizer.decode(generation.tokens)
-            # A replacement character at the end is a beginning: its rest comes with later tokens.
-            whole = len(text.rstrip("\ufffd")) if len(generation.tokens) < generation.max_tokens else len(text)
+            # A replacement character at the end may be the first half of a real one.
+            last = len(generation.tokens) == generation.max_tokens
+            whole = len(text if last else text.rstrip("\ufffd"))
             yield token, text[said:whole]
             said = max(said, whole)
