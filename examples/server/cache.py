@@ -36,6 +36,7 @@ class Service(Protocol):
     def query(self, hashes: Sequence[str]) -> list[bool]: ...
     def create(self, mode: str, hash_values: Sequence[str], page_indices: Sequence[int]) -> Any: ...
     def abort(self, task: Any) -> None: ...
+    def active_create_count(self, mode: str) -> int: ...
 
 
 class Prefix(NamedTuple):
@@ -180,8 +181,11 @@ class PrefixCache:
         return True
 
     def pending(self) -> int:
-        """Prompts that wait to be stored plus rows that are on their way to the store."""
-        return self._backlog.unfinished_tasks + self._store_rows.lent()
+        """Prompts that wait to be stored plus tasks that store some: 0 means all can be found.
+
+        Not the rows that are lent: a block is found some time after its bytes have left its row.
+        """
+        return self._backlog.unfinished_tasks + self._service.active_create_count("write")
 
     def _run(self) -> None:
         while (item := self._backlog.get()) is not None:
@@ -231,4 +235,5 @@ class PrefixCache:
 
     def _failed(self, what: str, error: BaseException) -> None:
         self.counters.errors += 1
-        log.warning("%s failed, going on without: %s: %s", what, type(error).__name__, error)
+        # Its text, not the error: a handler that keeps records would keep K and V by its traceback.
+        log.warning("%s failed, going on without: %s: %s", what, type(error).__name__, str(error))
