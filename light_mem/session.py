@@ -109,6 +109,7 @@ class Session:
         there is no room within `timeout` seconds.
         """
         table, count = self.table, len(keys)
+        created = time.monotonic_ns()
         place = self._room(count, len(pages), timeout)
         cells = np.zeros(count, CELL)
         cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
@@ -119,6 +120,7 @@ class Session:
         end = place.start + count
         # Before the states: whoever still polls a former task of this row finds out.
         table.rows["generation"][place.row] += 1
+        table.rows["created"][place.row] = created
         # A process may die before it submits: the blocks are final until then.
         table.states[place.start : end] = ABORTED
         table.pages[place.pages : place.pages + len(pages)] = pages

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import keys as keymath
+from light_mem.index.ages import AgeBucket, by_age
 from light_mem.index.file import IndexFile
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
@@ -326,6 +328,10 @@ class LocalStorageEngine(StorageEngine):
         numbers["page_bytes"] = self.geometry.page_bytes
         numbers["shards"] = self.geometry.shards
         return numbers
+
+    def ages(self) -> list[AgeBucket]:
+        """The stored blocks by the time since their last use. Takes no lock. Any thread."""
+        return by_age(self._index.entries, time.time_ns())
 
     def close(self) -> None:
         """Leave the store; the last one to leave syncs the index. Calling it again does nothing."""
