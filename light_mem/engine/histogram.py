@@ -24,11 +24,12 @@ _FIRST_SHIFT = FIRST_BIT - _STEP_BITS
 _SKIP = 2 - _STEPS  # past the sum and the bucket below; a step's number begins at _STEPS
 
 # Upper ends of the buckets in ns; the last one has none.
-BOUNDS = tuple(
+_FINITE = [
     (_STEPS + step) << (FIRST_BIT + octave - _STEP_BITS)
     for octave in range(OCTAVES)
     for step in range(_STEPS)
-) + (1 << (FIRST_BIT + OCTAVES),)
+]
+BOUNDS = (*_FINITE, 1 << (FIRST_BIT + OCTAVES))
 
 
 def bucket_of(ns: int) -> int:

@@ -24,6 +24,7 @@ from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LockTimeoutError, ServiceClosedError, WorkerStartError
+from light_mem.logs import Limited
 
 log = logging.getLogger("light_mem")
 
@@ -69,6 +70,7 @@ class WorkerPool:
         self._early_deaths = 0
         self._tail: list[str] = []  # last lines of the workers, for the error at start
         self._thread: threading.Thread | None = None
+        self._limited = Limited()
         self.failure = ""  # why there are no workers any more
 
     @property
@@ -161,7 +163,7 @@ class WorkerPool:
                     except LockTimeoutError as error:
                         # Whoever is stopped with the queue in hand (a debugged client) may go on
                         # later: this comes back here at once, and waits for the lock again.
-                        log.warning(
+                        self._limited.warning(
                             "worker %d died and waits to be replaced: %s", number, str(error)
                         )
                     except Exception:

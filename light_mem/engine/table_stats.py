@@ -38,7 +38,8 @@ def read_numbers(table: TaskTable) -> ServiceNumbers:
     used = int(table.header["workers"][0]) + 1  # a look at the others would take memory for them
     workers = table.workers[:used]
     counters = {name: int(workers[name].sum()) for name in WORKER_COUNTERS}
-    counters |= {name: int(table.lanes[name].sum()) for name in _LANE_COUNTERS}
+    for name in _LANE_COUNTERS:  # `missing`: some were so at `create`, some when a worker came
+        counters[name] = counters.get(name, 0) + int(table.lanes[name].sum())
     counters["misses"] = counters["queried"] - counters["hits"]
     counters["dropped_stores"] = counters.pop("dropped") + counters["no_room"]
     counters["restarts"] = int(table.header["restarts"][0])

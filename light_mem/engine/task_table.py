@@ -165,9 +165,7 @@ class TaskTable:
     # Of the server; None in the server itself and in its workers, which die with it.
     _server: DeathWatch | None = None
 
-    def __init__(
-        self, fd: int, sizes: Sizes | None, path: str = "", writable: bool = True
-    ) -> None:
+    def __init__(self, fd: int, sizes: Sizes | None, path: str = "", writable: bool = True) -> None:
         """`writable=False`: for those who only look; they can neither wait nor wake."""
         self.fd = fd
         self.path = path

@@ -83,7 +83,7 @@ class Worker:
             try:
                 cells = self._queue.claim(self._number)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
-                log.warning("worker %d waits: %s", self._number, str(error))
+                self._engine.limited.warning("worker %d waits: %s", self._number, str(error))
                 continue
             if cells:
                 self.do(cells)

@@ -75,7 +75,7 @@ def _report(record: np.void) -> OwnerReport:
 
 
 def command_of(pid: int, started: float) -> str:
-    """The command line of a process, shortened; "" when it is not that process or not to be seen."""
+    """The command of a process, shortened; "" when it cannot be seen or is another process."""
     if abs(process_start(pid) - started) > 1:
         return ""  # not that process: another container's, or one that took the number over
     try:

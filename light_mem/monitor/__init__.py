@@ -5,7 +5,6 @@ Nobody is asked, stopped or joined: whoever looks is no process of the store.
 servers.py   the task tables of the servers that have a store open
 looking.py   one look at a store and its servers
 rates.py     what two looks say together; one look as plain values
-screen.py    looks as tables for a terminal
 """
 
 from light_mem.monitor.looking import Look, ServerLook, StoreLook, look

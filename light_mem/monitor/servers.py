@@ -49,7 +49,9 @@ def _collect(pids: Iterable[int], directory: Path, found: dict[str, ServerTable]
         for path in _descriptors(pid):
             table = _open(path, pid, directory)
             if table is not None:
-                found.setdefault(bytes(table.header["table_id"][0]).decode(), ServerTable(pid, table))
+                found.setdefault(
+                    bytes(table.header["table_id"][0]).decode(), ServerTable(pid, table)
+                )
 
 
 def _all_pids() -> list[int]:
