@@ -8,10 +8,21 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from light_mem.commands import change, demo, look, metrics, rebuild, stats, top, transfer, verify
+from light_mem.commands import (
+    change,
+    demo,
+    doctor,
+    look,
+    metrics,
+    rebuild,
+    stats,
+    top,
+    transfer,
+    verify,
+)
 from light_mem.commands.output import guarded
 
-COMMANDS = (demo, look, stats, top, metrics, verify, rebuild, transfer, change)
+COMMANDS = (demo, doctor, look, stats, top, metrics, verify, rebuild, transfer, change)
 
 TEXT = """\
 A persistent, multi-process disk tier for LLM KV caches: see it work, look into a store, check it,
