@@ -83,15 +83,15 @@ def run_top(arguments: argparse.Namespace) -> int:
 def top_screen(look: Look, since: Rates | None) -> Group:
     """One line for the store, a row for each service."""
     store = look.store
-    line = f"{time.strftime('%H:%M:%S', time.localtime(look.at))}  {store.directory}"
+    line = f"{time.strftime('%H:%M:%S', time.localtime(look.at))}  {store.directory}\n"
     if store.blocks is not None and store.used_slots is not None:
         full = store.used_slots / store.slots if store.slots else 0.0
-        line += f"  {store.blocks:,} blocks, {full:.1%} full, {store.evictions:,} evictions"
+        line += f"{store.blocks:,} blocks, {full:.1%} full, {store.evictions:,} evictions"
         if since is not None and since.store:
             line += f" ({since.store['evictions']:,.1f}/s)"
         line += f", {store.damaged:,} damaged"
     else:
-        line += f"  its index cannot be used: {store.index_state}"
+        line += f"its index cannot be used: {store.index_state}"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in TOP_COLUMNS[:-1]:
         table.add_column(name, justify="right", no_wrap=True)
