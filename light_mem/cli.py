@@ -25,12 +25,14 @@ from light_mem.commands.output import guarded
 COMMANDS = (demo, doctor, look, stats, top, metrics, verify, rebuild, transfer, change)
 
 TEXT = """\
-A persistent, multi-process disk tier for LLM KV caches: see it work, look into a store, check it,
-mend it, move it.
+A persistent, multi-process disk tier for LLM KV caches: see it work, look into a store, watch
+its servers, check it, mend it, move it.
 """
 EXAMPLES = """\
 examples:
   light-mem demo
+  light-mem doctor ./cache_storage
+  light-mem top ./cache_storage
   light-mem inspect ./cache_storage
   light-mem verify ./cache_storage --repair
 

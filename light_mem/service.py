@@ -216,7 +216,7 @@ class CacheService(ABC):
         JSON knows. The README lists them.
 
         ages    also `ages`, the stored blocks by the time since their last use: a walk over the
-                index, some 10 ms a million slots
+                index, some 25 ms a million slots
 
         Latencies are seconds; sizes bytes; `*_rate` bytes a second while workers were at it.
         """

@@ -221,6 +221,7 @@ class TaskTable:
         self._abort = self.rows["abort"]
         words = memoryview(self.map)
         self.latencies = Histograms(words[latencies_at : latencies_at + latencies].cast("Q"))
+        self._active_bytes = words[self.active_at : self.active_at + lanes * rows]
         rows_end = self.rows_at + lanes * rows * ROW.itemsize
         self._row_words = words[self.rows_at : rows_end].cast("Q")
 
@@ -372,11 +373,11 @@ class TaskTable:
         start, count = int(self.rows["start"][row]), int(self.rows["count"][row])
         if not is_final(self.snapshot(start, start + count)):
             return False
-        mode = int(self.active[row])
-        self.active[row] = 0
+        mode = self._active_bytes[row]
+        self._active_bytes[row] = 0
         if mode:  # else another worker, with the task's last block at the same time, was first
             created = self._row_words[row * _ROW_WORDS + _CREATED_WORD]
-            self.latencies.add(latency_at(worker, mode), time.monotonic_ns() - created)
+            self.latencies.add(2 * worker + mode - READ, time.monotonic_ns() - created)
         counter = int(self.workers["done"][worker]) + 1
         self.workers["done"][worker] = counter
         value = (counter << 8 | worker) & 0xFFFFFFFF
@@ -413,7 +414,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def latency_at(worker: int, mode: int) -> int:
     """Where the table's histograms have that of this worker, 0 the server, and mode."""
-    return 2 * worker + (mode - READ)
+    return 2 * worker + mode - READ  # `finish` has it written out
 
 
 def is_final(states: bytes) -> bool:
