@@ -37,6 +37,7 @@ from light_mem.engine.task_table import (
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
+from light_mem.logs import Limited
 
 log = logging.getLogger("light_mem")
 
@@ -74,6 +75,7 @@ class Worker:
         self._memory = memory
         self._engine = engine
         self._me = table.workers[number : number + 1]
+        self._limited = Limited()
 
     def run(self) -> None:
         """Work until the service is closed."""
@@ -83,7 +85,7 @@ class Worker:
             try:
                 cells = self._queue.claim(self._number)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
-                self._engine.limited.warning("worker %d waits: %s", self._number, str(error))
+                self._limited.warning("worker %d waits: %s", self._number, str(error))
                 continue
             if cells:
                 self.do(cells)
