@@ -16,6 +16,8 @@ engine/      moves bytes: shards, copies, workers
 index/       finds them: format, table, locks, order of use, recovery
 maintenance/ looks into stores, checks, mends and moves them; `light-mem`
              (cli.py, commands/) is its command
+monitor/     watches the servers of a store from outside; metrics.py: for Prometheus
+doctor/      checks the machine; startup.py, logs.py: the line at start, warnings at a bounded rate
 
 Names are imported when they are first used: a worker imports parts of the package without torch.
 """

@@ -8,18 +8,31 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from light_mem.commands import change, demo, look, rebuild, transfer, verify
+from light_mem.commands import (
+    change,
+    demo,
+    doctor,
+    look,
+    metrics,
+    rebuild,
+    stats,
+    top,
+    transfer,
+    verify,
+)
 from light_mem.commands.output import guarded
 
-COMMANDS = (demo, look, verify, rebuild, transfer, change)
+COMMANDS = (demo, doctor, look, stats, top, metrics, verify, rebuild, transfer, change)
 
 TEXT = """\
-A persistent, multi-process disk tier for LLM KV caches: see it work, look into a store, check it,
-mend it, move it.
+A persistent, multi-process disk tier for LLM KV caches: see it work, look into a store, watch
+its servers, check it, mend it, move it.
 """
 EXAMPLES = """\
 examples:
   light-mem demo
+  light-mem doctor ./cache_storage
+  light-mem top ./cache_storage
   light-mem inspect ./cache_storage
   light-mem verify ./cache_storage --repair
 

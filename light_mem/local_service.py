@@ -27,6 +27,7 @@ from light_mem.errors import InvalidArgumentError, WorkerStartError
 from light_mem.filesystem import warn_of_network
 from light_mem.service import DEFAULT_CREATE_TIMEOUT, CacheService
 from light_mem.session import Session
+from light_mem.startup import start_line
 
 if TYPE_CHECKING:
     import torch
@@ -131,16 +132,11 @@ class LocalCacheService(CacheService):
         self._finalizer = weakref.finalize(
             self, _close, self._pool, self._session, engine, source, fork_token()
         )
-        log.info(
-            "store %s: %d pages of %d bytes, %d a block, %d shards, %d workers, %s",
-            directory,
-            num_pages,
-            page_bytes,
-            per_block,
-            num_of_shard,
-            num_workers,
-            durability,
-        )
+        if log.isEnabledFor(logging.INFO):
+            line = start_line(
+                directory, engine.geometry, table, source, verify=verify, durability=durability
+            )
+            log.info("%s", line)
 
     def run(self) -> None:
         """Start the workers and return when they are ready; raises WorkerStartError.

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from light_mem import blocks
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
-from light_mem.engine.task_table import READ, WORKER_COUNTERS, WRITE
-from light_mem.errors import InvalidArgumentError, ServiceClosedError
+from light_mem.engine.table_stats import copy_rate, read_numbers, summary
+from light_mem.engine.task_table import WRITE
+from light_mem.errors import InvalidArgumentError, ServiceClosedError, TaskTableFullError
 from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout, PageLayout, parse_regions
@@ -185,7 +186,11 @@ class CacheService(ABC):
             final = bytes([2 if kind == WRITE else 3]) * len(hashes)
             return CacheTask(**fields, final=final)
         session = self._session
-        place = session.place(keys, kind, layout, self._create_timeout)
+        try:
+            place = session.place(keys, kind, layout, self._create_timeout)
+        except TaskTableFullError:
+            counters["dropped"] += int((~done).sum()) if kind == WRITE else 0
+            raise
         task = CacheTask(**fields, table=session.table, place=place, session=session)
         order = np.flatnonzero(~done)
         if kind == WRITE and len(order) > 1:
@@ -234,23 +239,30 @@ class CacheService(ABC):
 
     # --- the rest --------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, int]:
-        """Numbers of the store (blocks, slots, evictions, ...) and of this service since it was
-        made (hits, misses, bytes each way, lost races, damaged blocks, restarts, ...)."""
+    def stats(self, ages: bool = True) -> dict[str, Any]:
+        """Numbers of the store and of this service since it was made, by name; plain values that
+        JSON knows. The README lists them.
+
+        ages    also `ages`, the stored blocks by the time since their last use: a walk over the
+                index, some 25 ms a million slots
+
+        Latencies are seconds; sizes bytes; `*_rate` bytes a second while workers were at it.
+        """
         self._check_open()
-        table = self._session.table
-        numbers = self._engine.stats()
-        for name in WORKER_COUNTERS:
-            numbers[name] = int(table.workers[name].sum())
-        for name in ("queried", "hits", "present", "missing", "read_tasks", "write_tasks"):
-            numbers[name] = numbers.get(name, 0) + int(table.lanes[name].sum())
-        numbers["misses"] = numbers["queried"] - numbers["hits"]
-        numbers["restarts"] = int(table.header["restarts"][0])
-        for name, mode in (("read", READ), ("write", WRITE)):
-            numbers[f"{name}_queue"] = self._session.queue.depth(mode)
-            numbers[f"active_{name}_tasks"] = table.active_tasks(mode)
-        numbers["workers"] = int(table.workers["ready"].sum())
+        found = read_numbers(self._session.table)
+        numbers: dict[str, Any] = {**self._engine.stats(), **found.counters, **found.gauges}
+        for name, done in (("read", "bytes_read"), ("write", "bytes_written")):
+            numbers[f"{name}_latency"] = summary(found.latencies[name])
+            numbers[f"{name}_rate"] = copy_rate(numbers[done], numbers[f"{name}_ns"])
+        if ages:
+            numbers["ages"] = [bucket._asdict() for bucket in self._engine.ages()]
         return numbers
+
+    def count_dropped(self, blocks: int) -> None:
+        """Count blocks that a server wanted to store and gave up before `create`: its own queue
+        was full. They show as `dropped_stores`."""
+        self._check_open()
+        self._session.counters["dropped"] += blocks
 
     def check(self, repair: bool = False) -> VerifyReport:
         """Check every byte of the store; three outcomes: a clean report, a repaired one

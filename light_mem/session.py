@@ -110,6 +110,7 @@ class Session:
         """
         table, count = self.table, len(keys)
         words = layout.words
+        created = time.monotonic_ns()
         place = self._room(count, len(words), timeout)
         cells = np.zeros(count, CELL)
         cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
@@ -119,6 +120,7 @@ class Session:
         end = place.start + count
         # Before the states: whoever still polls a former task of this row finds out.
         table.rows["generation"][place.row] += 1
+        table.rows["created"][place.row] = created
         # A process may die before it submits: the blocks are final until then.
         table.states[place.start : end] = ABORTED
         table.pages[place.pages : place.pages + len(words)] = words

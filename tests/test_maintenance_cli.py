@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ COMMANDS = {  # and what they need to run on a store
     "clear": [],
     "evict": ["--older-than", "1w"],
 }
-READ_ONLY = ["inspect", "dump", "verify"]
+OPERATORS = ["stats", "top", "metrics", "doctor"]  # tests of their own
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_store(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "demo"])
+@pytest.mark.parametrize("name", [*COMMANDS, *OPERATORS, "demo"])
 def test_every_command_explains_itself_with_examples_and_exit_codes(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,12 +60,13 @@ def test_the_whole_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in COMMANDS)
+    assert all(f"    {name} " in text for name in (*COMMANDS, *OPERATORS))
 
 
 def test_the_document_describes_every_command() -> None:
     document = (ROOT / "docs" / "tools.md").read_text()
-    for name in COMMANDS:
+    for name in (*COMMANDS, *OPERATORS):
+        assert f"[`{name}`](#light-mem-{name})" in document
         assert f"## light-mem {name}" in document
     options = {
         word.strip("`,")
@@ -76,6 +78,7 @@ def test_the_document_describes_every_command() -> None:
     assert options == {
         "--json", "--shards", "--output", "--limit", "--repair", "--jobs", "--dry-run", "--force",
         "--hashes", "--overwrite", "--storage-size", "--older-than",
+        "--interval", "--watch", "--once", "--port", "--address",
     }  # fmt: skip
 
 
@@ -177,3 +180,17 @@ def test_ages_and_hashes() -> None:
     assert [hash_value(t) for t in ("a", "int:12", "int:0xff", "hex:00ff")] == [
         "a", 12, 255, b"\x00\xff",
     ]  # fmt: skip
+
+
+def test_the_document_names_every_option_of_every_command() -> None:
+    document = (ROOT / "docs" / "tools.md").read_text()
+    for name in (*COMMANDS, *OPERATORS):
+        section = document.partition(f"## light-mem {name}\n")[2].partition("\n## ")[0]
+        synopsis = next(line for line in section.splitlines() if line.startswith("**SYNOPSIS**"))
+        help_text = subprocess.run(
+            [sys.executable, "-m", "light_mem.cli", name, "--help"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        usage = help_text.partition("\n\n")[0]
+        options = set(re.findall(r"--[a-z-]+", usage)) - {"--help"}
+        assert set(re.findall(r"--[a-z-]+", synopsis)) == options, name

@@ -4,6 +4,10 @@ arguments.py  sizes, ages and hashes as people write them; the arguments that co
 output.py     tables, JSON, progress bars, errors and exit codes
 demo.py       demo
 look.py       inspect, dump
+stats.py      stats
+top.py        top
+metrics.py    metrics
+doctor.py     doctor
 verify.py     verify
 rebuild.py    rebuild
 transfer.py   export, import

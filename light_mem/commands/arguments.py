@@ -25,8 +25,9 @@ def add_command(
     run: Callable[[argparse.Namespace], int],
     summary: str,
     text: str,
+    json: bool = True,
 ) -> argparse.ArgumentParser:
-    """A sub-command with the two arguments that all have: STORE and --json."""
+    """A sub-command with the two arguments that most have: STORE and --json."""
     parser = commands.add_parser(
         name,
         help=summary,
@@ -34,9 +35,15 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("store", metavar="STORE", help="directory of the store")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON only")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON only")
     parser.set_defaults(command=run, name=name)
     return parser
+
+
+def add_interval(parser: argparse.ArgumentParser, default: float | None, what: str) -> None:
+    """--interval, for commands that look twice or more."""
+    parser.add_argument("--interval", metavar="SECONDS", type=interval, default=default, help=what)
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -116,3 +123,21 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
     return number
+
+
+def interval(text: str) -> float:
+    """Seconds above zero."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"seconds above 0, not {text!r}")
+    return seconds
+
+
+def port(text: str) -> int:
+    """A TCP port; 0: a free one."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is 0 to 65535, not {text!r}")
+    return int(text)

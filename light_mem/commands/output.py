@@ -98,12 +98,34 @@ def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def bytes_text(count: int) -> str:
+def unseen(servers: int) -> list[Text]:
+    """What is to be said of servers whose numbers cannot be read."""
+    if not servers:
+        return []
+    what = "server has" if servers == 1 else "servers have"
+    return [Text(f"{servers} more {what} it open, of another user: run this as that user")]
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration with the unit that fits it."""
+    if seconds is None:
+        return "-"
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def share_text(share: float | None) -> str:
+    """A share in percent."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def bytes_text(count: float) -> str:
     """A size in powers of 1024."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
-            return f"{count:,} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+            return f"{count:,.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
 

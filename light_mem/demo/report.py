@@ -58,7 +58,7 @@ class Report:
     opened_seconds: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     stored: Stored | None = None
-    stats: dict[str, int] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
     files: list[StoreFile] = field(default_factory=list)
     pages_compared: int = 0
     problems: dict[str, str] = field(default_factory=dict)
@@ -178,7 +178,7 @@ def files_table(report: Report) -> Table:
     return table
 
 
-def stored_line(stats: Mapping[str, int]) -> str:
+def stored_line(stats: Mapping[str, Any]) -> str:
     held = stats["used_slots"] * stats["page_bytes"]
     room = stats["slots"] * stats["page_bytes"]
     return (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +35,14 @@ from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import keys as keymath
+from light_mem.index.ages import AgeBucket, by_age
 from light_mem.index.file import IndexFile
 from light_mem.index.format import CHANGING, RELINKING
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
+from light_mem.logs import Limited
 
 if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
@@ -84,6 +87,7 @@ class LocalStorageEngine(StorageEngine):
         self._files_guard = threading.Lock()
         self._copier = Copier()
         self._closed = False
+        self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
         self._owners = Owners(self.directory)
         try:
@@ -180,7 +184,7 @@ class LocalStorageEngine(StorageEngine):
             try:
                 outcome = self._read_one(batch[at], entry, lambda at=at: stop(at))  # type: ignore[misc]
             except (LockTimeoutError, OSError, StoreFormatError) as error:
-                log.warning("read from %s failed: %s", self.directory, str(error))
+                self.limited.warning("read from %s failed: %s", self.directory, str(error))
                 outcome = Outcome.FAILED
             report(at, outcome)
 
@@ -235,7 +239,7 @@ class LocalStorageEngine(StorageEngine):
         return Outcome.DAMAGED
 
     def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
-        log.warning(
+        self.limited.warning(
             "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
             "it is dropped",
             keymath.key_text(block.low, block.high),
@@ -251,7 +255,7 @@ class LocalStorageEngine(StorageEngine):
                     self._index.control["removals"][shard] += 1
                     self._index.control["damaged"][shard] += 1
         except LockTimeoutError as error:
-            log.warning("the damaged block stays listed: %s", str(error))
+            self.limited.warning("the damaged block stays listed: %s", str(error))
 
     # --- taking blocks out -----------------------------------------------------------------------
 
@@ -307,7 +311,7 @@ class LocalStorageEngine(StorageEngine):
                 with self.change(shard, timeout=1):  # a living holder needs some milliseconds
                     pass
             except LockTimeoutError as error:
-                log.warning(
+                self.limited.warning(
                     "shard %d of %s is not put in order: %s", shard, self.directory, str(error)
                 )
 
@@ -348,6 +352,10 @@ class LocalStorageEngine(StorageEngine):
         numbers["shards"] = self.geometry.shards
         return numbers
 
+    def ages(self) -> list[AgeBucket]:
+        """The stored blocks by the time since their last use. Takes no lock. Any thread."""
+        return by_age(self._index.entries, time.time_ns())
+
     def close(self) -> None:
         """Leave the store; the last one to leave syncs the index. Calling it again does nothing."""
         if self._closed:
@@ -368,6 +376,7 @@ class LocalStorageEngine(StorageEngine):
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
+        self.limited.flush()
         for file in self._files.values():
             file.close()
         self._files.clear()

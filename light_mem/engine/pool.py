@@ -29,6 +29,7 @@ from light_mem.errors import (
     StoreFormatError,
     WorkerStartError,
 )
+from light_mem.logs import Limited
 
 log = logging.getLogger("light_mem")
 
@@ -74,6 +75,7 @@ class WorkerPool:
         self._early_deaths = 0
         self._tail: list[str] = []  # last lines of the workers, for the error at start
         self._thread: threading.Thread | None = None
+        self._limited = Limited()
         self.failure = ""  # why there are no workers any more
 
     @property
@@ -167,7 +169,7 @@ class WorkerPool:
                     except LockTimeoutError as error:
                         # Whoever is stopped with the queue in hand (a debugged client) may go on
                         # later: this comes back here at once, and waits for the lock again.
-                        log.warning(
+                        self._limited.warning(
                             "worker %d died and waits to be replaced: %s", number, str(error)
                         )
                     except Exception:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from light_mem.engine import histogram
 from light_mem.engine.futex import FutexWords
+from light_mem.engine.histogram import Histograms
 from light_mem.engine.process import DeathWatch, is_alive
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.format import align
@@ -31,7 +34,8 @@ from light_mem.index.owners import process_start
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
 
-MAGIC = b"LMTABLE1"
+MAGIC = b"LMTABLE2"
+NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
 MAX_BLOCKS = 1 << 22  # a lane: page indices of all lanes are numbered with 32 bits
@@ -75,6 +79,7 @@ LANE = np.dtype(
         ("missing", "<u8"),  # blocks of reads that were not stored
         ("read_tasks", "<u8"),
         ("write_tasks", "<u8"),
+        ("dropped", "<u8"),  # blocks that were to be stored and never became a task
         ("cells_top", "<u8"),  # cells and rows beyond these were never used: memory not touched
         ("rows_top", "<u8"),
     ]
@@ -110,9 +115,12 @@ ROW = np.dtype(
         ("abort", "<u4"),
         ("start", "<u4"),  # first cell, global
         ("count", "<u4"),
-        ("pad", "<u4", (3,)),
+        ("pad", "<u4"),
+        ("created", "<u8"),  # monotonic ns, the same clock in all processes
     ]
 )
+_ROW_WORDS = ROW.itemsize // 8
+_CREATED_WORD = ROW.fields["created"][1] // 8  # type: ignore[index]
 CELL = np.dtype(
     [
         ("low", "<u8"),
@@ -155,12 +163,14 @@ class Sizes(NamedTuple):
 
 
 class TaskTable:
-    """A mapped table. Layout: header, lanes, workers, rows, active, states, cells, pages, rings."""
+    """A mapped table. Layout: header, lanes, workers, rows, active, states, cells, pages, rings,
+    latencies: a histogram a worker and mode, from `create` to ready."""
 
     # Of the server; None in the server itself and in its workers, which die with it.
     _server: DeathWatch | None = None
 
-    def __init__(self, fd: int, sizes: Sizes | None, path: str = "") -> None:
+    def __init__(self, fd: int, sizes: Sizes | None, path: str = "", writable: bool = True) -> None:
+        """`writable=False`: for those who only look; they can neither wait nor wake."""
         self.fd = fd
         self.path = path
         create = sizes is not None
@@ -188,10 +198,13 @@ class TaskTable:
         self.active_at, self.states_at = place(lanes * rows), place(lanes * cells)
         cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
         read_at, write_at = place(self.ring_length * 4), place(self.ring_length * 4)
+        latencies = MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES
+        latencies_at = place(latencies)
         self.nbytes = at[0]
         if create and os.fstat(fd).st_size < self.nbytes:
             os.ftruncate(fd, self.nbytes)  # pages come when they are touched
-        self.map = mmap.mmap(fd, self.nbytes)
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self.map = mmap.mmap(fd, self.nbytes, access=access)
         self.header = np.frombuffer(self.map, HEADER, 1, header_at)
         self.lanes = np.frombuffer(self.map, LANE, lanes, lanes_at)
         self.workers = np.frombuffer(self.map, WORKER, MAX_WORKERS, workers_at)
@@ -204,14 +217,20 @@ class TaskTable:
             READ: np.frombuffer(self.map, "<u4", self.ring_length, read_at),
             WRITE: np.frombuffer(self.map, "<u4", self.ring_length, write_at),
         }
-        self.futex = FutexWords(self.map)
+        if writable:
+            self.futex = FutexWords(self.map)
         self.work_word = header_at + HEADER.fields["work_seq"][1]  # type: ignore[index]
         self.done_word = header_at + HEADER.fields["done_seq"][1]  # type: ignore[index]
         self._row_done = ROW.fields["done"][1]  # type: ignore[index]
         self._abort = self.rows["abort"]
         self._row_start, self._row_count = self.rows["start"], self.rows["count"]
-        self._row_words, self._done_seq = self.rows["done"], self.header["done_seq"]
+        self._row_done_words, self._done_seq = self.rows["done"], self.header["done_seq"]
         self._worker_done = self.workers["done"]
+        words = memoryview(self.map)
+        self.latencies = Histograms(words[latencies_at : latencies_at + latencies].cast("Q"))
+        self._active_bytes = words[self.active_at : self.active_at + lanes * rows]
+        rows_end = self.rows_at + lanes * rows * ROW.itemsize
+        self._row_words = words[self.rows_at : rows_end].cast("Q")
 
     @classmethod
     def create(
@@ -227,11 +246,11 @@ class TaskTable:
         """A new table of this process, the server."""
         path = ""
         if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("lightmem-tasks", os.MFD_CLOEXEC)
+            fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
         else:
             import tempfile
 
-            fd, path = tempfile.mkstemp(prefix="lightmem-tasks-")
+            fd, path = tempfile.mkstemp(prefix=f"{NAME}-")
         try:
             table = cls(fd, sizes, path)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
@@ -361,11 +380,15 @@ class TaskTable:
         start, count = int(self._row_start[row]), int(self._row_count[row])
         if not is_final(self.snapshot(start, start + count)):
             return False
-        self.active[row] = 0
+        mode = self._active_bytes[row]
+        self._active_bytes[row] = 0
+        if mode:  # else another worker, with the task's last block at the same time, was first
+            created = self._row_words[row * _ROW_WORDS + _CREATED_WORD]
+            self.latencies.add(2 * worker + mode - READ, time.monotonic_ns() - created)
         counter = int(self._worker_done[worker]) + 1
         self._worker_done[worker] = counter
         value = (counter << 8 | worker) & 0xFFFFFFFF
-        self._row_words[row] = value
+        self._row_done_words[row] = value
         self._done_seq[0] = value
         self.futex.wake(self.row_word(row))
         self.futex.wake(self.done_word)
@@ -394,6 +417,11 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def latency_at(worker: int, mode: int) -> int:
+    """Where the table's histograms have that of this worker, 0 the server, and mode."""
+    return 2 * worker + mode - READ  # `finish` has it written out
 
 
 def is_final(states: bytes) -> bool:

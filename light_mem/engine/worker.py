@@ -41,6 +41,7 @@ from light_mem.engine.task_table import (
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
+from light_mem.logs import Limited
 
 log = logging.getLogger("light_mem")
 
@@ -81,6 +82,7 @@ class Worker:
         self._flat = memory.reshape(-1)
         self._engine = engine
         self._me = table.workers[number : number + 1]
+        self._limited = Limited()
 
     def run(self) -> None:
         """Work until the service is closed."""
@@ -90,7 +92,7 @@ class Worker:
             try:
                 cells = self._queue.claim(self._number)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
-                log.warning("worker %d waits: %s", self._number, str(error))
+                self._limited.warning("worker %d waits: %s", self._number, str(error))
                 continue
             if cells:
                 self.do(cells)

@@ -10,7 +10,6 @@ publish   all become visible, or give their slots back
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections import defaultdict
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.shard_file import ShardFile
     from light_mem.index.shard import Allocation, ShardIndex
-
-log = logging.getLogger("light_mem")
 
 # How long a write waits for slots that others are filling. A shard whose every slot is being
 # written is a store far too small for its workers.
@@ -76,8 +73,10 @@ class Writer:
                 try:
                     self._write_shard(shard, part, batch, settle, stop)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    directory = self._engine.directory
-                    log.warning("write to shard %d of %s failed: %s", shard, directory, str(error))
+                    engine = self._engine
+                    engine.limited.warning(
+                        "write to shard %d of %s failed: %s", shard, engine.directory, str(error)
+                    )
                     for at in open_blocks.intersection(part):
                         settle(at, Outcome.FAILED)
 

@@ -70,11 +70,12 @@ def _report(record: np.void) -> OwnerReport:
         bytes(record["kind"]).decode("ascii", "replace"),
         float(record["started"]),
         int(record["joined"]) / 1e9,
-        _command(pid, float(record["started"])),
+        command_of(pid, float(record["started"])),
     )
 
 
-def _command(pid: int, started: float) -> str:
+def command_of(pid: int, started: float) -> str:
+    """The command of a process, shortened; "" when it cannot be seen or is another process."""
     if abs(process_start(pid) - started) > 1:
         return ""  # not that process: another container's, or one that took the number over
     try:

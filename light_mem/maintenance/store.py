@@ -119,6 +119,21 @@ class Store:
             reindex.read_records(self.directory, g, shard),
         )
 
+    def control(self) -> Table:
+        """The control pages of all shards now, CONTROL [shards]; zeros for what cannot be read."""
+        g = self.geometry
+        at = fmt.index_layout(g.shards, g.slots)[0]
+        return np.frombuffer(
+            reindex.read_at(self.index_path, at, fmt.CONTROL.itemsize * g.shards), fmt.CONTROL
+        )
+
+    def entries(self, shard: int) -> Table:
+        """The entries of a shard now, ENTRY [slots]; zeros for what cannot be read."""
+        g = self.geometry
+        size = fmt.ENTRY.itemsize * g.slots
+        at = fmt.index_layout(g.shards, g.slots)[2] + size * shard
+        return np.frombuffer(reindex.read_at(self.index_path, at, size), fmt.ENTRY)
+
     def entry(self, shard: int, slot: int) -> Table:
         """One entry now, ENTRY [1]."""
         g = self.geometry

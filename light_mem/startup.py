@@ -1,0 +1,62 @@
+"""The line that a service logs when it starts: what a bug report needs to hold."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import light_mem
+from light_mem.filesystem import file_system
+from light_mem.index.format import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from light_mem.engine.kvmemory import MemorySource
+    from light_mem.engine.task_table import TaskTable
+    from light_mem.index.description import Geometry
+
+PACKAGES = ("torch", "numpy", "filelock", "sortedcontainers", "psutil", "xxhash")
+
+
+def start_line(
+    directory: Path,
+    geometry: Geometry,
+    table: TaskTable,
+    source: MemorySource,
+    *,
+    verify: bool,
+    durability: str,
+) -> str:
+    """Everything about a service in one line: versions, store, tensor, workers, settings."""
+    h, g = table.header[0], geometry
+    mount, kind = file_system(directory)
+    versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
+    return (
+        f"LightMem {light_mem.__version__} (format {FORMAT_VERSION}): store {directory} "
+        f"(id {g.store_id}, {kind or 'unknown file system'} at {mount or '?'}), {g.shards} shards "
+        f"of {g.slots} slots of {g.page_bytes} bytes, storage_size {g.storage_size}; KV tensor "
+        f"{int(h['num_pages'])} pages of {int(h['page_bytes'])} bytes, {memory_text(source)}, "
+        f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers, "
+        f"durability {durability}, verify {verify}, max_blocks {table.sizes.cells}; pid "
+        f"{os.getpid()}, Python {platform.python_version()}, {versions}, {platform.platform()}"
+    )
+
+
+def memory_text(source: MemorySource) -> str:
+    """What memory the KV tensor lies in."""
+    if source.kind != "fd":
+        return "SysV segment" if source.kind == "sysv" else source.path
+    try:
+        return os.readlink(f"/proc/self/fd/{source.fd}").removesuffix(" (deleted)")
+    except OSError:
+        return "shared memory"
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package; "missing"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"

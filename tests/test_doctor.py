@@ -1,0 +1,325 @@
+"""`light-mem doctor`: each check on machines that have what it looks for, and on this one."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from light_mem.doctor import FAIL, OK, WARN, Check, Machine, directory, examine, kernel, memory
+from light_mem.doctor import versions as packages
+from light_mem.filesystem import NETWORK_TYPES
+from tests.maintenance_helpers import Command, files, make_store
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    made = Machine(tmp_path / "proc", tmp_path / "sys", tmp_path / "shm")
+    for path in made:
+        path.mkdir()
+    return made
+
+
+def put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def meminfo(machine: Machine, **gib: float) -> None:
+    lines = [f"{name}: {int(size * GIB / 1024)} kB" for name, size in gib.items()]
+    put(machine.proc / "meminfo", "\n".join(lines))
+
+
+def status(check: Check) -> str:
+    """A check's answer; whoever is warned is told what to do, in one line."""
+    assert (check.status == OK) or check.advice
+    assert "\n" not in check.found + check.advice
+    return check.status
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert packages.parse("2.13.0+cpu") == (2, 13, 0)
+    assert packages.parse("3.9") < (3, 12) < packages.parse("3.20.4")
+    assert status(packages.python((3, 9, 1))) == FAIL
+    assert status(packages.python((3, 10, 0))) == OK
+
+
+@pytest.mark.parametrize(
+    ("version", "keeps", "expected"),
+    [
+        ("3.20.3", True, OK),
+        ("3.20.4", False, FAIL),
+        ("3.20.4", True, WARN),
+        ("4.2.12", True, WARN),
+        ("3.20.3", False, FAIL),
+    ],
+)
+def test_a_filelock_that_breaks_locks_is_found(version: str, keeps: bool, expected: str) -> None:
+    assert status(packages.filelock(version, keeps)) == expected
+
+
+def test_whether_a_filelock_deletes_its_file_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    import filelock
+
+    assert packages.keeps_its_file()
+
+    class Deleting:
+        def __init__(self, path: str) -> None:
+            self._path = Path(path)
+
+        def __enter__(self) -> None:
+            self._path.touch()
+
+        def __exit__(self, *_: object) -> None:
+            self._path.unlink()
+
+    monkeypatch.setattr(filelock, "FileLock", Deleting)
+    assert not packages.keeps_its_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "expected"),
+    [("torch", "missing", WARN), ("numpy", "missing", FAIL), ("numpy", "1.9.9", FAIL)],
+)
+def test_a_package_that_is_missing_or_old(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str, expected: str
+) -> None:
+    monkeypatch.setattr(packages, "version_of", lambda _: version)
+    assert status(packages.package(name)) == expected
+
+
+def test_the_versions_asked_for_are_those_of_the_package() -> None:
+    import re
+
+    from tests.service_child import ROOT
+
+    text = (ROOT / "pyproject.toml").read_text()
+    asked = dict(re.findall(r'^ +"(\w+)>=([\d.]+)', text.partition("[project.opt")[0], re.M))
+    assert {n: packages.parse(v) for n, v in asked.items()} == packages.LEAST
+    assert f"<{'.'.join(map(str, packages.FILELOCK_BELOW))}" in text
+
+
+# --- the kernel and its limits --------------------------------------------------------------------
+
+
+def test_a_missing_feature_is_a_warning(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    found = {check.name: check for check in kernel.checks(machine)}
+    assert status(found["pidfds"]) == status(found["memfd_create"]) == WARN
+    assert "not permitted" in found["pidfds"].found
+
+
+def test_limits() -> None:
+    unlimited = resource.RLIM_INFINITY
+    assert status(kernel.descriptors(1024, unlimited)) == OK
+    assert status(kernel.descriptors(1024, 1024)) == WARN
+    assert status(kernel.memlock(unlimited)) == OK
+    assert status(kernel.memlock(64 << 10)) == WARN
+    assert status(directory.judge_descriptors(364, 1024, 4096)) == OK
+    assert status(directory.judge_descriptors(3064, 1024, 4096)) == WARN
+    assert status(directory.judge_descriptors(3064, 1024, 2048)) == FAIL
+    assert status(directory.judge_descriptors(3064, unlimited, unlimited)) == OK
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dirty_ratio": 20, "dirty_background_ratio": 10}, OK),
+        ({"dirty_bytes": 16 << 20, "dirty_background_bytes": 8 << 20}, WARN),
+        ({"dirty_bytes": 1 << 30, "dirty_background_ratio": 50}, WARN),
+        ({"dirty_bytes": 0, "dirty_ratio": 20, "dirty_background_bytes": 1 << 20}, OK),
+        ({}, OK),
+    ],
+)
+def test_dirty_pages(machine: Machine, settings: dict[str, int], expected: str) -> None:
+    meminfo(machine, MemAvailable=16)
+    for name, value in settings.items():
+        put(machine.proc / "sys" / "vm" / name, str(value))
+    assert status(kernel.dirty_pages(machine)) == expected
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_shared_memory_of_a_container_is_small() -> None:
+    assert status(memory.judge_shared_memory(64 << 20, 0, 64 << 20)) == WARN
+    assert status(memory.judge_shared_memory(8 * GIB, 7.9 * GIB, 0.1 * GIB)) == WARN  # type: ignore[arg-type]
+    assert status(memory.judge_shared_memory(8 * GIB, GIB, 7 * GIB)) == OK
+
+
+def test_without_shared_memory() -> None:
+    assert status(memory.shared_memory(Machine(shm=Path("/nowhere/shm")))) == WARN
+    assert status(memory.leftovers(Machine(shm=Path("/nowhere/shm")))) == OK
+
+
+def test_tensors_of_dead_processes_are_leftovers(machine: Machine) -> None:
+    (machine.proc / "100").mkdir()
+    for name in ("torch_100_1_0", "sem.x", "psm_1234", "torch_x"):
+        (machine.shm / name).write_bytes(bytes(4096))
+    assert status(memory.leftovers(machine)) == OK
+    for name in ("torch_200_1_0", "torch_200_2_0"):
+        (machine.shm / name).write_bytes(bytes(3 << 20))
+    found = memory.leftovers(machine)
+    assert status(found) == WARN
+    assert found.found == "2 torch_* of dead processes, 6.0 MiB"
+
+
+def test_memory_and_swap(machine: Machine) -> None:
+    meminfo(machine, MemTotal=64, MemAvailable=32, SwapTotal=0, SwapFree=0)
+    assert status(memory.memory(machine)) == status(memory.swap(machine)) == OK
+    meminfo(machine, MemTotal=64, MemAvailable=2, SwapTotal=8, SwapFree=4)
+    put(machine.proc / "sys" / "vm" / "swappiness", "60")
+    assert status(memory.memory(machine)) == status(memory.swap(machine)) == WARN
+    assert "swappiness 60" in memory.swap(machine).found
+    meminfo(machine, SwapTotal=8, SwapFree=8)
+    assert status(memory.swap(machine)) == OK
+
+
+def test_huge_pages(machine: Machine) -> None:
+    put(machine.proc / "meminfo", f"MemTotal: {64 << 20} kB")
+    assert status(memory.huge_pages(machine)) == OK
+    for free, expected in ((8192, WARN), (100, OK)):
+        text = f"HugePages_Total: 8192\nHugePages_Free: {free}\nHugepagesize: 2048 kB"
+        put(machine.proc / "meminfo", f"MemTotal: {64 << 20} kB\n{text}")
+        assert status(memory.huge_pages(machine)) == expected
+    folder = machine.sys / "kernel" / "mm" / "transparent_hugepage"
+    assert status(memory.transparent_huge_pages(machine)) == OK
+    for word, expected in (("[advise] force", OK), ("advise [force]", WARN)):
+        put(folder / "shmem_enabled", word)
+        assert status(memory.transparent_huge_pages(machine)) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "controller", "limit", "stat"),
+    [
+        ("0::/pod/a", "", "memory.max", "anon {n}\nfile 99999999999\nshmem 1024"),
+        ("4:memory:/pod/a", "memory", "memory.limit_in_bytes", "total_rss {n}\ntotal_shmem 1024"),
+        ("0::/of/the/host", "", "memory.max", "anon {n}\nshmem 1024"),
+    ],
+)
+def test_a_containers_memory_limit(
+    machine: Machine, line: str, controller: str, limit: str, stat: str
+) -> None:
+    put(machine.proc / "self" / "cgroup", line)
+    root = machine.sys / "fs" / "cgroup" / controller
+    assert status(memory.container(machine)) == OK  # no such folders
+    folder = root / "pod" if "pod" in line else root  # a limit of the parent counts too
+    for used, expected in ((1 * GIB, OK), (int(3.5 * GIB), WARN)):
+        put(folder / limit, str(4 * GIB))
+        put(folder / "memory.stat", stat.format(n=used))
+        (root / "pod" / "a").mkdir(parents=True, exist_ok=True)
+        put(root / "pod" / "a" / limit, "max" if not controller else str(2**63 - 4096))
+        assert status(memory.container(machine)) == expected
+        assert memory.container(machine).found.startswith("4.0 GiB, ")
+
+
+# --- the directory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(NETWORK_TYPES))
+def test_network_file_systems_fail(kind: str) -> None:
+    assert status(directory.judge_file_system(kind, "/mnt")) == FAIL
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("ext4", OK), ("xfs", OK), ("tmpfs", WARN), ("overlay", WARN), ("btrfs", WARN),
+     ("fuse.other", WARN), ("", OK)],
+)  # fmt: skip
+def test_file_systems(kind: str, expected: str) -> None:
+    assert status(directory.judge_file_system(kind, "/mnt")) == expected
+
+
+def test_free_space() -> None:
+    assert status(directory.judge_room(100 * GIB, 2 * GIB)) == OK
+    assert status(directory.judge_room(100 * GIB, GIB // 2)) == WARN
+    assert status(directory.judge_room(GIB, GIB // 2)) == OK  # a small file system
+
+
+def test_a_directory_that_can_do_all_of_it(tmp_path: Path) -> None:
+    found = {check.name: status(check) for check in examine(tmp_path)}
+    for name in ("writable", "shared mappings", "locks"):
+        assert found[name] == OK
+    assert "store" not in found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_store_is_to_be_the_directory_above_is_checked(tmp_path: Path) -> None:
+    found = {check.name: check for check in examine(tmp_path / "not" / "yet")}
+    assert found["writable"].found == str(tmp_path)
+
+
+def test_a_store_is_looked_at_and_left_alone(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    before = files(store)
+    found = {check.name: status(check) for check in examine(store)}
+    assert found["store"] == found["files of the store"] == OK
+    assert files(store) == before
+
+
+def test_a_damaged_store_fails(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    os.truncate(store / "shard-000.data", 5000)
+    [found] = [check for check in examine(store) if check.name == "store"]
+    assert status(found) == FAIL
+    assert "light-mem verify" in found.advice
+    (store / "store.json").unlink()
+    for path in store.glob("shard-*"):
+        path.write_bytes(b"no shard")
+    [found] = [check for check in examine(store) if check.name == "store"]
+    assert status(found) == FAIL
+
+
+def test_a_directory_nobody_may_write_to_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(directory.tempfile, "TemporaryFile", refuse)
+    [found] = [check for check in directory.checks(tmp_path) if check.name == "writable"]
+    assert status(found) == FAIL
+
+
+# --- light-mem doctor -----------------------------------------------------------------------------
+
+
+def test_the_command_shows_every_check(tmp_path: Path, command: Command) -> None:
+    code, report = command.json("doctor", make_store(tmp_path / "store"))
+    names = [check["name"] for check in report["checks"]]
+    assert len(set(names)) == len(names)
+    failed = any(check["status"] == FAIL for check in report["checks"])
+    assert code == (1 if failed else 0)
+    assert command("doctor", tmp_path / "store") == code
+    assert all(name in command.out for name in names)
+
+
+def test_the_command_needs_no_directory(command: Command) -> None:
+    _, report = command.json("doctor")
+    assert {"kernel", "swap", "filelock"} <= {check["name"] for check in report["checks"]}
+
+
+def test_a_failure_is_exit_code_1(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("light_mem.doctor.directory.file_system", lambda _: ("/mnt", "nfs4"))
+    assert command("doctor", tmp_path) == 1
+    assert "use a local disk" in command.out
+
+
+def test_what_is_no_directory_is_exit_code_2(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "file").write_text("text")
+    assert command("doctor", tmp_path / "file") == 2
+    assert command.out == ""
+    assert "light-mem doctor: " in command.err
