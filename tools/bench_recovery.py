@@ -36,7 +36,8 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import record_crc
 from light_mem.maintenance import inspect, rebuild, verify
-from light_mem.maintenance.data import MAX_JOBS, PIECE_BYTES
+from light_mem.maintenance.data import MAX_JOBS
+from light_mem.maintenance.data_file import PIECE_BYTES
 
 SHARDS = 4
 JOBS = min(MAX_JOBS, os.cpu_count() or 1)

@@ -7,7 +7,8 @@ checksum when it is read; that is a miss.
 
 from __future__ import annotations
 
-from itertools import pairwise
+import struct
+from itertools import pairwise, starmap
 
 import numpy as np
 import numpy.typing as npt
@@ -136,11 +137,11 @@ def record_crc(record: Table) -> int:
 
 def crc_fits(records: Table) -> npt.NDArray[np.bool_]:
     """Which records carry the crc that they must."""
-    raw = records.tobytes()
-    size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
-    digest = xxhash.xxh3_64_intdigest
-    crcs = [digest(raw[at : at + end]) & 0xFFFFFFFF for at in range(0, len(raw), size)]
-    return np.asarray(np.array(crcs, np.uint32) == records["crc"])
+    row = f"{fmt.RECORD_CRC_BYTES}s{fmt.RECORD.itemsize - fmt.RECORD_CRC_BYTES}x"
+    # No line of Python a record: of a million records this is most of a rebuild or a check.
+    sums = starmap(xxhash.xxh3_64_intdigest, struct.iter_unpack(row, records.tobytes()))
+    crcs = np.fromiter(sums, np.uint64, len(records)) & np.uint64(0xFFFFFFFF)
+    return np.asarray(crcs == records["crc"])
 
 
 def drop_damaged_records(records: Table) -> int:

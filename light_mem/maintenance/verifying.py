@@ -52,18 +52,18 @@ def verify(
         prepare_files(store, findings)
         store = Store(directory)
     structure: list[Finding] = []
-    data = DataCheck(store, jobs)
     unfinished = unfinished_of(store)
-    for shard in range(store.geometry.shards):
-        if store.usable:
-            snapshot, found, interrupted = check_structure(store, shard)
-            structure += found
-            if interrupted:
-                unfinished.append(interrupted)
-            data.add(shard, snapshot.entries)
-        else:
-            data.add(shard, store.table(shard))
-    result = data.run(progress)
+    with DataCheck(store, jobs) as data:
+        for shard in range(store.geometry.shards):
+            if store.usable:
+                snapshot, found, interrupted = check_structure(store, shard)
+                structure += found
+                if interrupted:
+                    unfinished.append(interrupted)
+                data.add(shard, snapshot.entries)
+            else:
+                data.add(shard, store.table(shard))
+        result = data.run(progress)
     found_all = [*findings, *structure]
     repaired, remaining = 0, found_all
     if repair and (found_all or result.damaged) and not foreign:
