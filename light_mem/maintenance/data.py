@@ -69,6 +69,13 @@ def block_at(
     return Extents(slot, key, int(entry["checksum"]), pieces)
 
 
+def _rows(table: Table, heads: Ints) -> Table:
+    """The entries at these slots; keeps no more than twice their number."""
+    if len(heads) and heads[-1] - heads[0] == len(heads) - 1 and 2 * len(heads) >= len(table):
+        return table[heads[0] : heads[-1] + 1]
+    return as_words(table)[heads].view(fmt.ENTRY).reshape(-1)  # ten times faster than entries
+
+
 class _Unit(NamedTuple):
     """Blocks of one shard that one thread reads, by place."""
 
@@ -140,7 +147,7 @@ class DataCheck:
     def add(self, shard: int, table: Table) -> None:
         """Begin to read the blocks that these entries list; keeps nothing of the others."""
         heads, several = blocks_in(table, self._page)
-        rows = as_words(table)[heads].view(fmt.ENTRY).reshape(-1)  # ten times faster than entries
+        rows = _rows(table, heads)
         self.blocks += len(heads)
         self.nbytes += int(rows["nbytes"].sum())
         if several:
