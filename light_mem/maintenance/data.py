@@ -39,8 +39,8 @@ log = logging.getLogger("light_mem")
 UNIT_BYTES = 64 << 20  # what one thread takes at a time, and how many blocks of it
 UNIT_BLOCKS = 1 << 16
 MAX_JOBS = 8
-SMALL_BYTES = 128 << 10
-PROCESS_BLOCKS = 1 << 14
+SMALL_BYTES = 32 << 10
+PROCESS_BLOCKS = 1 << 18
 _POLL_SECONDS = 0.1
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
