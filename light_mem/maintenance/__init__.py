@@ -6,7 +6,7 @@ owners.py           who has it open
 opening.py          an existing store opened for changes
 inspecting.py       its numbers, and its blocks one by one
 structure.py        whether a shard's entries, chains, counters and records agree
-data.py             whether the bytes of blocks fit their checksums, by several threads
+data.py             whether the bytes of blocks fit their checksums, by several threads or processes
 data_file.py        a shard's data file, read block by block
 scanning.py         many small blocks of it at once
 scan_process.py     the same in a process, for the thread that owns it

@@ -1,7 +1,7 @@
 """Whether the bytes of blocks fit their checksums: every block read, by several threads.
 
 Large blocks are read by the threads themselves: `pread` and xxh3 let go of the interpreter while
-they work. Small ones keep it busy instead, so each thread hands its units of small blocks to a
+they work. Small ones keep it busy instead, so where there are many each thread hands its units of small blocks to a
 process of its own (`scan_process.py`). Reading begins with the first shard that is added, while
 the structure of the next one is looked at.
 
@@ -165,7 +165,9 @@ class DataCheck:
             self._submit(shard, heads[part], rows[part], None, apart)
 
     def _apart(self, blocks: int, size: int) -> bool:
-        # TODO figures
+        # Two processes cost some 60 ms to start. Measured on two cores, threads / processes: 139 /
+        # 164 ms for 131,072 blocks of 4 KiB, 282 / 278 for 262,144, 553 / 483 for 524,288; blocks
+        # of 64 KiB gain nothing, 280 / 303 ms for 2 GiB.
         in_all = blocks * self._store.geometry.shards  # keys are spread evenly
         return self._jobs > 1 and size < SMALL_BYTES and in_all >= PROCESS_BLOCKS
 
