@@ -7,10 +7,10 @@
 The stores are synthetic: records and bytes are written straight into the shard files, as a server
 would have left them, because a server would take minutes for a million blocks.
 
-verify is compared with plain readers of the same data files: as many processes, started before the
-clock, that read pieces of 1 MiB (`read`) and call the checksum once a block (`read+xxh3`). Cold: the
-kernel was asked to forget the files before. Rounds alternate. Of rebuild the best one counts,
-because what else runs only ever slows it down; of verify the medians, because ratios are asked for.
+verify is compared with plain readers of the same data files: as many processes, started before
+the clock, that read pieces of 1 MiB (`read`) and call the checksum once a block (`read+xxh3`).
+Cold: the kernel was asked to forget the files before. Rounds alternate. Of rebuild the best one
+counts, because what else runs only ever slows it down; of verify the medians, for the ratios.
 """
 
 from __future__ import annotations

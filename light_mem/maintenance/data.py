@@ -1,9 +1,9 @@
 """Whether the bytes of blocks fit their checksums: every block read, by several threads.
 
 Large blocks are read by the threads themselves: `pread` and xxh3 let go of the interpreter while
-they work. Small ones keep it busy instead, so where there are many each thread hands its units of small blocks to a
-process of its own (`scan_process.py`). Reading begins with the first shard that is added, while
-the structure of the next one is looked at.
+they work. Small ones keep it busy instead, so where there are many each thread hands its units of
+them to a process of its own (`scan_process.py`). Reading begins with the first shard that is
+added, while the structure of the next one is looked at.
 
 No lock is held. A block that does not fit is looked up again: only when its entry has not changed
 and a second reading does not fit either is it damaged; else it was taken out meanwhile.

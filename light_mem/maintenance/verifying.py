@@ -38,9 +38,10 @@ def verify(
     """Check everything in a store; with `repair`, drop damaged blocks and put the rest in order.
 
     Any process may call it, also while servers use the store. `jobs` threads or processes read
-    (default: one a core, at most 8); `progress` is called some ten times a second. A repair can be interrupted
-    and run again. Raises StoreFormatError when there is no store, StoreBusyError when its index
-    is replaced during the check, LockTimeoutError when a stopped process holds a shard's lock.
+    (default: one a core, at most 8); `progress` is called some ten times a second. A repair can be
+    interrupted and run again. Raises StoreFormatError when there is no store, StoreBusyError when
+    its index is replaced during the check, LockTimeoutError when a stopped process holds a shard's
+    lock.
     """
     if jobs is not None:
         jobs = whole_number("jobs", jobs, 1, 1024)
