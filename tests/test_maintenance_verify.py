@@ -101,7 +101,7 @@ def test_a_byte_between_the_blocks_is_nobodys(store: Path, command: Command) -> 
 def test_blocks_larger_than_a_piece_are_checked_to_their_end(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("light_mem.maintenance.data.PIECE_BYTES", PAGE + 100)
+    monkeypatch.setattr("light_mem.maintenance.data_file.PIECE_BYTES", PAGE + 100)
     store = make_store(tmp_path / "store")
     assert command("verify", store) == 0
     flip(store, BLOCKS[3], 4 * PAGE - 1)

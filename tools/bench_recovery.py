@@ -7,10 +7,10 @@
 The stores are synthetic: records and bytes are written straight into the shard files, as a server
 would have left them, because a server would take minutes for a million blocks.
 
-verify is compared with plain readers of the same data files, as many threads, the same pieces:
-`read` only reads, `read+xxh3` also takes one running checksum. Cold: the kernel was asked to
-forget the files before. Rounds alternate and the best of each counts, because what else runs on
-the machine only ever slows things down.
+verify is compared with plain readers of the same data files: as many processes, started before
+the clock, that read pieces of 1 MiB (`read`) and call the checksum once a block (`read+xxh3`).
+Cold: the kernel was asked to forget the files before. Rounds alternate. Of rebuild the best one
+counts, because what else runs only ever slows it down; of verify the medians, for the ratios.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import argparse
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import xxhash
@@ -36,7 +37,8 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import record_crc
 from light_mem.maintenance import inspect, rebuild, verify
-from light_mem.maintenance.data import MAX_JOBS, PIECE_BYTES
+from light_mem.maintenance.data import MAX_JOBS
+from light_mem.maintenance.data_file import PIECE_BYTES
 
 SHARDS = 4
 JOBS = min(MAX_JOBS, os.cpu_count() or 1)
@@ -98,27 +100,61 @@ def forget(directory: Path) -> None:
         os.close(descriptor)
 
 
-def read_plainly(directory: Path, nbytes: int, hashing: bool) -> None:
-    """Read the data files with JOBS threads, each a part of a file at a time."""
-    parts = []
-    for path in sorted(directory.glob("shard-*.data")):
-        size = min(path.stat().st_size, fmt.SHARD_HEADER_BYTES + nbytes)
-        parts += [(path, at, min(at + (256 << 20), size)) for at in range(0, size, 256 << 20)]
+class PlainReaders:
+    """JOBS processes that read the data files in pieces, and no more: what `verify` is held up
+    against. They are started before the clock is; each takes every JOBS-th part of a file."""
 
-    def read(part: tuple[Path, int, int]) -> None:
-        path, at, end = part
-        buffer = memoryview(bytearray(PIECE_BYTES))
-        checksum = xxhash.xxh3_64()
+    PROGRAM = """
+import os, sys
+sys.path[:] = sys.argv[1].split(os.pathsep)
+from xxhash import xxh3_64_digest as digest
+number, jobs, piece, block, end = map(int, sys.argv[2:7])
+buffer = memoryview(bytearray(piece + 16))
+step = max(1, min(block, piece))
+frames = [buffer[at : at + 16 + step] for at in range(0, piece, step)]
+parts = [(path, at) for path in sys.argv[7:] for at in range(0, end, 64 * piece)]
+for line in sys.stdin:
+    hashing = line.strip() == "hash"
+    for path, start in parts[number::jobs]:
         descriptor = os.open(path, os.O_RDONLY)
-        while at < end:
-            count = os.preadv(descriptor, [buffer[: min(PIECE_BYTES, end - at)]], at)
+        for at in range(start, min(start + 64 * piece, end), piece):
+            count = os.preadv(descriptor, [buffer[16:]], at)
             if hashing:
-                checksum.update(buffer[:count])
-            at += count
+                b"".join(map(digest, frames[: -(-count // step)]))
         os.close(descriptor)
+    print("done", flush=True)
+"""
 
-    with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(read, parts))
+    def __init__(self, directory: Path, block: int, nbytes: int) -> None:
+        """`block` bytes are hashed by one call, with 16 bytes before them as if a key; a file has
+        `nbytes` of blocks at most."""
+        files = sorted(map(str, directory.glob("shard-*.data")))
+        end = fmt.SHARD_HEADER_BYTES + nbytes
+        self._children = [
+            subprocess.Popen(
+                [sys.executable, "-S", "-c", self.PROGRAM, os.pathsep.join(sys.path)]
+                + [str(n) for n in (number, JOBS, PIECE_BYTES, block, end)]
+                + files,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+            )
+            for number in range(JOBS)
+        ]
+
+    def run(self, what: bytes) -> None:
+        """`b"read"` or `b"hash"`; returns when all have done it."""
+        for child in self._children:
+            child.stdin.write(what + b"\n")
+        for child in self._children:
+            if child.stdout.readline() != b"done\n":
+                raise RuntimeError("a plain reader failed")
+
+    def close(self) -> None:
+        for child in self._children:
+            child.stdin.close()
+            child.wait()
+            child.stdout.close()
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -145,25 +181,36 @@ def bench_rebuild(directory: Path, blocks: int, rounds: int) -> None:
     print(f"  most memory of this process: {peak / 1e6:.0f} MB")
 
 
-def bench_verify(directory: Path, nbytes: int, rounds: int) -> None:
-    total = verify(directory).nbytes
-    assert total == nbytes
+def bench_verify(directory: Path, block: int, nbytes: int, rounds: int) -> None:
+    assert verify(directory).nbytes == nbytes
+    readers = PlainReaders(directory, block, largest_share(directory, block))
     ways: dict[str, Callable[[], object]] = {
-        "read": lambda: read_plainly(directory, nbytes, False),
-        "read+xxh3": lambda: read_plainly(directory, nbytes, True),
+        "read": lambda: readers.run(b"read"),
+        "read+xxh3": lambda: readers.run(b"hash"),
         "verify": lambda: verify(directory),
     }
-    for temperature in ("cold", "in page cache"):
-        best = dict.fromkeys(ways, float("inf"))
-        for _ in range(rounds):
-            for name, call in ways.items():
-                if temperature == "cold":
-                    forget(directory)
-                best[name] = min(best[name], timed(call))
-        rates = {name: nbytes / seconds / 1e9 for name, seconds in best.items()}
-        text = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-        ratio = rates["verify"] / rates["read+xxh3"]
-        print(f"  {temperature}: {text} GB/s; verify is {ratio:.2f} of read+xxh3")
+    try:
+        for temperature in ("cold", "in page cache"):
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(rounds):
+                for name, call in ways.items():
+                    if temperature == "cold":
+                        forget(directory)
+                    seconds[name].append(timed(call))
+            rates = {name: nbytes / median(taken) / 1e9 for name, taken in seconds.items()}
+            text = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+            ratio = rates["verify"] / rates["read+xxh3"]
+            print(f"  {temperature}: {text} GB/s; verify is {ratio:.2f} of read+xxh3")
+    finally:
+        readers.close()
+
+
+def largest_share(directory: Path, block: int) -> int:
+    """Bytes of blocks in the shard that has the most."""
+    return max(
+        (path.stat().st_size - fmt.SHARD_HEADER_BYTES) // block * block
+        for path in directory.glob("shard-*.data")
+    )
 
 
 def main() -> None:
@@ -172,22 +219,29 @@ def main() -> None:
     )
     parser.add_argument("--blocks", type=int, default=1_000_000, help="for rebuild (%(default)s)")
     parser.add_argument("--gib", type=float, default=2.0, help="for verify (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--only", choices=("rebuild", "verify"), help="one part (default: both)")
     parser.add_argument("--directory", help="where to make the stores (default: a temporary one)")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="light-mem-bench-", dir=arguments.directory))
     try:
         make_store(root / "many", arguments.blocks, 256, 1)
-        bench_rebuild(root / "many", arguments.blocks, arguments.rounds)
+        if arguments.only == "verify":
+            rebuild(root / "many")
+        else:
+            bench_rebuild(root / "many", arguments.blocks, arguments.rounds)
+        if arguments.only == "rebuild":
+            return
         print(f"verify, {arguments.blocks:,} blocks of 256 bytes")
-        bench_verify(root / "many", arguments.blocks * 256, arguments.rounds)
+        bench_verify(root / "many", 256, arguments.blocks * 256, arguments.rounds)
         shutil.rmtree(root / "many")
         for page_bytes, pages in ((4096, 1), (65536, 1), (65536, 64)):
-            blocks = int(arguments.gib * 2**30) // (page_bytes * pages)
+            size = page_bytes * pages
+            blocks = int(arguments.gib * 2**30) // size
             make_store(root / "store", blocks, page_bytes, pages)
             rebuild(root / "store")
-            print(f"verify, {blocks:,} blocks of {page_bytes * pages // 1024:,} KiB")
-            bench_verify(root / "store", blocks * page_bytes * pages, arguments.rounds)
+            print(f"verify, {blocks:,} blocks of {size // 1024:,} KiB")
+            bench_verify(root / "store", size, blocks * size, arguments.rounds)
             shutil.rmtree(root / "store")
     finally:
         shutil.rmtree(root, ignore_errors=True)

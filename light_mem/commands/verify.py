@@ -30,7 +30,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(commands, "verify", run, "read everything and report damage", TEXT)
     parser.add_argument("--repair", action="store_true", help="drop damaged blocks, mend the rest")
     parser.add_argument(
-        "--jobs", metavar="N", type=count, help="threads that read (default: one a core, up to 8)"
+        "--jobs",
+        metavar="N",
+        type=count,
+        help="threads or processes that read (default: one a core, up to 8)",
     )
 
 

@@ -14,6 +14,7 @@ process.py      who a process is, whether it lives, whether it was forked
 futex.py        waiting on a word of shared memory
 task_table.py   the shared task table: layout and mapping
 queue.py        TaskQueue: blocks waiting for a worker
+program.py      processes of our own: started, and ending with their parent
 worker.py       the worker process
 pool.py         starts, watches and replaces workers
 """

@@ -11,15 +11,11 @@ import logging
 import os
 import selectors
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import spawn
-from pathlib import Path
 
-import light_mem
-from light_mem.engine import worker
+from light_mem.engine import program, worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import TaskTable
@@ -124,7 +120,6 @@ class WorkerPool:
         self._thread.start()
 
     def _spawn(self, number: int) -> None:
-        root = str(Path(light_mem.__file__).resolve().parent.parent)
         config = {
             "number": number,
             "parent": os.getpid(),
@@ -132,16 +127,13 @@ class WorkerPool:
             "table_path": self._table.path,
             "memory": self._memory._asdict(),
             "log_level": log.getEffectiveLevel(),
-            "path": [p or os.getcwd() for p in sys.path] + [root],
             **self._settings,
         }
         descriptors = [self._table.fd]
         if self._memory.kind == "fd":
             descriptors.append(self._memory.fd)
-        executable = os.fsdecode(spawn.get_executable() or sys.executable)
-        # -S: what `site` would do is in the path that is handed over; it saves start time.
         process = subprocess.Popen(
-            [executable, "-S", "-c", worker.bootstrap(), worker.encode(config)],
+            program.command(worker.__name__, config),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log_write,

@@ -9,14 +9,11 @@ is safe at any instruction: that is what the store's format is made for.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
-import select
 import signal
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -28,6 +25,7 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Bytes2D, Regions, Rows
+from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import (
     ABORTED,
@@ -151,26 +149,6 @@ class Worker:
         return BlockIO(low, high, Rows(self._memory, pages))
 
 
-def die_with(parent: int) -> None:
-    """End this process as soon as the parent is dead, however it dies."""
-    # Not PR_SET_PDEATHSIG: it fires when the *thread* that started the child ends (prctl(2)).
-    pidfd = os.pidfd_open(parent) if hasattr(os, "pidfd_open") else -1
-
-    def watch() -> None:
-        if pidfd >= 0:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll()
-        else:
-            while os.getppid() == parent:
-                time.sleep(1)
-        os._exit(1)
-
-    if os.getppid() != parent:  # it died before it could be watched
-        os._exit(1)
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
 def _allow_descriptors() -> None:
     """A mapped shard costs three descriptors; the usual soft limit of 1,024 is for select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -207,16 +185,3 @@ def main(config: dict[str, Any]) -> None:
     table.futex.wake(table.done_word)
     Worker(number, table, TaskQueue(table, lock), memory, engine).run()
     engine.close()
-
-
-def bootstrap() -> str:
-    """The program of a worker for `python -c`: its arguments come as JSON in argv[1]."""
-    return (
-        "import sys, json; c = json.loads(sys.argv[1]); sys.path[:] = c['path']; "
-        f"from {__name__} import main; main(c)"
-    )
-
-
-def encode(config: dict[str, Any]) -> str:
-    """The argument that `bootstrap` reads."""
-    return json.dumps(config)

@@ -6,7 +6,11 @@ owners.py           who has it open
 opening.py          an existing store opened for changes
 inspecting.py       its numbers, and its blocks one by one
 structure.py        whether a shard's entries, chains, counters and records agree
-data.py             whether the bytes of blocks fit their checksums, by several threads
+data.py             whether the bytes of blocks fit their checksums, by several threads or processes
+data_file.py        a shard's data file, read block by block
+scanning.py         many small blocks of it at once
+scan_process.py     the same in a process, for the thread that owns it
+scan_child.py       that process
 verifying.py        both together; `check` for programs
 repairing.py        what was found put right
 rebuilding.py       the index made anew from the shard files
@@ -18,24 +22,45 @@ reading.py          a block's bytes, read from outside
 exporting.py        a store, or some of it, into one file
 export_file.py      that file read again, damaged or not
 importing.py        its blocks into a store
+
+Names are imported when they are first used: the process of `scan_child.py` needs none of them.
 """
 
-from light_mem.maintenance.changing import clear, evict, resize
-from light_mem.maintenance.exporting import export_store
-from light_mem.maintenance.importing import import_store
-from light_mem.maintenance.inspecting import blocks, inspect
-from light_mem.maintenance.rebuilding import rebuild
-from light_mem.maintenance.report import (
-    BlockReport,
-    ChangeReport,
-    DamagedBlock,
-    Finding,
-    RebuildReport,
-    StoreReport,
-    TransferReport,
-    VerifyReport,
-)
-from light_mem.maintenance.verifying import check, verify
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from light_mem.maintenance.changing import clear, evict, resize
+    from light_mem.maintenance.exporting import export_store
+    from light_mem.maintenance.importing import import_store
+    from light_mem.maintenance.inspecting import blocks, inspect
+    from light_mem.maintenance.rebuilding import rebuild
+    from light_mem.maintenance.report import (
+        BlockReport,
+        ChangeReport,
+        DamagedBlock,
+        Finding,
+        RebuildReport,
+        StoreReport,
+        TransferReport,
+        VerifyReport,
+    )
+    from light_mem.maintenance.verifying import check, verify
+
+_HOMES = {  # of the names in __all__; the others are reports
+    "blocks": "inspecting",
+    "check": "verifying",
+    "clear": "changing",
+    "evict": "changing",
+    "export_store": "exporting",
+    "import_store": "importing",
+    "inspect": "inspecting",
+    "rebuild": "rebuilding",
+    "resize": "changing",
+    "verify": "verifying",
+}
 
 __all__ = [
     "BlockReport",
@@ -57,3 +82,15 @@ __all__ = [
     "resize",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'report')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

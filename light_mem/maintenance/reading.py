@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from light_mem.engine import shard_file
-from light_mem.maintenance.data import DataFile, block_at
+from light_mem.maintenance.data import block_at
+from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.inspecting import Listed
 from light_mem.maintenance.store import Store
 

@@ -31,7 +31,8 @@ from light_mem.index.file import IndexFile
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.owners import Owners
 from light_mem.index.recovery import Table
-from light_mem.maintenance.data import DataFile, block_at
+from light_mem.maintenance.data import block_at
+from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.in_place import rebuild_in_place
 from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, require_alone

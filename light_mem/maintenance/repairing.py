@@ -18,7 +18,8 @@ from light_mem.errors import LightMemError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
-from light_mem.maintenance.data import DataFile, block_at
+from light_mem.maintenance.data import block_at
+from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.opening import open_tool
 from light_mem.maintenance.owners import intents_of
 from light_mem.maintenance.rebuilding import rebuild

@@ -27,6 +27,7 @@ Bools = npt.NDArray[np.bool_]
 # and the next one in one word.
 _AT = {name: fmt.RECORD.fields[name][1] // 8 for name in fmt.RECORD.names or ()}  # type: ignore[index]
 _TAG, _RUNS = _AT["tag"], _AT["run"]
+_ROWS = 1 << 13  # looked at together: what stays in a core's cache
 _BLOCK = [_AT[name] for name in ("low", "high", "checksum", "nbytes")]
 
 
@@ -190,12 +191,20 @@ class StructureCheck:
     def _record_fits(self, slots: Ints, heads: Ints, state: int) -> Bools:
         """Whether the records of runs at `slots` are sound, and say what the entries say: those
         of `heads` about the block, their own about the run."""
+        fits = np.empty(len(slots), bool)
+        for first in range(0, len(slots), _ROWS):
+            part = slice(first, first + _ROWS)
+            fits[part] = self._part_fits(slots[part], heads[part], state)
+        return fits
+
+    def _part_fits(self, slots: Ints, heads: Ints, state: int) -> Bools:
         records, entries = as_words(self._s.records)[slots], as_words(self._entries)
+        told = entries[heads]
         fits = records[:, _TAG] & np.uint64(fmt.STATE_MASK) == state
         for word in _BLOCK:
-            fits &= records[:, word] == entries[heads, word]
+            fits &= records[:, word] == told[:, word]
         fits &= records[:, _RUNS] == entries[slots, _RUNS]
-        fits[fits] = recovery.crc_fits(records[fits].view(fmt.RECORD).reshape(-1))
+        fits &= recovery.crc_fits(records.view(fmt.RECORD).reshape(-1))
         return np.asarray(fits)
 
     def _stale(self) -> Iterator[Finding]:

@@ -37,10 +37,11 @@ def verify(
 ) -> VerifyReport:
     """Check everything in a store; with `repair`, drop damaged blocks and put the rest in order.
 
-    Any process may call it, also while servers use the store. `jobs` threads read (default: one a
-    core, at most 8); `progress` is called some ten times a second. A repair can be interrupted
-    and run again. Raises StoreFormatError when there is no store, StoreBusyError when its index
-    is replaced during the check, LockTimeoutError when a stopped process holds a shard's lock.
+    Any process may call it, also while servers use the store. `jobs` threads or processes read
+    (default: one a core, at most 8); `progress` is called some ten times a second. A repair can be
+    interrupted and run again. Raises StoreFormatError when there is no store, StoreBusyError when
+    its index is replaced during the check, LockTimeoutError when a stopped process holds a shard's
+    lock.
     """
     if jobs is not None:
         jobs = whole_number("jobs", jobs, 1, 1024)
@@ -52,18 +53,18 @@ def verify(
         prepare_files(store, findings)
         store = Store(directory)
     structure: list[Finding] = []
-    data = DataCheck(store, jobs)
     unfinished = unfinished_of(store)
-    for shard in range(store.geometry.shards):
-        if store.usable:
-            snapshot, found, interrupted = check_structure(store, shard)
-            structure += found
-            if interrupted:
-                unfinished.append(interrupted)
-            data.add(shard, snapshot.entries)
-        else:
-            data.add(shard, store.table(shard))
-    result = data.run(progress)
+    with DataCheck(store, jobs) as data:
+        for shard in range(store.geometry.shards):
+            if store.usable:
+                snapshot, found, interrupted = check_structure(store, shard)
+                structure += found
+                if interrupted:
+                    unfinished.append(interrupted)
+                data.add(shard, snapshot.entries)
+            else:
+                data.add(shard, store.table(shard))
+        result = data.run(progress)
     found_all = [*findings, *structure]
     repaired, remaining = 0, found_all
     if repair and (found_all or result.damaged) and not foreign:

@@ -1,0 +1,57 @@
+"""Processes of our own: how one is started, and how it ends with its parent.
+
+Each is its own program: `multiprocessing` would run the server's `__main__` again, and a fork of a
+process with threads may hang. Imports nothing of the library, so a child costs what it needs only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def command(module: str, config: dict[str, Any]) -> list[str]:
+    """The command that runs `main(config)` of a module; `config` goes through JSON.
+
+    The child finds what this process finds: `sys.path` is handed over.
+    """
+    from multiprocessing import spawn  # the child does without it
+
+    root = str(Path(__file__).resolve().parents[2])
+    path = [p or os.getcwd() for p in sys.path] + [root]
+    program = (
+        "import sys, json; c = json.loads(sys.argv[1]); sys.path[:] = c.pop('path'); "
+        f"from {module} import main; main(c)"
+    )
+    executable = os.fsdecode(spawn.get_executable() or sys.executable)
+    # -S: what `site` would do is in the path that is handed over; it saves start time.
+    return [executable, "-S", "-c", program, json.dumps({**config, "path": path})]
+
+
+def die_with(parent: int) -> None:
+    """End this process as soon as the parent is dead, however it dies.
+
+    Raises ProcessLookupError when it is dead already.
+    """
+    # Not PR_SET_PDEATHSIG: it fires when the *thread* that started the child ends (prctl(2)).
+    pidfd = os.pidfd_open(parent) if hasattr(os, "pidfd_open") else -1
+
+    def watch() -> None:
+        if pidfd >= 0:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll()
+        else:
+            while os.getppid() == parent:
+                time.sleep(1)
+        os._exit(1)
+
+    if os.getppid() != parent:  # it died before it could be watched
+        os._exit(1)
+    threading.Thread(target=watch, name="parent", daemon=True).start()
