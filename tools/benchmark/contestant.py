@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,25 @@ class Contestant:
         self._processes.append(process)
         self._answer(process)
 
+    def about(self) -> dict[str, str]:
+        """Its version, how it is used, what it lacks."""
+        try:
+            version = importlib.metadata.version(self.kind.package) if self.kind.package else ""
+        except importlib.metadata.PackageNotFoundError:
+            version = "from a checkout"
+        return {
+            "name": self.name,
+            "version": version,
+            "how": self.kind.how,
+            "lacks": self.kind.lacks,
+        }
+
+    @property
+    def many_passes(self) -> bool:
+        """Whether passes may follow each other without the others waiting for each."""
+        alone = self.kind.one_process_each or len(self._processes) == 1
+        return alone and (self.kind.evicts or self.kind.delete is rivals.Rival.delete)
+
     def _look(self) -> None:
         self.family = []
         for process in self._processes:
@@ -123,11 +143,15 @@ class Contestant:
             for process in self._processes:
                 process.send_signal(signal.SIGCONT if yes else signal.SIGSTOP)
 
-    def forget(self) -> float | None:
-        """Drop its files from the page cache; which share stayed, None when that is impossible."""
-        # Only what maps its files has to be closed; a store that lives in memory cannot be.
-        closed = all(self.tell("suspend"))
+    def forget(self, meanwhile: Callable[[], None] = lambda: None) -> float:
+        """Drop its files from the page cache; returns which share of them stayed.
+
+        What maps its files is closed for that, and opened anew afterwards. `meanwhile` may read
+        the files, and must drop them again.
+        """
+        closed = all(self.tell("suspend"))  # what cannot be closed does not map its files
         stayed = machine.forget(self.directory)
+        meanwhile()
         if closed:
             self.tell("resume")
             self._look()

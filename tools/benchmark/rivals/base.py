@@ -69,8 +69,7 @@ class Rival(ABC):
     def hashes(self, generations: Pages, blocks: Pages) -> list[Any]:
         """A hash a block that no other generation has."""
         return [
-            f"{g:016x}{b:016x}"
-            for g, b in zip(generations.tolist(), blocks.tolist(), strict=True)
+            f"{g:016x}{b:016x}" for g, b in zip(generations.tolist(), blocks.tolist(), strict=True)
         ]
 
     @abstractmethod

@@ -26,8 +26,7 @@ class CppLightMem(Rival):
 
     @classmethod
     def environment(cls, plan: Plan) -> dict[str, str]:
-        size = plan.shape.block_bytes
-        return {"LIGHTMEM_MAX_BLOCK_SIZE_MB": str(math.ceil(size / 2**20))}
+        return {"LIGHTMEM_MAX_BLOCK_SIZE_MB": str(cls._block_limit(plan) >> 20)}
 
     def open(self) -> None:
         import torch
@@ -51,17 +50,25 @@ class CppLightMem(Rival):
         plan, shards = self.setup.plan, 4
         self._module = module.light_mem
         self._torch = torch
+        # It has one block size: a shorter block takes a whole slot, and a task of its own.
+        page = plan.shape.page_bytes
+        block = min(64, max(1, self._block_limit(plan) // page)) * page
+        self._alone = block != plan.shape.block_bytes
         self._service = self._module.LocalCacheService(
             file=str(self.directory / "store"),
             # Its hashes do not fall evenly on shards: room so that a pass is not evicted by itself.
-            storage_size=(2 * plan.blocks + 4 * shards) * plan.shape.block_bytes,
+            storage_size=(2 * plan.blocks + 4 * shards) * block,
             num_of_shard=shards,
             kvcache=torch.from_numpy(self.memory),
             num_workers=self.setup.workers,
         )
         self._service.run()
-        if self._service.block_size() != plan.shape.block_bytes:
-            raise NotInstalledError(f"its blocks have {self._service.block_size()} bytes here")
+        if self._service.block_size() != block:
+            raise RuntimeError(f"its blocks have {self._service.block_size()} bytes, not {block}")
+
+    @staticmethod
+    def _block_limit(plan: Plan) -> int:
+        return math.ceil(plan.shape.block_bytes / 2**20) << 20
 
     def _finish(self, tasks: list[Any]) -> None:
         for task in tasks:
@@ -70,23 +77,25 @@ class CppLightMem(Rival):
             if any(state != self._module.State.Finished for state in task.state()):
                 raise RuntimeError("a block was aborted")
 
-    def _create(self, mode: str, hashes: list[Any], pages: Pages) -> Any:
-        index = self._torch.from_numpy(pages.ravel().astype("int32"))
-        return self._service.create(hashes, index, mode)
+    def _create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
+        size = 1 if self._alone else max(1, len(hashes))
+        return [
+            self._service.create(
+                hashes[at : at + size],
+                self._torch.from_numpy(pages[at : at + size].ravel().astype("int32")),
+                mode,
+            )
+            for at in range(0, len(hashes), size)
+        ]
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish([self._create("w", hashes, pages)])
+        self._finish(self._create("w", hashes, pages))
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish([self._create("r", hashes, pages)])
+        self._finish(self._create("r", hashes, pages))
 
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
-        tasks = [
-            self._create(mode, hashes, rows)
-            for mode, hashes, rows in (("r", old, into), ("w", new, pages))
-            if hashes
-        ]
-        self._finish(tasks)
+        self._finish(self._create("r", old, into) + self._create("w", new, pages))
 
     def close(self) -> None:
         del self._service

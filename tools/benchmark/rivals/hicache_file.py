@@ -14,7 +14,6 @@ class HiCache(Rival):
     package = "sglang"
     how = "a process a worker, each as one rank; a new file a block, evicting"
     lacks = "no checksum; keys are files of one directory"
-
     evicts = True
 
     def open(self) -> None:
@@ -38,7 +37,11 @@ class HiCache(Rival):
                 enable_storage_metrics=False,
                 is_page_first_layout=True,
                 model_name="bench",
-                extra_config={"max_size": (mine + 1) * shape.block_bytes, "eviction_ratio": 1.0},
+                # A mixed pass must not lose the blocks that it reads to its own writes.
+                extra_config={
+                    "max_size": int(1.7 * mine + 1) * shape.block_bytes,
+                    "eviction_ratio": 1.0,
+                },
             ),
             str(self.directory),
         )

@@ -28,6 +28,8 @@ class LightMem(Rival):
 
         plan, options = self.setup.plan, self.setup.options
         self._shards = options.get("shards", 4)
+        # Any server may have blocks of any shard.
+        self._shard_of = np.random.default_rng(7).permutation(plan.blocks) % self._shards
         # A pass evicts the one before. A shard must hold a full block of 64 pages.
         full = min(64, max(1, (64 << 20) // plan.shape.page_bytes)) * plan.shape.page_bytes
         size = (plan.blocks + self._shards) * plan.shape.block_bytes
@@ -48,13 +50,12 @@ class LightMem(Rival):
         first = (generations.astype(np.uint64) << np.uint64(40)) + (
             blocks.astype(np.uint64) << np.uint64(12)
         )
-        if self._shards > 8 or len(first) > _BATCH:
-            return first.tolist()  # many blocks, or many shards: evenly enough by themselves
-        tried = first[:, None] + np.arange(128, dtype=np.uint64)
+        # Enough candidates that one of them is surely of the shard wanted.
+        tried = first[:, None] + np.arange(min(4096, 24 * self._shards), dtype=np.uint64)
         both = np.stack([tried.ravel(), np.zeros(tried.size, np.uint64)], axis=1)
         shards = keys.shards_of(keys.mix(both), self._shards).reshape(tried.shape)
-        fits = shards == (blocks % self._shards)[:, None]
-        return tried[np.arange(len(first)), fits.argmax(axis=1)].tolist()
+        fits = shards == self._shard_of[blocks][:, None]
+        return list(tried[np.arange(len(first)), fits.argmax(axis=1)].tolist())
 
     def _finish(self, mode: str, hashes: list[Any], pages: Pages) -> None:
         tasks = [

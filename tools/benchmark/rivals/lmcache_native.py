@@ -36,6 +36,10 @@ class LMCacheNative(Rival):
         memory = page_aligned(2 * self._batch * shape.block_bytes)
         self._buffers = memory.reshape(2, self._batch, shape.pages, shape.page_bytes)
 
+    def hashes(self, generations: Pages, blocks: Pages) -> list[Any]:
+        """In the client's form: model, rank, object group, hash."""
+        return [f"bench@00000000@0@{name}" for name in super().hashes(generations, blocks)]
+
     def _wait(self, pending: int | None) -> None:
         while pending is not None:
             select.select([self._client.event_fd()], [], [], 60)
@@ -75,10 +79,8 @@ class LMCacheNative(Rival):
         return int(self._client.submit_batch_get(names, self._views(half, len(names))))
 
     def delete(self, hashes: list[Any]) -> None:
-        gone = set(hashes)
-        for path in self.directory.iterdir():
-            if path.stem.split("@")[0] in gone or path.name in gone:
-                path.unlink()
+        for name in hashes:
+            (self.directory / f"{name.replace('@', '@0x', 1)}.data").unlink()
 
     def close(self) -> None:
         self._client.close()
