@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import psutil
 from benchmark import growth, latency, machine, plots, process, queries, report, rivals
@@ -34,26 +30,29 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=str(PARTS)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    add(
+        "--contestants",
+        nargs="+",
+        choices=rivals.ALL,
+        default=list(rivals.ALL),
+        metavar="NAME",
+        help=f"of copies and latency: {', '.join(rivals.ALL)}",
     )
-    parser.add_argument("--contestants", nargs="+", choices=rivals.ALL, default=list(rivals.ALL),
-                        metavar="NAME", help=f"for copies and latency: {', '.join(rivals.ALL)}")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    parser.add_argument("--rounds", type=int, help="samples of each kind (9; quick: 2)")
-    parser.add_argument("--gib", type=float, help="GiB a pass (0.25; quick: 0.03)")
-    parser.add_argument("--workers", type=int, default=2, help="processes or threads (%(default)s)")
-    parser.add_argument("--warm", type=int, help="passes of writing before (8; quick: 2)")
-    parser.add_argument("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), metavar="N",
-                        help="block shapes: " + "; ".join(f"{n} {s.name}" for n, s in enumerate(SHAPES)))  # fmt: skip
-    parser.add_argument("--max-entries", type=int, help="largest index (10,000,000; quick: 10,000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the page order (%(default)s)")
-    parser.add_argument(
-        "--cpp-lightmem", metavar="PATH", help="folder of the C++ package light_mem"
-    )
-    parser.add_argument("--directory", type=Path, help="where the stores go (default: temporary)")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files there")
+    add("--quick", action="store_true", help="small sizes, few rounds")
+    add("--rounds", type=int, help="samples of each kind (9; quick: 2)")
+    add("--gib", type=float, help="GiB a pass (0.25; quick: 0.03)")
+    add("--workers", type=int, default=2, help="processes or threads (%(default)s)")
+    add("--warm", type=int, help="passes of writing before (8; quick: 2)")
+    shapes = ", ".join(f"{n}: {shape.name}" for n, shape in enumerate(SHAPES))
+    add("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), metavar="N", help=shapes)
+    add("--max-entries", type=int, help="largest index (10,000,000; quick: 10,000)")
+    add("--seed", type=int, default=0, help="of the page order (%(default)s)")
+    add("--cpp-lightmem", metavar="PATH", help="folder that holds the C++ package light_mem")
+    add("--directory", type=Path, help="where the stores go (default: temporary)")
+    add("--json", type=Path, help="write all figures there")
+    add("--plots", type=Path, metavar="DIR", help="draw PNG files there")
     return parser.parse_args()
 
 

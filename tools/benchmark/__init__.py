@@ -14,3 +14,9 @@ process      start, idle use, memory
 report       tables, ratios first
 plots        PNG
 """
+
+import sys
+from pathlib import Path
+
+# The LightMem of this checkout is measured, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

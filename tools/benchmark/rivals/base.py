@@ -84,7 +84,7 @@ class Rival(ABC):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         """Fill pages with the blocks of these hashes."""
 
-    def delete(self, hashes: list[Any]) -> None:
+    def delete(self, hashes: list[Any]) -> None:  # noqa: B027 (nothing to do for most)
         """Take blocks out of the store."""
 
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:

@@ -25,7 +25,7 @@ class Lmdb(Rival):
         except ImportError as err:
             raise NotInstalledError(str(err)) from err
         shape = self.setup.plan.shape
-        # Room for two generations and then some: pages freed by a transaction are used by later ones.
+        # Room for two generations: pages that a transaction frees are used by later ones.
         size = 3 * self.setup.plan.nbytes + (256 << 20)
         self._env = lmdb.open(
             str(self.directory), map_size=size, sync=False, metasync=False, writemap=True
