@@ -53,7 +53,7 @@ def _compare(
     for contestant in contestants:
         turn(contestant, "first fill", what="write")
         _prove(kv, contestant)
-    for _ in range(1 if run.quick else 2):
+    for _ in range(0 if run.quick else 2):
         _fill_again(run, source, contestants, plan, samples)
     for contestant in contestants:
         # Rounds on the way to the steady state are slower; rivals reach it at once.

@@ -71,7 +71,7 @@ def _of_store(run: Run, path: Path, entries: int) -> dict[str, Any]:
         found.update(_blocks_a_second(service, entries, run.rounds))
         started = time.perf_counter()
         report = service.check()
-        run.note_check(f"{entries} entries", {"blocks": report.blocks, "damaged": 0})
+        run.note_check(f"entries, {entries}", {"blocks": report.blocks, "damaged": 0})
         found["check() s"] = time.perf_counter() - started
     return found
 

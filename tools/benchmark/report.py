@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmark.machine import dirty_room
 from benchmark.run import Run
 
-_console = Console(width=None if Console().is_terminal else 120, highlight=False)
+_console = Console(width=None if Console().is_terminal else 132, highlight=False)
 
 
 def show_machine(run: Run) -> None:
@@ -37,13 +37,13 @@ def show_shape(run: Run, shape: str) -> None:
     found = run.results["copies"][shape]
     best = _best_plain(found)
     table = Table(title=f"blocks of {shape}", title_justify="left", caption_justify="left")
-    table.add_column("share of memory to memory", no_wrap=True)
+    table.add_column("share of\nmemory to memory", no_wrap=True)
     for name in ("write", "read", "mixed"):
         table.add_column(name, justify="right")
     table.add_column("cold read\nof plain", justify="right")
     for name in ("first\nfill", "write", "read", "mixed", "cold\nread"):
         table.add_column(f"{name}", justify="right")
-    table.add_column("CPU s/GB\nwrite, read", justify="right")
+    table.add_column("CPU s/GB\nwr.  read", justify="right")
     table.add_column("dropped", justify="right")
     for name, works in found["contestants"].items():
         cold = works.get("cold read")
@@ -55,7 +55,7 @@ def show_shape(run: Run, shape: str) -> None:
                 _text(works.get(w, {}).get("GBps"), w, works)
                 for w in ("first fill", "write", "read", "mixed", "cold read")
             ),
-            f"{works['write']['cpu_s_per_GB']:.2f}, {works['read']['cpu_s_per_GB']:.2f}",
+            f"{works['write']['cpu_s_per_GB']:.2f} {works['read']['cpu_s_per_GB']:.2f}",
             _dropped(works),
         )
     table.caption = (
@@ -77,7 +77,7 @@ def _text(value: float | None, work: str, works: dict[str, Any]) -> str:
 
 def _dropped(works: dict[str, Any]) -> str:
     each = [w for w in works.values() if isinstance(w, dict)]
-    return f"{sum(w['dropped'] for w in each)} of {sum(w['samples'] for w in each)}"
+    return f"{sum(w['dropped'] for w in each)}/{sum(w['samples'] for w in each)}"
 
 
 def show_part(run: Run, part: str) -> None:

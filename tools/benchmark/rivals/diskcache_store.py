@@ -15,7 +15,7 @@ class DiskCache(Rival):
     name = "diskcache"
     package = "diskcache"
     how = "a process a worker on one FanoutCache; a new file a block"
-    lacks = "no checksum; keys are pickled unless they are str, bytes or numbers"
+    lacks = "no checksum; eviction by its own limit is not reached here; keys are pickled unless they are str, bytes or numbers"
 
     def open(self) -> None:
         try:
@@ -23,8 +23,10 @@ class DiskCache(Rival):
         except ImportError as err:
             raise NotInstalledError(str(err)) from err
         shape = self.setup.plan.shape
+        # The limit is split over the shards, and few large blocks may all fall on one of them.
+        limit = 8 * (2 * self.setup.plan.nbytes + (64 << 20))
         self._cache = diskcache.FanoutCache(
-            str(self.directory), shards=8, timeout=60, size_limit=4 * self.setup.plan.nbytes
+            str(self.directory), shards=8, timeout=60, size_limit=limit
         )
         self._buffer = page_aligned(shape.block_bytes).reshape(shape.pages, shape.page_bytes)
 
