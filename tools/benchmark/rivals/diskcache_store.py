@@ -15,7 +15,7 @@ class DiskCache(Rival):
     name = "diskcache"
     package = "diskcache"
     how = "a process a worker on one FanoutCache; a new file a block"
-    lacks = "no checksum; eviction by its own limit is not reached here; keys are pickled unless they are str, bytes or numbers"
+    lacks = "no checksum; its own eviction is not reached here"
 
     def open(self) -> None:
         try:
