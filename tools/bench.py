@@ -79,7 +79,7 @@ def main() -> None:
         )
         run.results["machine"] = machine.describe(run.directory)
         run.results["options"] = {k: str(v) for k, v in vars(args).items()}
-        run.results["workers"] = run.workers
+        run.results["worker_count"] = run.workers
         run.results["load_before_percent"] = psutil.cpu_percent(1.0)
         report.show_machine(run)
         for part in args.only:

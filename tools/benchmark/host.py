@@ -7,6 +7,7 @@ A line in, a line out, both JSON. What a contestant's libraries print goes to a 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -111,6 +112,8 @@ class Host:
         if not self._kind.persistent:
             return False
         self._rival.close()
+        del self._rival  # what it mapped goes with its objects
+        gc.collect()
         return True
 
     def resume(self) -> None:

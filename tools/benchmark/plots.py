@@ -47,7 +47,7 @@ def _footer(results: dict[str, Any]) -> str:
     of = results["machine"]
     return (
         f"{of['cpu']}, {of['cores']} cores, {of['system']}, {of['file_system']}; "
-        f"{results['workers']} workers"
+        f"{results['worker_count']} workers"
     )
 
 
@@ -140,9 +140,8 @@ def _latency(plt: Any, results: dict[str, Any]) -> Any:
     """Share of single-block calls that took at most so long, a line a contestant."""
     shapes = results["latency"]
     wanted = [s for s in shapes if s in ("65.5 KB, one page", "3.93 MB")] or list(shapes)[:2]
-    others = sorted(
-        {n for s in wanted for n in shapes[s] if isinstance(shapes[s][n], dict)} - set(_COLOURS)
-    )
+    first = shapes[wanted[0]]
+    others = [n for n in first if isinstance(first[n], dict) and n not in _COLOURS]
     shades = plt.get_cmap("tab10")
     figure, axes = plt.subplots(len(wanted), 2, figsize=(9, 3 * len(wanted) + 0.8), squeeze=False)
     for row, shape in zip(axes, wanted, strict=True):
@@ -162,5 +161,5 @@ def _latency(plt: Any, results: dict[str, Any]) -> Any:
     figure.legend(
         *axes[0][0].get_legend_handles_labels(), ncols=5, loc="upper center", frameon=False
     )
-    figure.tight_layout(rect=(0, 0.02, 1, 0.93))
+    figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.5 / figure.get_figheight()))
     return figure
