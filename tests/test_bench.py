@@ -1,0 +1,116 @@
+"""The benchmark suite runs, finds every store sound, and writes what its tables and plots need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench.py"
+PARTS = ["copies", "entries", "servers", "process"]  # the others work like these
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=100
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny run, with the contestants that need no package."""
+    place = tmp_path_factory.mktemp("bench")
+    ran = run_bench(
+        *[
+            "--only",
+            *PARTS,
+            "--quick",
+            "--rounds",
+            "1",
+            "--warm",
+            "1",
+            "--gib",
+            "0.002",
+            "--max-entries",
+            "1000",
+        ],
+        *["--shapes", "0", "--contestants", "baseline", "lightmem", "plain", "cpp-lightmem"],
+        *["--directory", str(place), "--json", str(place / "out.json")],
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "checks of stores passed" in ran.stdout
+    # Nothing but what was asked for stays: the stores are gone.
+    assert [p.name for p in place.iterdir()] == ["out.json"]
+    found: dict[str, Any] = json.loads((place / "out.json").read_text())
+    return found
+
+
+def test_every_part_has_figures(results: dict[str, Any]) -> None:
+    for part in PARTS:
+        assert results[part], part
+    assert results["machine"]["cores"] >= 1
+    assert results["machine"]["versions"]["numpy"]
+
+
+def test_each_work_of_a_shape_has_rate_ratio_and_samples(results: dict[str, Any]) -> None:
+    found = results["copies"]["246 KB"]
+    assert found["bytes"] % found["block_bytes"] == 0
+    for name in ("memory to memory", "LightMem", "pwritev/preadv"):
+        for work in ("first fill", "write", "read", "mixed"):
+            figures = found["contestants"][name][work]
+            assert figures["lowest"] <= figures["GBps"] <= figures["highest"]
+            assert 0 <= figures["dropped"] <= figures["samples"] == 1
+            assert figures["noisy"] == (figures["dropped"] == figures["samples"])
+            assert figures["ratio"] > 0
+    base = found["contestants"]["memory to memory"]
+    assert base["write"]["ratio"] == base["read"]["ratio"] == 1.0
+    ours = found["contestants"]["LightMem"]
+    assert ours["write"]["ratio"] == ours["write"]["GBps"] / base["write"]["GBps"]
+    # A cold read is one whose pages were dropped: the closed service maps none of them.
+    assert ours["cold read"]["stayed in page cache"] < 0.2
+    assert "preadv of 8 MiB" in found["plain cold reads"]
+
+
+def test_every_store_was_checked(results: dict[str, Any]) -> None:
+    parts = " ".join(check["part"] for check in results["checks"])
+    for part in PARTS:
+        assert part in parts
+    assert all(check["blocks"] > 0 and not check.get("damaged") for check in results["checks"])
+
+
+def test_what_is_missing_is_said(results: dict[str, Any]) -> None:
+    about = results["contestants"]
+    assert about["cpp-lightmem"] == {"missing": "give its path with --cpp-lightmem"}
+    assert about["plain"]["lacks"]
+    assert "C++ LightMem" not in results["copies"]["246 KB"]["contestants"]
+
+
+def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:
+    row = results["entries"]["1000"]
+    for name in (
+        "open ms",
+        "query one, hit, us",
+        "ready() us",
+        "create of 1,024 blocks, write, ms",
+    ):
+        assert row[name] > 0, name
+    by_servers = results["servers"]["246 KB"]
+    assert list(by_servers) == ["LightMem, 1", "LightMem, 2"]
+    for works in by_servers.values():
+        assert works["write"]["GBps"] > 0 < works["read"]["GBps"]
+
+
+def test_plots_are_drawn_or_said_to_be_missing(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    from benchmark import plots
+
+    said = plots.draw(results, tmp_path / "plots")
+    assert said.startswith("no plots:")
+    assert not (tmp_path / "plots").exists()

@@ -1,0 +1,22 @@
+"""The parts of `tools/bench.py`, which measures LightMem beside what people use instead.
+
+plan         what is moved: block shape, page order, hashes of each generation
+machine      what it ran on; CPU use of other processes; the page cache of files
+host         the process that holds a contestant, and its program
+contestant   the parent's handle on the processes of one contestant
+samples      timed runs, and which of them count
+rivals       a small class each: LightMem, the baseline, and what is used instead
+copies       first fill, steady write, cached read, mixed, cold read, by block shape
+latency      one block at a time, call to data
+queries      look-ups, `create`, `ready`, opening, by entries
+growth       throughput by entries, shards, workers and servers
+process      start, idle use, memory
+report       tables, ratios first
+plots        PNG
+"""
+
+import sys
+from pathlib import Path
+
+# The LightMem of this checkout is measured, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -1,0 +1,163 @@
+"""First fill, steady write, cached read, mixed and cold read of one block shape, interleaved."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from benchmark import cold
+from benchmark.contestant import Contestant
+from benchmark.plan import Plan, Shape
+from benchmark.run import Run
+from benchmark.samples import Samples
+
+WORK = ("first fill", "write", "read", "mixed", "cold read")
+_FIRST_FILLS = ("lightmem", "plain", "cpp-lightmem")  # these several times, each in a new store
+_SECONDS = 0.15  # that a sample takes at least, in as many passes as it needs
+
+
+class WrongBytesError(RuntimeError):
+    """A contestant did not give back what it was given."""
+
+
+def bench_shape(run: Run, shape: Shape) -> dict[str, Any]:
+    """Every contestant on the same tensor in the same page order; by contestant and work."""
+    plan = run.plan(shape)
+    with run.tensor(plan) as (kv, source):
+        place = run.place()
+        started = [run.start(kind, place, source, plan) for kind in run.kinds]
+        contestants = [c for c in started if c]
+        with run.together(contestants, place):
+            return _compare(run, kv, source, contestants, plan)
+
+
+def _compare(
+    run: Run, kv: Any, source: Any, contestants: list[Contestant], plan: Plan
+) -> dict[str, Any]:
+    shape = plan.shape
+    samples = {c.name: {work: Samples() for work in WORK} for c in contestants}
+    for contestant in contestants:
+        contestant.awake(False)
+
+    def turn(contestant: Contestant, work: str, passes: int = 1, what: str = "") -> None:
+        contestant.awake(True)
+        sample = run.meter.take(
+            lambda: contestant.move(what or work, passes), passes * plan.nbytes, contestant.family
+        )
+        contestant.awake(False)
+        samples[contestant.name][work].all.append(sample)
+
+    for contestant in contestants:
+        turn(contestant, "first fill", what="write")
+        _prove(kv, contestant)
+    for _ in range(0 if run.quick else 2):
+        _fill_again(run, source, contestants, plan, samples)
+    for contestant in contestants:
+        # Rounds on the way to the steady state are slower; rivals reach it at once.
+        for _ in range(run.warm if contestant.kind.name == "LightMem" else 1):
+            _awake(contestant, "write")
+        _awake(contestant, "mixed"), _awake(contestant, "read")
+    passes = {c.name: _passes(c, plan) for c in contestants}
+    for _ in range(run.rounds):
+        for contestant in contestants:
+            for work in ("write", "read", "mixed"):
+                turn(contestant, work, passes[contestant.name])
+    plainly: dict[str, Samples] = {}
+    stayed: dict[str, float] = {}
+    for _ in range(min(run.rounds, 5)):
+        for contestant in contestants:
+            if contestant.name != "memory to memory":
+                stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
+    for contestant in contestants:
+        contestant.awake(True)
+        run.checked(f"copies, {shape.name}", contestant)
+    return {
+        "block_bytes": shape.block_bytes,
+        "pages": shape.pages,
+        "bytes": plan.nbytes,
+        "contestants": _summaries(samples, passes, stayed),
+        "plain cold reads": {name: s.summary() for name, s in plainly.items()},
+    }
+
+
+def _awake(contestant: Contestant, what: str) -> float:
+    contestant.awake(True)
+    seconds = contestant.move(what)
+    contestant.awake(False)
+    return seconds
+
+
+def _prove(kv: Any, contestant: Contestant) -> None:
+    """Reads must give what was written: the tensor is cleared in between."""
+    memory = np.asarray(kv)
+    before = xxhash.xxh3_128_intdigest(memory.data)
+    kept = memory.copy()
+    memory[:] = 0
+    contestant.awake(True)
+    contestant.move("read")
+    if xxhash.xxh3_128_intdigest(memory.data) != before:
+        memory[:] = kept
+        if not contestant.check().get("lost"):
+            raise WrongBytesError(f"{contestant.name} gave other bytes than it was given")
+    contestant.awake(False)
+
+
+def _fill_again(
+    run: Run, source: Any, contestants: list[Contestant], plan: Plan, samples: dict[str, Any]
+) -> None:
+    """A first fill more, in stores of their own."""
+    running = {c.name for c in contestants}
+    for kind in run.kinds:
+        if kind not in _FIRST_FILLS:
+            continue
+        place = run.place()
+        one = run.start(kind, place, source, plan)
+        if one is None or one.name not in running:
+            continue
+        with run.together([one], place):
+            sample = run.meter.take(lambda one=one: one.move("write"), plan.nbytes, one.family)
+            samples[one.name]["first fill"].all.append(sample)
+
+
+def _passes(contestant: Contestant, plan: Plan) -> int:
+    if not contestant.many_passes:
+        return 1
+    fastest = min(_awake(contestant, what) for what in ("write", "read"))
+    return max(1, min(8, math.ceil(_SECONDS / max(fastest, 1e-4))))
+
+
+def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], turn: Any) -> float:
+    contestant.awake(True)
+
+    def plain_reads() -> None:
+        for name, read in cold.ways(contestant.directory).items():
+            sample = run.meter.take(read, cold.size(contestant.directory), [])
+            plainly.setdefault(name, Samples()).all.append(sample)
+            cold.forget(contestant.directory)
+
+    mine = contestant.name == "LightMem"
+    stayed = contestant.forget(plain_reads if mine else lambda: None)
+    turn(contestant, "cold read", what="read")
+    return stayed
+
+
+def _summaries(
+    samples: dict[str, dict[str, Samples]], passes: dict[str, int], stayed: dict[str, float]
+) -> dict[str, Any]:
+    found = {
+        name: {work: s.summary() for work, s in by_work.items() if s.all}
+        for name, by_work in samples.items()
+    }
+    base = found.get("memory to memory", {})
+    for name, by_work in found.items():
+        for work, summary in by_work.items():
+            like = {"first fill": "write", "cold read": "read"}.get(work, work)
+            if like in base:
+                summary["ratio"] = summary["GBps"] / base[like]["GBps"]
+        by_work["passes a sample"] = passes[name]
+        if name in stayed:
+            by_work["cold read"]["stayed in page cache"] = stayed[name]
+    return found

@@ -1,0 +1,74 @@
+"""Throughput by workers, shards and servers on one store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmark.contestant import Contestant
+from benchmark.plan import Plan, Shape
+from benchmark.run import Run
+from benchmark.samples import Samples
+
+SMALL, LARGE = Shape(3840, 64), Shape(61440, 64)
+
+
+def bench_growth(run: Run, what: str) -> dict[str, Any]:
+    """`what` is workers, shards or servers; GB/s of write and read, by block shape and number."""
+    numbers = {"workers": [1, 2, 4, 8], "shards": [1, 4, 16, 64], "servers": [1, 2, 4]}[what]
+    if run.quick:
+        numbers = numbers[:2]
+    out = {}
+    for shape in (SMALL,) if run.quick else (SMALL, LARGE):
+        plan = run.plan(shape, at_least=max(numbers))
+        with run.tensor(plan) as (_, source):
+            place = run.place()
+            contestants = _start(run, what, numbers, place, source, plan)
+            with run.together([c for c, _ in contestants], place):
+                out[shape.name] = _measure(run, what, contestants, plan)
+    return out
+
+
+def _start(
+    run: Run, what: str, numbers: list[int], place: Path, source: Any, plan: Plan
+) -> list[tuple[Contestant, str]]:
+    """Contestants, and what each is called."""
+    found = []
+    for number in numbers:
+        for kind in ("baseline", "lightmem") if what == "workers" else ("lightmem",):
+            started = Contestant(
+                kind,
+                place / f"{kind}-{number}",
+                source,
+                plan,
+                # Several servers share the workers, but each has one at least.
+                number if what == "workers" else run.workers,
+                {"shards": number} if what == "shards" else {},
+                processes=number if what == "servers" else None,
+            )
+            found.append((started, f"{started.name}, {number}"))
+    return found
+
+
+def _measure(
+    run: Run, what: str, contestants: list[tuple[Contestant, str]], plan: Plan
+) -> dict[str, Any]:
+    samples = {name: {"write": Samples(), "read": Samples()} for _, name in contestants}
+    for contestant, _ in contestants:
+        for _ in range(run.warm):
+            contestant.move("write")
+        contestant.move("read")
+    for _ in range(min(run.rounds, 5)):
+        for contestant, name in contestants:
+            # Servers evict from each other: all must have written a generation before the next.
+            passes = 1 if run.quick or not contestant.many_passes else 2
+            for work, of_work in samples[name].items():
+                sample = run.meter.take(
+                    lambda c=contestant, w=work, p=passes: c.move(w, p),
+                    passes * plan.nbytes,
+                    contestant.family,
+                )
+                of_work.all.append(sample)
+    for contestant, name in contestants:
+        run.checked(f"{what}, {plan.shape.name}, {name}", contestant)
+    return {n: {w: s.summary() for w, s in works.items()} for n, works in samples.items()}

@@ -1,0 +1,152 @@
+"""The process that holds a contestant, or a share of one: commands in, seconds out.
+
+    python -m benchmark.host CONFIG
+
+A line in, a line out, both JSON. What a contestant's libraries print goes to a log file.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmark import rivals
+from benchmark.plan import Plan
+from benchmark.rivals.base import Rival, Setup
+
+
+class Host:
+    """Carries commands out on its share of the blocks, and keeps their hashes."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from light_mem.engine.kvmemory import MemorySource, attach
+
+        self._plan = Plan.from_json(config["plan"])
+        self._kind = rivals.find(config["kind"])
+        memory = attach(MemorySource(**config["memory"]))
+        self._setup = Setup(
+            memory=memory.reshape(-1, self._plan.shape.page_bytes),
+            directory=Path(config["directory"]),
+            plan=self._plan,
+            workers=config["workers"],
+            share=config["share"],
+            shares=config["shares"],
+            options=config["options"],
+        )
+        share = slice(config["share"], None, config["shares"])
+        self._blocks = np.arange(self._plan.blocks)[share]
+        self._pages = self._plan.pages()[share]
+        self._rewritten = self._plan.rewritten()[share]
+        self._generation = 0
+        self._versions = np.zeros(len(self._blocks), np.int64)
+        self._rival: Rival = self._kind(self._setup)
+
+    def hashes(self, which: npt.NDArray[Any]) -> list[Any]:
+        """The present hashes of some of this share's blocks."""
+        return self._rival.hashes(self._versions[which], self._blocks[which])
+
+    def _renew(self, which: npt.NDArray[Any], delete: bool) -> list[Any]:
+        """Next generation of some blocks; `delete` takes their old ones out first."""
+        if self._generation and (delete or not self._rival.evicts):
+            self._rival.delete(self.hashes(which))
+        self._generation += 1
+        self._versions[which] = self._generation
+        return self.hashes(which)
+
+    # Each of these takes time that does not count before `started`.
+
+    def write(self, passes: int = 1) -> float:
+        """All blocks, each under a new hash, `passes` times."""
+        every = np.arange(len(self._blocks))
+        taken = 0.0
+        for _ in range(passes):
+            hashes = self._renew(every, delete=False)
+            started = time.perf_counter()
+            self._rival.write(hashes, self._pages)
+            taken += time.perf_counter() - started
+        return taken
+
+    def read(self, passes: int = 1) -> float:
+        """All blocks into the pages they came from."""
+        hashes = self.hashes(np.arange(len(self._blocks)))
+        started = time.perf_counter()
+        for _ in range(passes):
+            self._rival.read(hashes, self._pages)
+        return time.perf_counter() - started
+
+    def mixed(self, passes: int = 1) -> float:
+        """Three tenths of the blocks are written, the others read, at the same time."""
+        new, old = np.flatnonzero(self._rewritten), np.flatnonzero(~self._rewritten)
+        taken = 0.0
+        for _ in range(passes):
+            written = self._renew(new, delete=True)
+            kept = self.hashes(old)
+            started = time.perf_counter()
+            self._rival.mixed(kept, self._pages[old], written, self._pages[new])
+            taken += time.perf_counter() - started
+        return taken
+
+    def latency(self, mode: str, count: int) -> list[float]:
+        """Seconds of `count` calls with one block each."""
+        out = []
+        for n in range(count):
+            at = np.array([n % len(self._blocks)])
+            hashes = self._renew(at, delete=True) if mode == "write" else self.hashes(at)
+            pages = self._pages[at]
+            call = self._rival.write if mode == "write" else self._rival.read
+            started = time.perf_counter()
+            call(hashes, pages)
+            out.append(time.perf_counter() - started)
+        return out
+
+    def suspend(self) -> bool:
+        """Let go of maps and descriptors; False when that would lose what is stored."""
+        if not self._kind.persistent:
+            return False
+        self._rival.close()
+        del self._rival  # what it mapped goes with its objects
+        gc.collect()
+        return True
+
+    def resume(self) -> None:
+        self._rival = self._kind(self._setup)
+
+    def check(self) -> dict[str, Any]:
+        return self._rival.check()
+
+    def close(self) -> None:
+        self._rival.close()
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    log = os.open(config["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    try:
+        host = Host(config)
+    except rivals.NotInstalledError as err:
+        answers.write(json.dumps({"missing": str(err)}) + "\n")
+        return
+    answers.write(json.dumps({"answer": None}) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = getattr(host, command.pop("do"))(**command)
+        answers.write(json.dumps({"answer": answer}) + "\n")
+        answers.flush()
+    host.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Tables for a terminal, ratios first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.machine import dirty_room
+from benchmark.run import Run
+
+_console = Console(width=None if Console().is_terminal else 132, highlight=False)
+
+
+def show_machine(run: Run) -> None:
+    """What the run is on, and how busy that was before."""
+    of = run.results["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in of["versions"].items())
+    _console.print(
+        f"{of['cpu']}, {of['cores']} cores, {of['memory_GB']} GB, {of['system']}, "
+        f"{of['file_system']}, Python {of['python']}\n{versions}\n"
+        f"{run.workers} workers, {run.gib:g} GiB a pass, {run.rounds} rounds; load before: "
+        f"{run.results['load_before_percent']:.0f}% of the CPUs"
+    )
+    dirty = len(run.kinds) * run.gib * 2**30
+    if dirty > 0.9 * dirty_room():
+        _console.print(
+            f"[bold]The contestants keep up to {dirty / 1e9:.1f} GB dirty; beyond some "
+            f"{dirty_room() / 1e9:.1f} GB the kernel slows writers down to the speed of the disk: "
+            "use a smaller --gib, or fewer --contestants."
+        )
+
+
+def show_shape(run: Run, shape: str) -> None:
+    """All contestants at one block shape."""
+    found = run.results["copies"][shape]
+    best = _best_plain(found)
+    table = Table(title=f"blocks of {shape}", title_justify="left", caption_justify="left")
+    table.add_column("share of\nmemory to memory", no_wrap=True)
+    for name in ("write", "read", "mixed"):
+        table.add_column(name, justify="right")
+    table.add_column("cold read\nof plain", justify="right")
+    for name in ("first\nfill", "write", "read", "mixed", "cold\nread"):
+        table.add_column(f"{name}", justify="right")
+    table.add_column("CPU s/GB\nwr.  read", justify="right")
+    table.add_column("dropped", justify="right")
+    for name, works in found["contestants"].items():
+        cold = works.get("cold read")
+        table.add_row(
+            name,
+            *(_text(works.get(w, {}).get("ratio"), w, works) for w in ("write", "read", "mixed")),
+            _text(cold["GBps"] / best if cold and best else None, "cold read", works),
+            *(
+                _text(works.get(w, {}).get("GBps"), w, works)
+                for w in ("first fill", "write", "read", "mixed", "cold read")
+            ),
+            f"{works['write']['cpu_s_per_GB']:.2f} {works['read']['cpu_s_per_GB']:.2f}",
+            _dropped(works),
+        )
+    table.caption = (
+        "Right: GB/s, medians. ~: no sample without other load. Plain cold reads, GB/s: "
+        + ", ".join(f"{k} {v['GBps']:.2f}" for k, v in found["plain cold reads"].items())
+    )
+    _console.print(table)
+
+
+def _best_plain(found: dict[str, Any]) -> float:
+    return max((v["GBps"] for v in found["plain cold reads"].values()), default=0.0)
+
+
+def _text(value: float | None, work: str, works: dict[str, Any]) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}{'~' if works.get(work, {}).get('noisy') else ''}"
+
+
+def _dropped(works: dict[str, Any]) -> str:
+    each = [w for w in works.values() if isinstance(w, dict)]
+    return f"{sum(w['dropped'] for w in each)}/{sum(w['samples'] for w in each)}"
+
+
+def show_part(run: Run, part: str) -> None:
+    """The tables of one part; copies have had theirs."""
+    found = run.results.get(part, {})
+    if part == "latency":
+        _show_latency(found)
+    elif part in ("workers", "shards", "servers"):
+        _show_growth(part, found)
+    elif part in ("entries", "process"):
+        _show_columns(part, found)
+
+
+def _show_latency(found: dict[str, Any]) -> None:
+    table = Table(title="one block at a time, us", title_justify="left")
+    for name in ("block", "contestant", "write p50", "p99", "read p50", "p99"):
+        table.add_column(name, justify="left" if name in ("block", "contestant") else "right")
+    for shape, of_shape in found.items():
+        for name, modes in of_shape.items():
+            if isinstance(modes, dict):
+                figures = [modes[m][p] for m in ("write", "read") for p in ("p50_us", "p99_us")]
+                table.add_row(shape, name, *(f"{f:,.0f}" for f in figures))
+        table.add_section()
+    _console.print(table)
+
+
+def _show_growth(part: str, found: dict[str, Any]) -> None:
+    table = Table(title=f"by {part}", title_justify="left")
+    for name in ("block", "contestant, number", "write of first", "read of first"):
+        table.add_column(name)
+    for name in ("write GB/s", "read GB/s", "dropped"):
+        table.add_column(name, justify="right")
+    for shape, of_shape in found.items():
+        firsts: dict[str, dict[str, Any]] = {}
+        for name, works in of_shape.items():
+            first = firsts.setdefault(name.rsplit(",", 1)[0], works)
+            ratios = [works[w]["GBps"] / first[w]["GBps"] for w in ("write", "read")]
+            table.add_row(
+                shape,
+                name,
+                *(f"{r:.2f}" for r in ratios),
+                *(_text(works[w]["GBps"], w, works) for w in ("write", "read")),
+                _dropped(works),
+            )
+        table.add_section()
+    _console.print(table)
+
+
+def _show_columns(part: str, found: dict[str, Any]) -> None:
+    title = {"entries": "by entries in the store", "process": "by workers"}[part]
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in found:
+        table.add_column(f"{int(name):,}", justify="right")
+    for row in next(iter(found.values()), {}):
+        values = [column.get(row) for column in found.values()]
+        table.add_row(row, *(f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" for v in values))
+    _console.print(table)
+
+
+def show_end(run: Run) -> None:
+    """Who took part and how, who is missing, the checks, the time."""
+    table = Table(title="contestants", title_justify="left")
+    for name in ("name", "how", "lacks"):
+        table.add_column(name)
+    for kind, about in run.results.get("contestants", {}).items():
+        if "missing" in about:
+            table.add_row(kind, f"not installed: {about['missing']}", "")
+        else:
+            table.add_row(f"{about['name']} {about['version']}", about["how"], about["lacks"])
+    if table.row_count:
+        _console.print(table)
+    for line in _against(run.results):
+        _console.print(line)
+    _console.print(
+        f"{len(run.results.get('checks', []))} checks of stores passed; "
+        f"{run.results['seconds']:.0f} s in all"
+    )
+
+
+def _against(results: dict[str, Any]) -> list[str]:
+    """LightMem against the best other store, by block shape."""
+    lines = []
+    for shape, found in results.get("copies", {}).items():
+        ours = found["contestants"].get("LightMem")
+        others = {
+            k: v
+            for k, v in found["contestants"].items()
+            if k not in ("LightMem", "memory to memory")
+        }
+        if not ours or not others:
+            continue
+        parts = []
+        for work in ("write", "read", "cold read"):
+            name, rate = max(((k, v[work]["GBps"]) for k, v in others.items()), key=lambda x: x[1])
+            parts.append(f"{work} {ours[work]['GBps'] / rate:.2f} of {name}")
+        lines.append(f"LightMem against the fastest other, {shape}: " + ", ".join(parts))
+    return lines

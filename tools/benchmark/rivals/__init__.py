@@ -1,0 +1,28 @@
+"""LightMem, the baseline and what people use instead: one small class each."""
+
+from __future__ import annotations
+
+import importlib
+
+from benchmark.rivals.base import NotInstalledError, Rival, Setup
+
+__all__ = ["ALL", "NotInstalledError", "Rival", "Setup", "find"]
+
+# name on the command line -> module, class
+ALL = {
+    "baseline": ("baseline", "Baseline"),
+    "lightmem": ("lightmem", "LightMem"),
+    "plain": ("plain", "PlainFile"),
+    "lmdb": ("lmdb_store", "Lmdb"),
+    "diskcache": ("diskcache_store", "DiskCache"),
+    "safetensors": ("safetensors_files", "Safetensors"),
+    "lmcache": ("lmcache_disk", "LMCacheDisk"),
+    "lmcache-fs": ("lmcache_native", "LMCacheNative"),
+    "hicache": ("hicache_file", "HiCache"),
+    "cpp-lightmem": ("cpp_lightmem", "CppLightMem"),
+}
+
+
+def find(name: str) -> type[Rival]:
+    module, kind = ALL[name]
+    return getattr(importlib.import_module(f"benchmark.rivals.{module}"), kind)  # type: ignore[no-any-return]
