@@ -69,6 +69,9 @@ class Session:
         self._pages = FreeRuns([(lane * sizes.pages, sizes.pages)])
         self._rows: deque[int] = deque(range(lane * sizes.rows, (lane + 1) * sizes.rows))
         self._released: deque[Place] = deque()
+        # Room of ready tasks by (blocks, page indices), for the next one of that size: most tasks
+        # of a server are alike, and merging free ranges costs more than all else here.
+        self._spare: dict[tuple[int, int], list[Place]] = {}
         self._tasks: weakref.WeakSet[CacheTask] = weakref.WeakSet()
         self.counters = table.lanes[lane : lane + 1]
         self.counters["pid"], self.counters["started"] = _identity()
@@ -216,19 +219,37 @@ class Session:
     def _try_room(self, count: int, pages: int) -> Place | None:
         if not self._rows:
             return None
-        start = self._cells.take(count)
-        if start is None:
-            return None
-        first = self._pages.take(pages)
-        if first is None:
-            self._cells.add(start, count)
-            return None
+        spare = self._spare.get((count, pages))
+        if spare:
+            start, first = spare[-1].start, spare[-1].pages
+            spare.pop()
+        else:
+            taken = self._take(count, pages)
+            if taken is None:
+                return None
+            start, first = taken
         row = self._rows.popleft()  # the longest unused one: late readers of old tasks find out
         sizes = self.table.sizes
         tops = self.counters
         tops["cells_top"] = max(int(tops["cells_top"][0]), start + count - self._lane * sizes.cells)
         tops["rows_top"] = max(int(tops["rows_top"][0]), row + 1 - self._lane * sizes.rows)
         return Place(row, start, count, first, pages)
+
+    def _take(self, count: int, pages: int) -> tuple[int, int] | None:
+        start = self._cells.take(count)
+        first = None if start is None else self._pages.take(pages)
+        if start is not None and first is not None:
+            return start, first
+        if start is not None:
+            self._cells.add(start, count)
+        if not self._spare:
+            return None
+        for places in self._spare.values():
+            for place in places:
+                self._cells.add(place.start, place.blocks)
+                self._pages.add(place.pages, place.page_count)
+        self._spare.clear()
+        return self._take(count, pages)
 
     def _collect(self) -> None:
         for _ in range(len(self._released)):
@@ -238,8 +259,7 @@ class Session:
             if not is_final(self.table.snapshot(place.start, place.start + place.blocks)):
                 self._released.append(place)  # still running: nobody may get its cells
                 continue
-            self._cells.add(place.start, place.blocks)
-            self._pages.add(place.pages, place.page_count)
+            self._spare.setdefault((place.blocks, place.page_count), []).append(place)
             self._rows.append(place.row)
 
 

@@ -40,7 +40,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.format import CHANGING, RELINKING
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
-from light_mem.index.lookup import Lookup
+from light_mem.index.lookup import Location, Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
 from light_mem.logs import Limited
 
@@ -179,17 +179,23 @@ class LocalStorageEngine(StorageEngine):
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
-        keys = np.array([(b.low, b.high) for b in batch], np.uint64).reshape(-1, 2)
-        for at, entry in enumerate(self.lookup.find(keys).tolist()):
+        keys = [block[:2] for block in batch]
+        if len(batch) == 1:
+            entries = [self.lookup.find_one(*keys[0])]
+        else:
+            entries = self.lookup.find(np.array(keys, np.uint64).reshape(-1, 2)).tolist()
+        located = self.lookup.locate_many(entries, keys)
+        for at, (entry, where) in enumerate(zip(entries, located, strict=True)):
             try:
-                outcome = self._read_one(batch[at], entry, lambda at=at: stop(at))  # type: ignore[misc]
+                outcome = self._read_one(batch[at], entry, where, lambda at=at: stop(at))  # type: ignore[misc]
             except (LockTimeoutError, OSError, StoreFormatError) as error:
                 self.limited.warning("read from %s failed: %s", self.directory, str(error))
                 outcome = Outcome.FAILED
             report(at, outcome)
 
-    def _read_one(self, block: BlockIO, entry: int, stopped: Stop) -> Outcome:
-        where = self.lookup.locate(entry, block.low, block.high) if entry >= 0 else None
+    def _read_one(
+        self, block: BlockIO, entry: int, where: Location | None, stopped: Stop
+    ) -> Outcome:
         if where is None:
             return self._drop_senseless(entry, block) if entry >= 0 else Outcome.MISSING
         if where.nbytes != block.nbytes:

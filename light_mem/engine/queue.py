@@ -101,15 +101,16 @@ class TaskQueue:
         self._table.futex.wake(self._table.work_word, len(cells))
 
     def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
-        ring, name = self._table.rings[mode], _name(mode)
-        tail = int(self._table.header[f"{name}_tail"][0])
+        ring, tails = self._table.rings[mode], self._ends[mode][1]
+        tail = int(tails[0])
         if self.depth(mode) + len(cells) > self._table.ring_length:
             tail = self._compact(mode)
         at = tail % self._table.ring_length
         first = min(len(cells), self._table.ring_length - at)
         ring[at : at + first] = cells[:first]
-        ring[: len(cells) - first] = cells[first:]
-        self._table.header[f"{name}_tail"] = tail + len(cells)
+        if first < len(cells):
+            ring[: len(cells) - first] = cells[first:]
+        tails[0] = tail + len(cells)
         self._table.header["work_seq"] += 1
 
     def _compact(self, mode: int) -> int:

@@ -16,8 +16,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import Written
@@ -55,11 +53,9 @@ class Writer:
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.write`."""
-        keys = np.array([block[:2] for block in batch], np.uint64).reshape(-1, 2)
-        shards = keymath.shards_of(keymath.mix(keys), self._geometry.shards).tolist()
         by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, shard in enumerate(shards):
-            by_shard[shard].append(at)
+        for at, (low, high, _) in enumerate(batch):
+            by_shard[keymath.shard_of(keymath.mix_one(low, high), self._geometry.shards)].append(at)
         open_blocks = set(range(len(batch)))
 
         def settle(at: int, outcome: Outcome) -> None:
@@ -127,8 +123,8 @@ class Writer:
         wanted: list[tuple[int, int]] = []  # position, slots
         with self._engine.change(shard) as (index, file):
             self._give_back_orphans(shard, index, file)
-            keys = np.array([batch[at][:2] for at in positions], np.uint64)
-            for at, stored in zip(positions, index.find_many(keys).tolist(), strict=True):
+            keys = [batch[at][:2] for at in positions]
+            for at, stored in zip(positions, index.find_many(keys), strict=True):
                 nbytes = batch[at].nbytes
                 slots = -(-nbytes // self._geometry.page_bytes)
                 if stored >= 0 and index.entries["nbytes"][stored] == nbytes:
@@ -221,12 +217,12 @@ class Writer:
         self, index: ShardIndex, file: ShardFile, blocks: list[tuple[int, Written]]
     ) -> list[tuple[int, Outcome]]:
         """Publish blocks of different keys, unless another process was faster."""
-        keys = np.array([block[:2] for _, block in blocks], np.uint64)
+        keys = [block[:2] for _, block in blocks]
         outcomes = [(at, Outcome.STORED) for at, _ in blocks]
         stored = index.find_many(keys)
-        if (stored >= 0).any():
+        if max(stored) >= 0:
             left = []
-            for n, slot in enumerate(stored.tolist()):
+            for n, slot in enumerate(stored):
                 at, block = blocks[n]
                 if slot >= 0 and index.entries["nbytes"][slot] == block.nbytes:
                     self._withdraw(index, file, block.runs[0][0])
@@ -236,10 +232,10 @@ class Writer:
                     index.remove(slot)
                     file.clear_records([slot])
                 left.append(n)
-            blocks, keys = [blocks[n] for n in left], keys[left]
+            blocks, keys = [blocks[n] for n in left], [keys[n] for n in left]
         written = [block for _, block in blocks]
         index.publish_many(
-            np.array([block.runs[0][0] for block in written], np.int64),
+            [block.runs[0][0] for block in written],
             keys,
             [block.checksum for block in written],
             [block.nbytes for block in written],

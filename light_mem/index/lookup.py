@@ -159,6 +159,35 @@ class Lookup:
             return None
         return Location(entry, shard, slot, tag, checksum, nbytes, runs)
 
+    def locate_many(self, entries: list[int], keys: list[tuple[int, int]]) -> list[Location | None]:
+        """`locate` for several; -1 among the entries gives None."""
+        f = self._f
+        if len(entries) <= SCALAR_LIMIT:
+            return [
+                self.locate(entry, low, high) if entry >= 0 else None
+                for entry, (low, high) in zip(entries, keys, strict=True)
+            ]
+        at = np.array(entries, np.int64)
+        tags = self._tag[at].tolist()
+        records = f.entries[at].tolist()
+        same = self._tag[at].tolist()  # after the copy: it was of one block
+        located: list[Location | None] = []
+        for entry, (low, high), tag, after, record in zip(
+            entries, keys, tags, same, records, strict=True
+        ):
+            shard, slot = divmod(entry, f.slots)
+            its_low, its_high, _, checksum, nbytes, _, run, next_run = record[:8]
+            plain = not next_run and run * f.geometry.page_bytes - nbytes < f.geometry.page_bytes
+            if entry < 0:
+                located.append(None)
+            elif not plain or nbytes > run * f.geometry.page_bytes or slot + run > f.slots:
+                located.append(self.locate(entry, low, high))  # in several runs, or damaged
+            elif tag != after or tag & STATE_MASK != LIVE or its_low != low or its_high != high:
+                located.append(None)
+            else:
+                located.append(Location(entry, shard, slot, tag, checksum, nbytes, [(slot, run)]))
+        return located
+
     def runs(
         self, shard: int, slot: int, nbytes: int | None = None
     ) -> list[tuple[int, int]] | None:

@@ -22,9 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index import format as fmt
-from light_mem.index.chains import FEW, Chains, Slots, next_generations, tags_of
+from light_mem.index.chains import FEW, Chains, next_generations, tags_of
 from light_mem.index.file import IndexFile
-from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.order import EvictionOrder
@@ -33,6 +32,8 @@ from light_mem.index.replica import Run, SpaceReplica
 
 # A block in more runs than this costs its reader more than evicting one block further does.
 MAX_PIECES = 8
+
+Key = tuple[int, int]  # low, high
 
 
 class Allocation(NamedTuple):
@@ -105,10 +106,14 @@ class ShardIndex:
             return None
         return slot
 
-    def find_many(self, keys: KeyArray) -> Slots:
+    def find_many(self, keys: list[Key]) -> list[int]:
         """First slots of the stored blocks of these keys of this shard, -1: not stored."""
-        entries = self._lookup.find(keys, touch=False)
-        return np.where(entries < 0, -1, entries - self.shard * self._f.slots)
+        first = self.shard * self._f.slots
+        if len(keys) <= FEW:
+            entries = [self._lookup.find_one(low, high, touch=False) for low, high in keys]
+        else:
+            entries = self._lookup.find(np.array(keys, np.uint64), touch=False).tolist()
+        return [-1 if entry < 0 else entry - first for entry in entries]
 
     # --- room ------------------------------------------------------------------------------------
 
@@ -274,15 +279,27 @@ class ShardIndex:
         self._control["inserts"] += 1
 
     def publish_many(
-        self, slots: Slots, keys: KeyArray, checksums: list[int], nbytes: list[int], now: int
+        self,
+        firsts: list[int],
+        keys: list[Key],
+        checksums: list[int],
+        nbytes: list[int],
+        now: int,
     ) -> None:
-        """`publish` for blocks of different keys, none of which is stored."""
-        entries = self._entries
-        entries["low"][slots], entries["high"][slots] = keys[:, 0], keys[:, 1]
+        """`publish` for blocks of different keys, none of which is stored; by first slots."""
+        if len(firsts) <= FEW:
+            for slot, (low, high), checksum, size in zip(
+                firsts, keys, checksums, nbytes, strict=True
+            ):
+                self.publish(slot, low, high, checksum, size, now)
+            return
+        entries, slots = self._entries, np.array(firsts, np.int64)
+        pairs = np.array(keys, np.uint64)
+        entries["low"][slots], entries["high"][slots] = pairs[:, 0], pairs[:, 1]
         entries["checksum"][slots] = np.array(checksums, np.uint64)
         entries["nbytes"][slots], entries["used"][slots] = nbytes, now
         generations = self._tags[slots] >> np.uint64(fmt.GENERATION_SHIFT)
-        self._chains.put_in_many(slots, keys, tags_of(fmt.LIVE, 0, generations))
+        self._chains.put_in_many(slots, pairs, tags_of(fmt.LIVE, 0, generations))
         self._control["blocks"] += len(slots)
         self._control["inserts"] += len(slots)
 
