@@ -28,6 +28,7 @@ from light_mem.maintenance import (
 from light_mem.maintenance.report import plain
 from light_mem.maintenance.store import Store
 from tests.children import ROOT, line
+from tests.conftest import wait_until
 from tests.maintenance_helpers import BLOCKS, flip, index_of, key_of, make_store
 from tests.service_rig import WAIT, Rig, rig
 
@@ -176,7 +177,8 @@ def test_a_store_in_use_gives_no_false_alarm(tmp_path: Path) -> None:
 def test_a_busy_store_is_exported_whole_and_imported(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         target = make_store_for_pages(tmp_path / "target")
-        with Busy(served):
+        with Busy(served) as busy:
+            wait_until(lambda: busy.written > 0)
             for _ in range(10):
                 report = export_store(tmp_path / "store", tmp_path / "x", overwrite=True)
                 assert not report.damaged

@@ -222,6 +222,7 @@ def test_the_command_prints_them(tmp_path: Path, command: Command) -> None:
 SERVE = """
 import contextlib, io, re, signal, sys
 from light_mem import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by jobs in the background
 class Told(io.TextIOBase):
     def write(self, text):
         found = re.search("http://\\\\S+", text)

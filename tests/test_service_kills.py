@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,7 +158,7 @@ def test_a_worker_outlasts_a_queue_that_is_not_free_in_time(tmp_path: Path) -> N
 
     with rig(tmp_path, run=False) as r:
         queue = Queue()
-        parts: Any = (queue, None, None)
+        parts: Any = (queue, np.zeros((1, 1), np.uint8), None)
         Worker(1, r.service._session.table, *parts).run()
         assert queue.claims == 3
 

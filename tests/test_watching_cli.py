@@ -18,7 +18,11 @@ from tests.monitor_helpers import ask, server
 from tests.service_child import ROOT
 from tests.service_rig import rig
 
-MAIN = "import sys; from light_mem.cli import main; sys.exit(main(sys.argv[1:]))"
+# A shell that starts its jobs in the background has them ignore interrupts, and hands that on.
+MAIN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from light_mem.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def test_stats_of_a_store_without_a_server(tmp_path: Path, command: Command) -> None:

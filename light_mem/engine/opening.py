@@ -34,7 +34,8 @@ from light_mem.index.room import allocate
 log = logging.getLogger("light_mem")
 
 MAX_SHARDS = 1000
-DESCRIPTORS_PER_SHARD = 3  # the data file, and what its mapping and that of the records keep
+# The data file, what its mapping and that of the records keep, and the lock.
+DESCRIPTORS_PER_SHARD = 4
 
 
 def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:

@@ -111,6 +111,17 @@ class Worker:
         tally: dict[Outcome, int] = defaultdict(int)
         moved = 0
 
+        me = self._me
+        bytes_counter = "bytes_read" if reading else "bytes_written"
+
+        def count() -> None:
+            nonlocal moved
+            me[bytes_counter] += moved
+            for outcome, blocks in tally.items():
+                me[_COUNTERS[outcome]] += blocks
+            moved = 0
+            tally.clear()
+
         def report(at: int, outcome: Outcome) -> None:
             nonlocal moved
             if outcome is Outcome.COPIED:
@@ -123,6 +134,7 @@ class Worker:
             row = rows[at]
             left[row] -= 1
             if not left[row]:
+                count()  # whoever sees the task ready sees its numbers too
                 table.finish(row, number)
 
         def stop(at: int) -> bool:
@@ -133,11 +145,8 @@ class Worker:
             self._engine.read(batch, report, stop)
         else:
             self._engine.write(batch, report, stop)
-        me = self._me
+        count()
         me["read_ns" if reading else "write_ns"] += time.perf_counter_ns() - started
-        me["bytes_read" if reading else "bytes_written"] += moved
-        for outcome, count in tally.items():
-            me[_COUNTERS[outcome]] += count
 
     def _block(self, low: int, high: int, _: int, first: int, count: int, *rest: int) -> BlockIO:
         words = self._table.pages
@@ -150,7 +159,7 @@ class Worker:
 
 
 def _allow_descriptors() -> None:
-    """A mapped shard costs three descriptors; the usual soft limit of 1,024 is for select(2)."""
+    """A mapped shard costs four descriptors; the usual soft limit of 1,024 is for select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
