@@ -8,10 +8,12 @@ service.py   CacheService: look up, create, abort, delete; local_service.py and 
              server's process, and in its other processes
 session.py   one process's tasks in the shared task table
 task.py      CacheTask: states, waiting
-blocks.py    arguments checked
+blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor
 demo/        `light-mem demo`
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
-errors.py    the error tree; filesystem.py: what lies below a store
+errors.py    the error tree; filesystem.py: what lies below a store; closing.py: `with`;
+             lazy.py: names imported when they are used
+integrations/ what plugs into servers: vllm
 engine/      moves bytes: shards, copies, workers
 index/       finds them: format, table, locks, order of use, recovery
 maintenance/ looks into stores, checks, mends and moves them; `light-mem`
@@ -24,8 +26,9 @@ Names are imported when they are first used: a worker imports parts of the packa
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from light_mem.lazy import names
 
 if TYPE_CHECKING:
     from light_mem.client import CacheClient
@@ -103,15 +106,4 @@ __all__ = [  # noqa: RUF022 - by topic
     "WorkerStartError",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES.get(name, "errors")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = names(__name__, __all__, _HOMES, "errors")

@@ -34,7 +34,6 @@ import operator
 import os
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -43,6 +42,7 @@ import xxhash
 
 from light_mem import blocks
 from light_mem.blocks import lengths
+from light_mem.closing import Closing
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import description
 from light_mem.local_service import LocalCacheService
@@ -103,7 +103,7 @@ class PyTask:
         return f"<PyTask of {self._task!r}>"
 
 
-class PyLocalCacheService:
+class PyLocalCacheService(Closing):
     """A LocalCacheService with the constructor and methods of the C++ LightMem.
 
     kvcache_tensor  uint8 CPU tensor [num_pages, page_bytes], contiguous, as for LocalCacheService
@@ -276,17 +276,6 @@ class PyLocalCacheService:
     def close(self) -> None:
         """Stop the workers, abort what waits, leave the store. Calling it again does nothing."""
         self._service.close()
-
-    def __enter__(self) -> PyLocalCacheService:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _argument(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from light_mem.blocks import lengths
 from light_mem.engine.task_table import READ, WORDS_PER_REGION
 from light_mem.errors import InvalidArgumentError, PageIndexError
 
@@ -59,7 +60,7 @@ class PageLayout(Layout):
         self.words = pages
         self._per_hash = per_hash
         self.first = np.arange(hashes, dtype=np.uint32) * np.uint32(per_hash)
-        self.count = np.minimum(per_hash, len(pages) - self.first).astype(np.uint32)
+        self.count = lengths(hashes, len(pages), per_hash).astype(np.uint32)
         self.nbytes = self.count.astype(np.int64) * page_bytes
 
     def pages_of(self, block: int) -> tuple[int, ...]:

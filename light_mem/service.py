@@ -5,13 +5,13 @@ from __future__ import annotations
 import reprlib
 from abc import ABC
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from light_mem import blocks
+from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
 from light_mem.engine.table_stats import copy_rate, read_numbers, summary
@@ -25,7 +25,6 @@ from light_mem.task import CacheTask
 
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import Self
 
     from light_mem.layouts import Regions
     from light_mem.maintenance import VerifyReport
@@ -35,7 +34,7 @@ DEFAULT_CREATE_TIMEOUT = 10.0
 _ABORT_SECONDS = 10.0
 
 
-class CacheService(ABC):
+class CacheService(Closing, ABC):
     """What every process of a server can do with the cache: look up, create, abort, delete.
 
     Methods may be called from any thread. In a forked child they raise ForkedProcessError.
@@ -286,14 +285,3 @@ class CacheService(ABC):
     def close(self) -> None:
         """Let go of the cache; calling it again does nothing."""
         raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

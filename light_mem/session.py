@@ -221,8 +221,8 @@ class Session:
             return None
         spare = self._spare.get((count, pages))
         if spare:
-            start, first = spare[-1].start, spare[-1].pages
-            spare.pop()
+            reused = spare.pop()
+            start, first = reused.start, reused.pages
         else:
             taken = self._take(count, pages)
             if taken is None:

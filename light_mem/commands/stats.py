@@ -17,8 +17,7 @@ from rich.text import Text
 from light_mem.commands import output
 from light_mem.commands.arguments import Commands, add_command, add_interval
 from light_mem.commands.output import bytes_text, seconds_text, share_text
-from light_mem.engine.histogram import merged
-from light_mem.engine.table_stats import MODES
+from light_mem.engine.table_stats import MODES, summary
 from light_mem.monitor import Look, Rates, StoreLook, look, rates
 from light_mem.monitor.rates import as_json, hit_rate, together
 
@@ -175,15 +174,11 @@ def _services_table(look: Look, since: Rates | None) -> Table:
 def _latency_table(look: Look, since: Rates | None) -> Table:
     title = "Tasks, from create to ready" + (f", last {since.seconds:.1f} s" if since else "")
     table = _table(title, ("", "tasks", "mean", "p50", "p90", "p99"), rates=False)
+    ever = together([server.numbers for server in look.servers]).latencies
     for mode in MODES:
-        if since is None:
-            found = merged([server.numbers.latencies[mode] for server in look.servers])
-        else:
-            found = merged([latencies[mode] for latencies in since.latencies.values()])
-        number = found.number
-        mean = found.total / 1e9 / number if number else None
-        quantiles = [seconds_text(found.quantile(q)) for q in (0.5, 0.9, 0.99)]
-        table.add_row(mode, f"{number:,}", seconds_text(mean), *quantiles)
+        found = summary(ever[mode] if since is None else since.latency_of_all(mode))
+        times = [seconds_text(found[name]) for name in ("mean", "p50", "p90", "p99")]
+        table.add_row(mode, f"{found['count']:,}", *times)
     return table
 
 

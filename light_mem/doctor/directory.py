@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from light_mem.doctor.report import FAIL, OK, WARN, Check, size_text
-from light_mem.engine.opening import DESCRIPTORS_PER_SHARD
+from light_mem.engine.opening import descriptors_for
 from light_mem.errors import LightMemError
 from light_mem.filesystem import NETWORK_TYPES, file_system
 from light_mem.index.locks import RangeLock
@@ -149,7 +149,7 @@ def store(path: Path) -> list[Check]:
 
 def _descriptors(shards: int) -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return judge_descriptors(DESCRIPTORS_PER_SHARD * shards + 64, soft, hard)
+    return judge_descriptors(descriptors_for(shards), soft, hard)
 
 
 def judge_descriptors(needed: int, soft: int, hard: int) -> Check:

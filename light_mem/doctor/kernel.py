@@ -88,7 +88,7 @@ def _populate() -> None:
 
 
 def descriptors(soft: int, hard: int) -> Check:
-    """Open files: a shard costs three."""
+    """Open files: each shard costs some."""
     found = f"{_limit(soft)} (hard limit {_limit(hard)})"
     if hard != resource.RLIM_INFINITY and hard < _LEAST_DESCRIPTORS:
         advice = f"raise it to {_LEAST_DESCRIPTORS} or more for stores of many shards (ulimit -n)"

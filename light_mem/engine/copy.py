@@ -102,15 +102,11 @@ class Copier:
     ) -> None:
         """Copy what lies at `place` into `sink`; raises Stopped, and OSError of the sink."""
         if not _is_scattered(place):
-            at = 0
-            for part in place.slices():
-                for a, b in _pieces(len(part), PIECE_BYTES):
-                    if stopped():
-                        raise Stopped
-                    piece = part[a:b]
-                    checksum.update(piece.data)
-                    sink.put(at, piece)
-                    at += b - a
+            for at, piece in _straight_pieces(place):
+                if stopped():
+                    raise Stopped
+                checksum.update(piece.data)
+                sink.put(at, piece)
             return
         memory, rows = place
         row_bytes = memory.shape[1]
@@ -138,16 +134,13 @@ class Copier:
     ) -> None:
         """Copy `source`, as long as the place, to `place`; raises Stopped."""
         if not _is_scattered(place):
-            at = 0
-            for part in place.slices():
-                for a, b in _pieces(len(part), PIECE_BYTES):
-                    if stopped():
-                        raise Stopped
-                    piece = source[at : at + b - a]
-                    part[a:b] = piece
-                    if checksum is not None:
-                        checksum.update(piece.data)
-                    at += b - a
+            for at, target in _straight_pieces(place):
+                if stopped():
+                    raise Stopped
+                piece = source[at : at + len(target)]
+                target[:] = piece
+                if checksum is not None:
+                    checksum.update(piece.data)
             return
         memory, rows = place
         row_bytes = memory.shape[1]
@@ -167,6 +160,15 @@ def _is_scattered(place: Place) -> TypeGuard[Rows]:
         and place.memory.shape[1] <= PIECE_BYTES
         and place.first_if_contiguous() is None
     )
+
+
+def _straight_pieces(place: Place) -> Iterator[tuple[int, Bytes1D]]:
+    """Views of the memory in the order of the block's bytes, and where in the block each begins."""
+    at = 0
+    for part in place.slices():
+        for a, b in _pieces(len(part), PIECE_BYTES):
+            yield at, part[a:b]
+            at += b - a
 
 
 def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:

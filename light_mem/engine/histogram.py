@@ -19,9 +19,6 @@ _STEP_BITS = 2
 BUCKETS = OCTAVES * _STEPS + 2
 WORDS = 1 + BUCKETS
 WORD_BYTES = 8
-_FIRST_LENGTH = FIRST_BIT + 1  # bits of the first bound
-_FIRST_SHIFT = FIRST_BIT - _STEP_BITS
-_SKIP = 2 - _STEPS  # past the sum and the bucket below; a step's number begins at _STEPS
 
 # Upper ends of the buckets in ns; the last one has none.
 _FINITE = [
@@ -108,18 +105,11 @@ class Histograms:
 
     def add(self, at: int, ns: int) -> None:
         """Count one duration in histogram `at`."""
-        # `bucket_of` written out: the call and its `max` would double the time.
-        words, first = self._words, at * WORDS
-        octave = ns.bit_length() - _FIRST_LENGTH
         if ns < 0:
             return  # a clock that went back says nothing
-        words[first] += ns
-        if octave < 0:
-            words[first + 1] += 1
-        elif octave >= OCTAVES:
-            words[first + BUCKETS] += 1
-        else:
-            words[first + octave * _STEPS + (ns >> (octave + _FIRST_SHIFT)) + _SKIP] += 1
+        first = at * WORDS
+        self._words[first] += ns
+        self._words[first + 1 + bucket_of(ns)] += 1
 
     def read(self, at: int) -> Histogram:
         """Histogram `at` now."""

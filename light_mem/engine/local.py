@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,21 +181,18 @@ class LocalStorageEngine(StorageEngine):
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
         keys = [block[:2] for block in batch]
-        if len(batch) == 1:
-            entries = [self.lookup.find_one(*keys[0])]
-        else:
-            entries = self.lookup.find(np.array(keys, np.uint64).reshape(-1, 2)).tolist()
+        entries = self.lookup.find_each(keys)
         located = self.lookup.locate_many(entries, keys)
         for at, (entry, where) in enumerate(zip(entries, located, strict=True)):
             try:
-                outcome = self._read_one(batch[at], entry, where, lambda at=at: stop(at))  # type: ignore[misc]
+                outcome = self._read_one(batch[at], entry, where, partial(stop, at))
             except (LockTimeoutError, OSError, StoreFormatError) as error:
                 self.limited.warning("read from %s failed: %s", self.directory, str(error))
                 outcome = Outcome.FAILED
             report(at, outcome)
 
     def _read_one(
-        self, block: BlockIO, entry: int, where: Location | None, stopped: Stop
+        self, block: BlockIO, entry: int, where: Location | None, stopped: Callable[[], bool]
     ) -> Outcome:
         if where is None:
             return self._drop_senseless(entry, block) if entry >= 0 else Outcome.MISSING
@@ -217,7 +215,7 @@ class LocalStorageEngine(StorageEngine):
                     file.bytes(start, length)[: end - done],
                     block.place if single else block.place.part(done, end),
                     checksum,
-                    stopped,  # type: ignore[arg-type]
+                    stopped,
                 )
                 done = end
         except Stopped:

@@ -63,9 +63,14 @@ def make_directory(directory: Path) -> None:
         ) from None
 
 
+def descriptors_for(shards: int) -> int:
+    """Descriptors that a process with all shards mapped needs, its own few among them."""
+    return DESCRIPTORS_PER_SHARD * shards + 64
+
+
 def check_descriptors(shards: int) -> None:
     """Raise InvalidArgumentError when this process may not open the files of so many shards."""
-    needed = DESCRIPTORS_PER_SHARD * shards + 64
+    needed = descriptors_for(shards)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise InvalidArgumentError(

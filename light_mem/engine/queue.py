@@ -55,10 +55,6 @@ class TaskQueue:
         self._turn = 0
         cells = table.cells
         self._modes, self._workers, self._lengths = cells["mode"], cells["worker"], cells["nbytes"]
-        self._ends = {
-            mode: (table.header[f"{_name(mode)}_head"], table.header[f"{_name(mode)}_tail"])
-            for mode in (READ, WRITE)
-        }
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -101,9 +97,9 @@ class TaskQueue:
         self._table.futex.wake(self._table.work_word, len(cells))
 
     def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
-        ring, tails = self._table.rings[mode], self._ends[mode][1]
+        ring, tails = self._table.rings[mode], self._table.ends[mode][1]
         tail = int(tails[0])
-        if self.depth(mode) + len(cells) > self._table.ring_length:
+        if self._table.depth(mode) + len(cells) > self._table.ring_length:
             tail = self._compact(mode)
         at = tail % self._table.ring_length
         first = min(len(cells), self._table.ring_length - at)
@@ -115,28 +111,24 @@ class TaskQueue:
 
     def _compact(self, mode: int) -> int:
         """Drop the entries of blocks that nobody will claim, which abort leaves; the new tail."""
-        table, name = self._table, _name(mode)
-        head, tail = int(table.header[f"{name}_head"][0]), int(table.header[f"{name}_tail"][0])
+        table = self._table
+        heads, tails = table.ends[mode]
+        head, tail = int(heads[0]), int(tails[0])
         at = np.arange(head, tail) % table.ring_length
         cells = table.rings[mode][at]
         cells = cells[(table.states[cells] == INITIAL) & (table.cells["mode"][cells] == mode)]
         _, first = np.unique(cells, return_index=True)
         cells = cells[np.sort(first)]
         table.rings[mode][at[: len(cells)]] = cells
-        table.header[f"{name}_tail"] = head + len(cells)
+        tails[0] = head + len(cells)
         return head + len(cells)
-
-    def depth(self, mode: int) -> int:
-        """Blocks waiting, aborted ones among them."""
-        head, tail = self._ends[mode]
-        return int(tail[0]) - int(head[0])
 
     def claim(self, worker: int) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
 
         A batch is a fair share of what waits, and no more than BATCH_BYTES beyond its first block.
         """
-        if not (self.depth(READ) or self.depth(WRITE)):
+        if not (self._table.depth(READ) or self._table.depth(WRITE)):
             return []
         self._turn += 1
         order = (WRITE, READ) if self._turn % WRITE_TURN == 0 else (READ, WRITE)
@@ -150,7 +142,7 @@ class TaskQueue:
     def _take(self, worker: int, mode: int) -> list[int]:
         table = self._table
         ring, states = table.rings[mode], table.states
-        heads, tails = self._ends[mode]
+        heads, tails = self._table.ends[mode]
         head, tail = int(heads[0]), int(tails[0])
         limit = min(BATCH_BLOCKS, -(-(tail - head) // int(table.header["workers"][0])))
         claimed: dict[int, None] = {}  # in order; an entry may be there twice
@@ -266,7 +258,3 @@ class TaskQueue:
         """Tell the waiters of tasks that became ready without a worker saying so."""
         for row in self._table.active_rows():
             self._table.finish(row, 0)
-
-
-def _name(mode: int) -> str:
-    return "read" if mode == READ else "write"

@@ -46,8 +46,7 @@ def read_numbers(table: TaskTable) -> ServiceNumbers:
     gauges = {"workers": int(workers["ready"].sum())}
     latencies: dict[str, Histogram] = {}
     for name, mode in MODES.items():
-        tail, head = table.header[f"{name}_tail"][0], table.header[f"{name}_head"][0]
-        gauges[f"{name}_queue"] = max(0, int(tail) - int(head))
+        gauges[f"{name}_queue"] = max(0, table.depth(mode))
         gauges[f"active_{name}_tasks"] = table.active_tasks(mode)
         latencies[name] = merged(
             [table.latencies.read(latency_at(worker, mode)) for worker in range(used)]

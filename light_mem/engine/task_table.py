@@ -223,6 +223,10 @@ class TaskTable:
         self.done_word = header_at + HEADER.fields["done_seq"][1]  # type: ignore[index]
         self._row_done = ROW.fields["done"][1]  # type: ignore[index]
         self._abort = self.rows["abort"]
+        self.ends = {  # of the rings: heads and tails, [1] each
+            mode: (self.header[f"{name}_head"], self.header[f"{name}_tail"])
+            for mode, name in ((READ, "read"), (WRITE, "write"))
+        }
         self._row_start, self._row_count = self.rows["start"], self.rows["count"]
         self._row_done_words, self._done_seq = self.rows["done"], self.header["done_seq"]
         self._worker_done = self.workers["done"]
@@ -329,6 +333,11 @@ class TaskTable:
         """Whether the service is closed."""
         return bool(self.header["shutdown"][0])
 
+    def depth(self, mode: int) -> int:
+        """Blocks of a mode that wait for a worker, aborted ones among them."""
+        head, tail = self.ends[mode]
+        return int(tail[0]) - int(head[0])
+
     def lock_path(self) -> str:
         """A path that opens the table's memory object anew, for locks of its own."""
         return self.path or f"/proc/self/fd/{self.fd}"
@@ -384,7 +393,7 @@ class TaskTable:
         self._active_bytes[row] = 0
         if mode:  # else another worker, with the task's last block at the same time, was first
             created = self._row_words[row * _ROW_WORDS + _CREATED_WORD]
-            self.latencies.add(2 * worker + mode - READ, time.monotonic_ns() - created)
+            self.latencies.add(latency_at(worker, mode), time.monotonic_ns() - created)
         counter = int(self._worker_done[worker]) + 1
         self._worker_done[worker] = counter
         value = (counter << 8 | worker) & 0xFFFFFFFF
@@ -421,7 +430,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def latency_at(worker: int, mode: int) -> int:
     """Where the table's histograms have that of this worker, 0 the server, and mode."""
-    return 2 * worker + mode - READ  # `finish` has it written out
+    return 2 * worker + mode - READ
 
 
 def is_final(states: bytes) -> bool:

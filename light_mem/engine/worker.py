@@ -47,7 +47,10 @@ log = logging.getLogger("light_mem")
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
 
-_NBYTES, _ROW, _MODE = ((CELL.names or ()).index(name) for name in ("nbytes", "row", "mode"))
+_LOW, _HIGH, _NBYTES, _PAGES, _COUNT, _ROW, _MODE, _REGIONS = (
+    (CELL.names or ()).index(name)
+    for name in "low high nbytes pages count row mode regions".split()
+)
 
 _COUNTERS = {
     Outcome.STORED: "blocks_written",
@@ -104,7 +107,7 @@ class Worker:
         table, number = self._table, self._number
         states_at, states = table.states_at, table.map
         listed = table.cells[cells].tolist()
-        batch = [self._block(*cell) for cell in listed]
+        batch = [self._block(cell) for cell in listed]
         rows: list[int] = [cell[_ROW] for cell in listed]
         reading = listed[0][_MODE] == READ
         left = Counter(rows)  # a task may end before the batch does
@@ -148,9 +151,10 @@ class Worker:
         count()
         me["read_ns" if reading else "write_ns"] += time.perf_counter_ns() - started
 
-    def _block(self, low: int, high: int, _: int, first: int, count: int, *rest: int) -> BlockIO:
+    def _block(self, cell: tuple[int, ...]) -> BlockIO:
+        low, high, first, count = cell[_LOW], cell[_HIGH], cell[_PAGES], cell[_COUNT]
         words = self._table.pages
-        if rest[-2]:
+        if cell[_REGIONS]:
             table = words[first : first + count * WORDS_PER_REGION].copy().view(np.uint64)
             regions = list(zip(table[::2].tolist(), table[1::2].tolist(), strict=True))
             return BlockIO(low, high, Regions(self._flat, regions))

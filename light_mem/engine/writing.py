@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
@@ -126,7 +127,7 @@ class Writer:
             keys = [batch[at][:2] for at in positions]
             for at, stored in zip(positions, index.find_many(keys), strict=True):
                 nbytes = batch[at].nbytes
-                slots = -(-nbytes // self._geometry.page_bytes)
+                slots = self._geometry.slots_of(nbytes)
                 if stored >= 0 and index.entries["nbytes"][stored] == nbytes:
                     outcomes.append((at, Outcome.PRESENT))
                 elif slots > self._geometry.slots:
@@ -163,15 +164,12 @@ class Writer:
             low, high, place = batch[at]
             checksum = new_checksum(low, high)
 
-            def stopped(at: int = at) -> bool:
-                return stop(at)
-
             done = 0
             try:
                 for run in where.runs:
                     end = done + run[1] * page_bytes
                     part = place if len(where.runs) == 1 else place.part(done, end)
-                    file.gather(self._copier, run, part, checksum, stopped)
+                    file.gather(self._copier, run, part, checksum, partial(stop, at))
                     done = end
             except Stopped:
                 continue

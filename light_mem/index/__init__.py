@@ -4,12 +4,14 @@ format.py       the bytes on disk by name; the only place that knows an offset
 keys.py         hash values as 128-bit keys; the shard and bucket a key belongs to
 description.py  the description of a store (`store.json`): geometry, identity
 room.py         room for files, allocated before they are mapped
-locks.py        file locks: one per shard, byte ranges for owners
+locks.py        file locks: one per shard, byte ranges for owners; kept_lock.py: on an open file
 owners.py       who has the store open, and which slots each was filling
 file.py         the mapped index file: arrays over its sections
 lookup.py       look-ups without a lock
 space.py        free runs of slots of one shard
-order.py        order of use: which block goes first
+replica.py      one process's copy of them, kept true by the shard's journal
+order.py        order of use: which block goes first; ages.py: how long ago
+chains.py       the chains of a shard: put in, cut out
 shard.py        changes under the shard's lock: allocate, publish, remove
 recovery.py     a shard's index made anew from slot records
 """

@@ -37,7 +37,7 @@ class Chains:
     def put_in_many(self, slots: Slots, keys: KeyArray, tags: npt.NDArray[np.uint64]) -> None:
         """`put_in` for different blocks."""
         buckets = (keymath.mix(keys) & np.uint64(self._mask)).astype(np.int64)
-        if len(slots) <= FEW or not _all_differ(buckets):
+        if not _all_differ(buckets):
             for slot, (low, high), tag in zip(
                 slots.tolist(), keys.tolist(), tags.tolist(), strict=True
             ):

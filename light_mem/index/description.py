@@ -40,6 +40,10 @@ class Geometry(NamedTuple):
         slots = slots_for(storage_size, self.shards, self.page_bytes)
         return Geometry(self.store_id, self.page_bytes, self.shards, slots, storage_size)
 
+    def slots_of(self, nbytes: int) -> int:
+        """Slots that a block of so many bytes takes."""
+        return -(-nbytes // self.page_bytes)
+
 
 def slots_for(storage_size: int, shards: int, page_bytes: int) -> int:
     """Slots a shard; slot numbers are 32 bits wide, with one number kept for "none"."""

@@ -64,13 +64,13 @@ class PathLock:
     @contextmanager
     def hold(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
         """Hold the lock; raises LockTimeoutError after `timeout` seconds."""
-        held = self._mine
-        if held is None or _held.get(self.path) is not held:  # a forked child has none
+        held = _held.get(self.path)
+        if held is None:
             with _held_guard:
                 held = _held.get(self.path)
                 if held is None:
                     held = _held[self.path] = _Held(self.path)
-            self._mine = held
+        self._mine = held  # keeps the file open for the next hold
         if not held.thread.acquire(timeout=timeout):
             raise self._timeout(timeout)
         try:

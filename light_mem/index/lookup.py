@@ -11,6 +11,7 @@ entry's life.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,10 +62,7 @@ class Lookup:
         `touch` counts it as use for eviction.
         """
         if len(keys) <= SCALAR_LIMIT:
-            found = np.array(
-                [self.find_one(low, high, touch) for low, high in keys.tolist()], np.int64
-            )
-            return found
+            return np.array(self.find_each(keys.tolist(), touch), np.int64)
         mixed = keymath.mix(keys)
         shards = keymath.shards_of(mixed, self._f.shards)
         found = np.full(len(keys), -1, np.int64)
@@ -82,6 +80,13 @@ class Lookup:
         if touch:
             self._used[found[found >= 0]] = time.time_ns()
         return found
+
+    def find_each(self, keys: Sequence[tuple[int, int]], touch: bool = True) -> list[int]:
+        """`find` for keys as Python ints: (low, high) each."""
+        if len(keys) <= SCALAR_LIMIT:
+            return [self.find_one(low, high, touch) for low, high in keys]
+        entries: list[int] = self.find(np.array(keys, np.uint64), touch).tolist()
+        return entries
 
     def _walk(
         self,
@@ -177,10 +182,10 @@ class Lookup:
         ):
             shard, slot = divmod(entry, f.slots)
             its_low, its_high, _, checksum, nbytes, _, run, next_run = record[:8]
-            plain = not next_run and run * f.geometry.page_bytes - nbytes < f.geometry.page_bytes
+            one_run = run and not next_run and slot + run <= f.slots
             if entry < 0:
                 located.append(None)
-            elif not plain or nbytes > run * f.geometry.page_bytes or slot + run > f.slots:
+            elif not one_run or f.geometry.slots_of(nbytes) != run:
                 located.append(self.locate(entry, low, high))  # in several runs, or damaged
             elif tag != after or tag & STATE_MASK != LIVE or its_low != low or its_high != high:
                 located.append(None)
@@ -211,7 +216,7 @@ class Lookup:
             runs.append((at - 1, length))
             left -= length
             at = f.words32[word + NEXT_RUN]
-        if nbytes is not None and f.slots - left != -(-nbytes // f.geometry.page_bytes):
+        if nbytes is not None and f.slots - left != f.geometry.slots_of(nbytes):
             return None
         return runs
 

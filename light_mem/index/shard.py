@@ -96,23 +96,15 @@ class ShardIndex:
         """Slots at which no block and no run of one starts."""
         return np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.FREE)
 
-    def find(self, low: int, high: int, nbytes: int | None = None) -> int | None:
-        """First slot of the stored block of this key (and length, where one is given), or None."""
-        entry = self._lookup.find_one(low, high, touch=False)
-        if entry < 0:
-            return None
-        slot = entry - self.shard * self._f.slots
-        if nbytes is not None and int(self._entries["nbytes"][slot]) != nbytes:
-            return None
-        return slot
+    def find(self, low: int, high: int) -> int | None:
+        """First slot of the stored block of this key, or None."""
+        [slot] = self.find_many([(low, high)])
+        return None if slot < 0 else slot
 
     def find_many(self, keys: list[Key]) -> list[int]:
         """First slots of the stored blocks of these keys of this shard, -1: not stored."""
         first = self.shard * self._f.slots
-        if len(keys) <= FEW:
-            entries = [self._lookup.find_one(low, high, touch=False) for low, high in keys]
-        else:
-            entries = self._lookup.find(np.array(keys, np.uint64), touch=False).tolist()
+        entries = self._lookup.find_each(keys, touch=False)
         return [-1 if entry < 0 else entry - first for entry in entries]
 
     # --- room ------------------------------------------------------------------------------------

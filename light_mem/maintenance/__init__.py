@@ -28,8 +28,9 @@ Names are imported when they are first used: the process of `scan_child.py` need
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from light_mem.lazy import names
 
 if TYPE_CHECKING:
     from light_mem.maintenance.changing import clear, evict, resize
@@ -83,14 +84,4 @@ __all__ = [
     "verify",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'report')}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = names(__name__, __all__, _HOMES, "report")

@@ -16,11 +16,11 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from light_mem.closing import Closing
 from light_mem.engine import shard_file
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -30,9 +30,6 @@ from light_mem.maintenance.report import DamagedBlock
 from light_mem.maintenance.scan_process import ScanProcess
 from light_mem.maintenance.scanning import Batch, Scanner
 from light_mem.maintenance.store import Store, as_words, blocks_in
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 log = logging.getLogger("light_mem")
 
@@ -108,7 +105,7 @@ class _Unit(NamedTuple):
         )
 
 
-class DataCheck:
+class DataCheck(Closing):
     """A check of blocks of a store: `add` what to read, then `run`, once. Its threads and
     processes end with the `with` block, however that is left."""
 
@@ -127,15 +124,8 @@ class DataCheck:
         self.blocks = 0
         self.nbytes = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads and processes, whatever they are at."""
         with self._starting:
             self._stop.set()
             for process in self._processes:

@@ -162,7 +162,7 @@ class _Import:
             return False
         geometry = engine.geometry
         shard = keymath.shard_of(keymath.mix_one(block.low, block.high), geometry.shards)
-        needed = self._batch_slots[shard] - (-len(block.data) // geometry.page_bytes)
+        needed = self._batch_slots[shard] + geometry.slots_of(len(block.data))
         if engine.free_slots(shard) < needed:
             self.no_room += 1
             return False

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
+from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile, Written, data_path
 from light_mem.errors import LightMemError
@@ -27,9 +26,6 @@ from light_mem.maintenance.report import DamagedBlock, Finding
 from light_mem.maintenance.store import Snapshot, Store
 from light_mem.maintenance.structure import StructureCheck
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 log = logging.getLogger("light_mem")
 
 
@@ -44,7 +40,7 @@ def prepare_files(store: Store, findings: list[Finding]) -> None:
         log.warning("store %s: %s", store.directory, str(error))
 
 
-class Repair:
+class Repair(Closing):
     """A repair of a store; joins it as a tool, as servers do."""
 
     def __init__(self, directory: Path) -> None:
@@ -53,15 +49,8 @@ class Repair:
         self._directory = directory
         self._dropped = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the store."""
         self._engine.close()
 
     def run(self, damaged: list[DamagedBlock], findings: list[Finding]) -> int:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,44 +102,39 @@ class Store:
     def snapshot(self, shard: int) -> Snapshot:
         """One shard, read without a lock; zeros for what cannot be read."""
         g = self.geometry
-        control, heads, entries, _ = fmt.index_layout(g.shards, g.slots)
+        control, heads, _, _ = fmt.index_layout(g.shards, g.slots)
         buckets = fmt.buckets_for(g.slots)
-
-        def read(dtype: np.dtype[np.void] | str, at: int, count: int) -> Table:
-            kind = np.dtype(dtype)
-            size = kind.itemsize * count
-            raw = reindex.read_at(self.index_path, at + size * shard, size)
-            return np.frombuffer(raw, kind)
-
         return Snapshot(
             shard,
-            read(fmt.ENTRY, entries, g.slots),
-            read("<u4", heads, buckets),
-            read(fmt.CONTROL, control, 1),
+            self.entries(shard),
+            self._read(np.dtype("<u4"), heads, buckets * shard, buckets),
+            self._read(fmt.CONTROL, control, shard, 1),
             reindex.read_records(self.directory, g, shard),
         )
+
+    def _read(self, kind: np.dtype[Any], section: int, first: int, count: int) -> Table:
+        """Items of a section of the index file, which begins at byte `section`."""
+        raw = reindex.read_at(
+            self.index_path, section + kind.itemsize * first, kind.itemsize * count
+        )
+        return np.frombuffer(raw, kind)
 
     def control(self) -> Table:
         """The control pages of all shards now, CONTROL [shards]; zeros for what cannot be read."""
         g = self.geometry
-        at = fmt.index_layout(g.shards, g.slots)[0]
-        return np.frombuffer(
-            reindex.read_at(self.index_path, at, fmt.CONTROL.itemsize * g.shards), fmt.CONTROL
-        )
+        return self._read(fmt.CONTROL, fmt.index_layout(g.shards, g.slots)[0], 0, g.shards)
 
     def entries(self, shard: int) -> Table:
         """The entries of a shard now, ENTRY [slots]; zeros for what cannot be read."""
         g = self.geometry
-        size = fmt.ENTRY.itemsize * g.slots
-        at = fmt.index_layout(g.shards, g.slots)[2] + size * shard
-        return np.frombuffer(reindex.read_at(self.index_path, at, size), fmt.ENTRY)
+        entries = fmt.index_layout(g.shards, g.slots)[2]
+        return self._read(fmt.ENTRY, entries, g.slots * shard, g.slots)
 
     def entry(self, shard: int, slot: int) -> Table:
         """One entry now, ENTRY [1]."""
         g = self.geometry
-        at = fmt.index_layout(g.shards, g.slots)[2]
-        at += fmt.ENTRY.itemsize * (shard * g.slots + slot)
-        return np.frombuffer(reindex.read_at(self.index_path, at, fmt.ENTRY.itemsize), fmt.ENTRY)
+        entries = fmt.index_layout(g.shards, g.slots)[2]
+        return self._read(fmt.ENTRY, entries, g.slots * shard + slot, 1)
 
     def still_lists(self, shard: int, slot: int, entry: np.void) -> bool:
         """Whether the block of this entry is where it was: ask after reading its bytes. Without an

@@ -30,6 +30,10 @@ class Rates(NamedTuple):
         """A counter of all services together, a second."""
         return sum(server.get(name, 0.0) for server in self.servers.values())
 
+    def latency_of_all(self, mode: str) -> Histogram:
+        """The latencies of all services together."""
+        return merged([found[mode] for found in self.latencies.values()])
+
 
 def rates(before: Look, after: Look) -> Rates:
     """The rates between two looks at one store, the earlier first."""
@@ -108,10 +112,7 @@ def _all_rates(since: Rates) -> dict[str, Any]:
         "seconds": since.seconds,
         "store": since.store,
         "servers": {name: since.of_all(name) for name in names},
-        "latencies": {
-            mode: summary(merged([found[mode] for found in since.latencies.values()]))
-            for mode in MODES
-        },
+        "latencies": {mode: summary(since.latency_of_all(mode)) for mode in MODES},
     }
 
 

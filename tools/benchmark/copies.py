@@ -28,8 +28,7 @@ def bench_shape(run: Run, shape: Shape) -> dict[str, Any]:
     plan = run.plan(shape)
     with run.tensor(plan) as (kv, source):
         place = run.place()
-        started = [run.start(kind, place, source, plan) for kind in run.kinds]
-        contestants = [c for c in started if c]
+        contestants = run.start_all(place, source, plan)
         with run.together(contestants, place):
             return _compare(run, kv, source, contestants, plan)
 

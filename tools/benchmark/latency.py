@@ -27,8 +27,7 @@ def _of_shape(run: Run, plan: Plan, calls: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with run.tensor(plan) as (_, source):
         place = run.place()
-        started = [run.start(kind, place, source, plan) for kind in run.kinds]
-        contestants = [c for c in started if c]
+        contestants = run.start_all(place, source, plan)
         with run.together(contestants, place):
             for contestant in contestants:
                 contestant.move("write"), contestant.move("write"), contestant.move("read")

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from light_mem.filesystem import file_system
+
 _CACHESTAT = 451  # the same number on every architecture; Linux 6.5
 _KTHREADD = 2
 
@@ -28,7 +30,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
-        "file_system": _file_system(directory),
+        "file_system": file_system(directory)[1] or "unknown",
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -42,12 +44,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _file_system(directory: Path) -> str:
-    path = os.path.realpath(directory)
-    of = [p for p in psutil.disk_partitions(all=True) if path.startswith(p.mountpoint)]
-    return max(of, key=lambda p: len(p.mountpoint)).fstype if of else "unknown"
 
 
 def dirty_room() -> float:

@@ -80,6 +80,11 @@ class Run:
         about[kind] = started.about()
         return started
 
+    def start_all(self, directory: Path, source: Any, plan: Plan) -> list[Contestant]:
+        """The contestants of `kinds` that are installed."""
+        started = [self.start(kind, directory, source, plan) for kind in self.kinds]
+        return [contestant for contestant in started if contestant]
+
     @contextmanager
     def together(self, contestants: list[Contestant], directory: Path) -> Iterator[None]:
         """All are closed, and their files deleted, whatever happens."""

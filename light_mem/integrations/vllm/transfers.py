@@ -21,6 +21,7 @@ import numpy.typing as npt
 from light_mem.errors import LightMemError
 from light_mem.integrations.vllm.jobs import Fence, Inbox, Item, Job, Stop, Touch
 from light_mem.integrations.vllm.namespace import Namespace
+from light_mem.logs import Limited
 from light_mem.service import CacheService
 from light_mem.task import State
 
@@ -79,7 +80,8 @@ class TierTransfers:
         self._over: list[Finished] = []  # to be told at the next poll
         self._storing = 0  # blocks of stores that are under way
         self._unloadable: dict[str, set[bytes]] = {}  # by request
-        self._warned: dict[str, float] = {}
+        # As text, all of it: an exception in a log record would keep its frames, and the memory.
+        self._limited = Limited(each=1, seconds=_WARN_SECONDS)
         self._stopping = False
         self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="lightmem-vllm", daemon=True)
@@ -96,7 +98,7 @@ class TierTransfers:
         try:
             found: bool = self._service.query(self._namespace.hash(key))
         except LightMemError as error:  # closed, or without workers
-            self._warn("lookup", "look-ups fail: %s", error)
+            self._limited.warning("look-ups fail: %s", str(error))
             return False
         return found
 
@@ -109,8 +111,7 @@ class TierTransfers:
         if len(job.keys) > room:
             job.dropped = len(job.keys) - room
             job.keys, job.rows = job.keys[:room], job.rows[:room]
-            self._warn(
-                "drop",
+            self._limited.warning(
                 "%d blocks of a store of %d are dropped: at most %d may be under way",
                 job.dropped,
                 job.dropped + room,
@@ -197,7 +198,7 @@ class TierTransfers:
         if not all(task.ready() for task in job.tasks):
             if job.load and not job.timed_out and now - job.submitted > self._load_timeout:
                 job.timed_out = True
-                self._warn("slow", "a load takes longer than %g s", self._load_timeout)
+                self._limited.warning("a load takes longer than %g s", self._load_timeout)
                 self._inbox.put(Stop(job.tasks))
             return False
         count = sum(task.count(State.Finished) for task in job.tasks)
@@ -231,18 +232,9 @@ class TierTransfers:
             self._unloadable.setdefault(job.request, set()).update(set(job.keys).difference(done))
             if len(self._unloadable) > MAX_UNLOADABLE:  # loads that ended after their request
                 del self._unloadable[next(iter(self._unloadable))]
-            self._warn(
-                "load", "%d of %d blocks could not be loaded; vLLM computes them", missing,
-                len(job.keys),
-            )  # fmt: skip
-
-    def _warn(self, kind: str, text: str, *values: object) -> None:
-        """Warn, of one kind at most once in a while."""
-        now = time.monotonic()
-        if now - self._warned.get(kind, -_WARN_SECONDS) >= _WARN_SECONDS:
-            self._warned[kind] = now
-            # As text: an exception kept in a log record would keep its frames, and the memory.
-            log.warning(text, *(str(v) if isinstance(v, Exception) else v for v in values))
+            self._limited.warning(
+                "%d of %d blocks could not be loaded; vLLM computes them", missing, len(job.keys)
+            )
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -254,7 +246,7 @@ class TierTransfers:
             try:
                 self._do(item)
             except Exception as error:  # the tier goes on; what was asked for has failed
-                self._warn("thread", "the vLLM tier: %s", error)
+                self._limited.warning("the vLLM tier: %s", str(error))
             finally:
                 if isinstance(item, Job):
                     self._placed.append(item)
@@ -281,7 +273,7 @@ class TierTransfers:
                 task = service.create("read" if job.load else "write", hashes, job.rows[part])
             except LightMemError as error:  # no room, a stopped holder of the queue, closed
                 what = "load" if job.load else "store"
-                self._warn(f"refused {what}", f"a {what} is refused: %s", error)
+                self._limited.warning(f"a {what} is refused: %s", str(error))
                 return
             job.tasks.append(task)
 
