@@ -116,9 +116,14 @@ class Worker:
 
         me = self._me
         bytes_counter = "bytes_read" if reading else "bytes_written"
+        time_counter = "read_ns" if reading else "write_ns"
+        counted = time.perf_counter_ns()
 
         def count() -> None:
-            nonlocal moved
+            nonlocal moved, counted
+            now = time.perf_counter_ns()
+            me[time_counter] += now - counted
+            counted = now
             me[bytes_counter] += moved
             for outcome, blocks in tally.items():
                 me[_COUNTERS[outcome]] += blocks
@@ -143,13 +148,11 @@ class Worker:
         def stop(at: int) -> bool:
             return table.aborted(rows[at])
 
-        started = time.perf_counter_ns()
         if reading:
             self._engine.read(batch, report, stop)
         else:
             self._engine.write(batch, report, stop)
         count()
-        me["read_ns" if reading else "write_ns"] += time.perf_counter_ns() - started
 
     def _block(self, cell: tuple[int, ...]) -> BlockIO:
         low, high, first, count = cell[_LOW], cell[_HIGH], cell[_PAGES], cell[_COUNT]
