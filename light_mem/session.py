@@ -259,6 +259,10 @@ class Session:
             if not is_final(self.table.snapshot(place.start, place.start + place.blocks)):
                 self._released.append(place)  # still running: nobody may get its cells
                 continue
+            if self.table.active[place.row]:
+                # Its worker has stored the last state and not told of it yet. Once another task
+                # has these cells it would find them unfinished, and this one stay active for good.
+                self.table.finish(place.row, 0)
             self._spare.setdefault((place.blocks, place.page_count), []).append(place)
             self._rows.append(place.row)
 

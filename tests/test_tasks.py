@@ -15,6 +15,7 @@ from light_mem import (
     CacheTask,
     State,
 )
+from light_mem.engine.task_table import FINISHED
 from tests.conftest import wait_until
 from tests.service_child import Child
 from tests.service_rig import WAIT, Rig, rig
@@ -200,3 +201,24 @@ def test_polling_makes_no_system_call(tmp_path: Path) -> None:
         # Only the thread that asked for it is killed; others, torch's, may go on.
         main_thread = Path(f"/proc/{child.pid}/task/{child.pid}/stat")
         wait_until(lambda: main_thread.read_text().rpartition(")")[2].split()[0] in "ZX")
+
+
+def test_a_task_whose_cells_are_used_again_before_its_worker_tells_does_not_stay_active(
+    tmp_path: Path,
+) -> None:
+    with rig(tmp_path, run=False) as r:
+        service = r.service
+        table, queue = service._session.table, service._session.queue
+        first = service.create("write", ["a"], [0])
+        [cell] = queue.claim(1)
+        row = int(table.cells["row"][cell])
+        table.states[cell] = FINISHED  # ... and here the worker loses its processor
+        assert first.ready()
+        second = service.create("write", ["b"], [1])
+        assert queue.claim(1) == [cell], "the cell was not used again: this shows nothing"
+        assert service.active_create_count("write") == 1
+        assert not table.finish(row, 1)
+        assert not second.ready()
+        table.states[cell] = FINISHED
+        assert table.finish(int(table.cells["row"][cell]), 1)
+        assert service.active_create_count("write") == 0
