@@ -138,11 +138,12 @@ class Worker:
             tally[outcome] += 1
             if outcome is Outcome.LOADED or outcome is Outcome.STORED:
                 moved += listed[at][_NBYTES]
-            states[states_at + cells[at]] = FINISHED if outcome.success else ABORTED
             row = rows[at]
             left[row] -= 1
             if not left[row]:
-                count()  # whoever sees the task ready sees its numbers too
+                count()  # before the last state: whoever sees the task ready sees its numbers
+            states[states_at + cells[at]] = FINISHED if outcome.success else ABORTED
+            if not left[row]:
                 table.finish(row, number)
 
         def stop(at: int) -> bool:
