@@ -113,10 +113,8 @@ class CacheService(Closing, ABC):
         self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
 
     def _count(self, name: str, n: int, other: str, m: int) -> None:
-        # Statistics: two threads at once may lose one of their additions.
-        counters = self._session.counters
-        counters[name] += n
-        counters[other] += m
+        self._session.count(name, n)
+        self._session.count(other, m)
         self._engine.count(n, m)
 
     # --- tasks -----------------------------------------------------------------------------------
@@ -173,9 +171,9 @@ class CacheService(Closing, ABC):
         found = self._engine.find(keys, nbytes=layout.nbytes if kind == WRITE else None)
         done = found if kind == WRITE else ~found
         already = layout.pages_where(found) if kind == WRITE else []
-        counters = self._session.counters
-        counters["write_tasks" if kind == WRITE else "read_tasks"] += 1
-        counters["present" if kind == WRITE else "missing"] += int(done.sum())
+        session = self._session
+        session.count("write_tasks" if kind == WRITE else "read_tasks", 1)
+        session.count("present" if kind == WRITE else "missing", int(done.sum()))
         fields: dict[str, Any] = {
             "mode": kind,
             "hashes": hashes,
@@ -185,11 +183,10 @@ class CacheService(Closing, ABC):
         if done.all():
             final = bytes([2 if kind == WRITE else 3]) * len(hashes)
             return CacheTask(**fields, final=final)
-        session = self._session
         try:
             place = session.place(keys, kind, layout, self._create_timeout)
         except TaskTableFullError:
-            counters["dropped"] += int((~done).sum()) if kind == WRITE else 0
+            session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
             raise
         task = CacheTask(**fields, table=session.table, place=place, session=session)
         order = np.flatnonzero(~done)
@@ -262,7 +259,7 @@ class CacheService(Closing, ABC):
         """Count blocks that a server wanted to store and gave up before `create`: its own queue
         was full. They show as `dropped_stores`."""
         self._check_open()
-        self._session.counters["dropped"] += blocks
+        self._session.count("dropped", blocks)
 
     def check(self, repair: bool = False) -> VerifyReport:
         """Check every byte of the store; three outcomes: a clean report, a repaired one

@@ -23,6 +23,7 @@ from light_mem.engine.task_table import (
     COPIED,
     FINISHED,
     INITIAL,
+    LANE,
     READ,
     WORKING,
     TaskTable,
@@ -43,6 +44,7 @@ from light_mem.task import CacheTask
 
 _FULL_PAUSE = 0.001  # between two looks for room in a full table
 _LANE_SECONDS = 5.0  # for a worker to finish what a dead client had queued
+_COUNTER_WORDS = {name: offset // 8 for name, (_, offset, *_) in LANE.fields.items()}  # type: ignore[union-attr]
 
 
 class Place(NamedTuple):
@@ -75,6 +77,7 @@ class Session:
         self._tasks: weakref.WeakSet[CacheTask] = weakref.WeakSet()
         self.counters = table.lanes[lane : lane + 1]
         self.counters["pid"], self.counters["started"] = _identity()
+        self._words = self.counters.view(np.uint64).data  # an array's item costs ten times this
 
     @classmethod
     def open(cls, table: TaskTable, path: str) -> Session:
@@ -99,6 +102,10 @@ class Session:
             timeout=0.0,
         )
 
+    def count(self, name: str, n: int) -> None:
+        """Add to a statistic of this lane; two threads at once may lose an addition."""
+        self._words[_COUNTER_WORDS[name]] += n
+
     def place(
         self,
         keys: KeyArray,
@@ -122,7 +129,7 @@ class Session:
         cells["row"], cells["mode"] = place.row, mode
         end = place.start + count
         # Before the states: whoever still polls a former task of this row finds out.
-        table.rows["generation"][place.row] += 1
+        table.generations[place.row] += 1
         table.rows["created"][place.row] = created
         # A process may die before it submits: the blocks are final until then.
         table.states[place.start : end] = ABORTED

@@ -87,7 +87,7 @@ class CacheTask:
         if table is not None and place is not None:
             self._row, self._start = place.row, place.start
             self._end = place.start + place.blocks
-            self._generation = int(table.rows["generation"][place.row])
+            self._generation = int(table.generations[place.row])
             if session is not None:
                 self._release = weakref.finalize(self, session.release, place)
                 self._release.atexit = False
@@ -101,7 +101,7 @@ class CacheTask:
         assert table is not None
         states = table.snapshot(self._start, self._end)
         # The row after the states: a row that was given away meanwhile has another generation.
-        if table.rows["generation"][self._row] != self._generation:
+        if table.generations[self._row] != self._generation:
             raise TaskExpiredError(
                 "the room of this task was given to another one: its creator had dropped it",
                 row=self._row,

@@ -187,7 +187,7 @@ class TaskQueue:
             raise InvalidArgumentError("the task belongs to another service")
         with self.held():
             # A row gets a new generation without this lock, but its cells get their states with it.
-            if table.rows["generation"][row] != generation:
+            if table.generations[row] != generation:
                 return
             self._table.rows["abort"][row] = 1
             states = self._table.states[start:end]

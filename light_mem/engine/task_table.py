@@ -227,10 +227,13 @@ class TaskTable:
             mode: (self.header[f"{name}_head"], self.header[f"{name}_tail"])
             for mode, name in ((READ, "read"), (WRITE, "write"))
         }
+        self.generations = self.rows["generation"]
         self._row_start, self._row_count = self.rows["start"], self.rows["count"]
         self._row_done_words, self._done_seq = self.rows["done"], self.header["done_seq"]
         self._worker_done = self.workers["done"]
         words = memoryview(self.map)
+        shutdown_at = header_at + HEADER.fields["shutdown"][1]  # type: ignore[index]
+        self._shutdown = words[shutdown_at : shutdown_at + 4].cast("I")
         self.latencies = Histograms(words[latencies_at : latencies_at + latencies].cast("Q"))
         self._active_bytes = words[self.active_at : self.active_at + lanes * rows]
         rows_end = self.rows_at + lanes * rows * ROW.itemsize
@@ -331,7 +334,7 @@ class TaskTable:
     @property
     def shutdown(self) -> bool:
         """Whether the service is closed."""
-        return bool(self.header["shutdown"][0])
+        return bool(self._shutdown[0])
 
     def depth(self, mode: int) -> int:
         """Blocks of a mode that wait for a worker, aborted ones among them."""
