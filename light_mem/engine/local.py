@@ -96,7 +96,7 @@ class LocalStorageEngine(StorageEngine):
         except BaseException:
             self._owners.close()
             raise
-        self._reader = Reader(self, self._copier, verify)
+        self._reader = Reader(self, self._files, self._copier, verify)
         self._writer = Writer(self, self._owner, self._copier, flush=durability == "flush")
 
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from light_mem.index.lookup import Location
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.shard_file import ShardFile
 
 log = logging.getLogger("light_mem")
 
@@ -27,12 +28,20 @@ log = logging.getLogger("light_mem")
 class Reader:
     """Reads batches for one engine. Not thread-safe."""
 
-    def __init__(self, engine: LocalStorageEngine, copier: Copier, verify: bool) -> None:
+    def __init__(
+        self,
+        engine: LocalStorageEngine,
+        files: Mapping[int, ShardFile],
+        copier: Copier,
+        verify: bool,
+    ) -> None:
+        """`files`: those that the engine has open by now."""
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._lookup = engine.lookup
         self._copier = copier
         self._verify = verify
+        self._files = files
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.read`."""
@@ -64,7 +73,9 @@ class Reader:
                 nbytes,
             )
             return Outcome.MISSING
-        file = self._engine.file(where.shard)
+        file = self._files.get(where.shard)
+        if file is None:
+            file = self._engine.file(where.shard)
         checksum = new_checksum(low, high) if self._verify else None
         single = len(where.runs) == 1
         done = 0

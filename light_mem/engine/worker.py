@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from operator import add
 from typing import Any
@@ -61,6 +61,11 @@ _COUNTERS = {
     Outcome.STOPPED: "stopped",
     Outcome.FAILED: "failed",
 }
+# The state of a block with each final outcome, by number.
+_FINAL = [ABORTED] * (max(Outcome) + 1)
+for _outcome in Outcome:
+    if _outcome.success:
+        _FINAL[_outcome] = FINISHED
 
 
 class Worker:
@@ -110,7 +115,7 @@ class Worker:
         rows: list[int] = records["row"].tolist()
         reading = int(records["mode"][0]) == READ
         left = Counter(rows)  # a task may end before the batch does
-        tally: dict[Outcome, int] = defaultdict(int)
+        tally = [0] * len(_FINAL)  # by outcome
         moved = 0
 
         me = self._me
@@ -124,10 +129,11 @@ class Worker:
             me[time_counter] += now - counted
             counted = now
             me[bytes_counter] += moved
-            for outcome, blocks in tally.items():
-                me[_COUNTERS[outcome]] += blocks
+            for outcome, blocks in enumerate(tally):
+                if blocks:
+                    me[_COUNTERS[Outcome(outcome)]] += blocks
+                    tally[outcome] = 0
             moved = 0
-            tally.clear()
 
         def report(at: int, outcome: Outcome) -> None:
             nonlocal moved
@@ -141,7 +147,7 @@ class Worker:
             left[row] -= 1
             if not left[row]:
                 count()  # before the last state: whoever sees the task ready sees its numbers
-            states[states_at + cells[at]] = FINISHED if outcome.success else ABORTED
+            states[states_at + cells[at]] = _FINAL[outcome]
             if not left[row]:
                 table.finish(row, number)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import re
 import reprlib
+import struct
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import TypeAlias
@@ -25,6 +26,7 @@ KeyArray: TypeAlias = "npt.NDArray[np.uint64]"
 U64Array: TypeAlias = "npt.NDArray[np.uint64]"
 
 _MASK = (1 << 64) - 1
+_PAIR = struct.Struct("<QQ")
 _HEX = re.compile(r"[0-9a-f]*")
 # Odd multipliers of the splitmix64 / MurmurHash3 finalisers (public domain): full avalanche, so
 # that small ints, which users do pass as hashes, spread over shards and buckets.
@@ -103,7 +105,7 @@ def as_key(value: HashValue) -> tuple[int, int]:
 
 def key_bytes(low: int, high: int) -> bytes:
     """The 16 bytes that open a block's checksum, little-endian."""
-    return low.to_bytes(8, "little") + high.to_bytes(8, "little")
+    return _PAIR.pack(low, high)
 
 
 def key_text(low: int, high: int) -> str:
