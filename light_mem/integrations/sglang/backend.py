@@ -221,7 +221,7 @@ class LightMemStorage(HiCacheStorage):
         target_locations: Any = None,
         target_sizes: Any = None,
     ) -> bool:
-        return all([self.set(key) for key in keys])
+        return all(self.set(key) for key in keys)
 
     # --- the rest --------------------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ def _memories(pool: Any) -> list[torch.Tensor]:
     buffers = name_buffers() if name_buffers is not None else pool.kv_buffer
     if isinstance(buffers, torch.Tensor):
         buffers = [buffers]
-    storages = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     for buffer in buffers:
         if isinstance(buffer, torch.Tensor) and buffer.nbytes:
             storage = buffer.untyped_storage()

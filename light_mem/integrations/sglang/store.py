@@ -98,16 +98,16 @@ class PageStore:
         return self._move("write", keys, indices)
 
     def _move(self, mode: str, keys: Sequence[str], indices: torch.Tensor) -> list[bool]:
-        done = np.ones(len(keys), bool)
         if not len(keys) or not self._services:
-            return done.tolist()
+            return [True] * len(keys)
+        done = np.ones(len(keys), bool)
         deadline = time.monotonic() + self._timeouts[mode]
         hashes = self._hashes(keys)
         tasks: list[CacheTask] = []
         try:
             places = self.pool.regions(indices, len(keys))
             for service, regions in zip(self._services, places, strict=True):
-                tasks.append(service.create_regions(mode, hashes, regions))
+                tasks.append(service.create_regions(mode, hashes, regions))  # type: ignore[arg-type] # an array
         except LightMemError as error:  # no room, closed, indices that are none
             self._limited.warning(f"a {mode} of pages is refused: %s", str(error))
             done[:] = False
@@ -116,7 +116,7 @@ class PageStore:
                 self._finish(service, task, deadline)
         for task in tasks:
             done &= np.array([state is State.Finished for state in task.state()], bool)
-        return done.tolist()
+        return [bool(fine) for fine in done]
 
     def _finish(self, service: CacheService, task: CacheTask, deadline: float) -> None:
         """Return when no worker touches the pages of the task any more."""
