@@ -105,7 +105,7 @@ class HiCacheStorage(ABC):
         self.registered_pools[host_pool_name] = host_pool
 
     def on_host_pools_registered(self) -> None:
-        pass
+        return None
 
     def batch_exists_v2(self, keys: Any, pool_transfers: Any = None, extra_info: Any = None) -> Any:
         raise NotImplementedError
@@ -117,10 +117,10 @@ class HiCacheStorage(ABC):
         raise NotImplementedError
 
     def batch_get_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> Any:
-        pass
+        return None
 
     def batch_set_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> Any:
-        pass
+        return None
 
     @abstractmethod
     def get(self, key: Any, target_location: Any = None, target_sizes: Any = None) -> Any: ...
@@ -151,7 +151,7 @@ class HiCacheStorage(ABC):
         raise NotImplementedError
 
     def clear(self) -> Any:
-        pass
+        return None
 
     def get_stats(self) -> Any:
         return None
@@ -193,7 +193,7 @@ class HostPool:
         self.layer_num = layers
         self.start_layer = 0
         self.end_layer = layers
-        self.fds: list[int] = []
+        self._fds: list[int] = []
         self.kv_buffer: Any = None
 
     @property
@@ -202,8 +202,8 @@ class HostPool:
 
     def close(self) -> None:
         self.kv_buffer = None
-        while self.fds:
-            os.close(self.fds.pop())
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 class MHATokenToKVPoolHost(HostPool):
@@ -228,7 +228,7 @@ class MHATokenToKVPoolHost(HostPool):
             "page_first": (2, self.size, layers, heads, dim),
             "page_first_direct": (2, pages, layers, page_size, heads, dim),
         }[layout]
-        self.kv_buffer = allocate(dims, dtype, self.fds)
+        self.kv_buffer = allocate(dims, dtype, self._fds)
 
     def get_hybrid_pool_buffer(self) -> list[torch.Tensor]:
         return [self.kv_buffer[0], self.kv_buffer[1]]
@@ -276,7 +276,7 @@ class MLATokenToKVPoolHost(HostPool):
             "page_first": (self.size, layers, 1, width),
             "page_first_direct": (pages, layers, page_size, 1, width),
         }[layout]
-        self.kv_buffer = allocate(dims, dtype, self.fds)
+        self.kv_buffer = allocate(dims, dtype, self._fds)
 
     def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
         assert len(indices) % self.page_size == 0
@@ -302,8 +302,8 @@ class StatePool(HostPool):
     def __init__(self, pages: int = 8, temporal: int = 640, conv: int = 96) -> None:
         super().__init__(pages, 1, "page_first", 1)
         self.buffers = [
-            shared((pages, temporal), torch.float32, self.fds),
-            shared((pages, conv), torch.bfloat16, self.fds),
+            shared((pages, temporal), torch.float32, self._fds),
+            shared((pages, conv), torch.bfloat16, self._fds),
         ]
 
     def get_hybrid_pool_buffer(self) -> list[torch.Tensor]:

@@ -263,7 +263,7 @@ class LightMemStorage(HiCacheStorage):
         began = time.perf_counter()
         done = move(keys, indices)
         if self._metrics is not None and keys:
-            nbytes = sum(done) * self._stores[KV].pool.page_bytes
+            nbytes = sum(done) * self._stores[KV].page_bytes
             self._metrics.add(direction, len(keys), nbytes, time.perf_counter() - began)
         return done
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from light_mem.errors import LightMemError, LockTimeoutError
+from light_mem.errors import LightMemError, LockTimeoutError, ServiceClosedError
 from light_mem.integrations.sglang.pool import HostPool
 from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.logs import Limited
@@ -31,7 +31,7 @@ class PageStore:
     """The pages of one pool, by SGLang's keys. Any thread; no method raises because of the store:
     what it cannot do is a miss, with a warning at a bounded rate.
 
-    pool           its geometry
+    pool           its geometry; its memory is let go of by `close`
     namespace      what its keys mean
     services       a running service for each buffer of the pool; closed with this
     load_timeout   seconds after which a load gives up the pages that nobody has begun
@@ -47,19 +47,19 @@ class PageStore:
         load_timeout: float,
         store_timeout: float,
     ) -> None:
-        self.pool = pool
+        self.page_bytes = pool.page_bytes
         self.namespace = namespace
+        self._pool: HostPool | None = pool
         self._services = tuple(services)
         self._timeouts = {"read": load_timeout, "write": store_timeout}
         self._limited = Limited(each=1, seconds=_WARN_SECONDS)
         self._closing = threading.Lock()
-        self._closed = False
 
     # --- look-ups --------------------------------------------------------------------------------
 
     def match_prefix(self, keys: Sequence[str]) -> int:
         """How many leading pages are stored; all, for a pool without memory."""
-        length = len(keys)
+        length = len(keys) if self._pool else 0
         hashes = self._hashes(keys)
         try:
             for service in self._services:
@@ -71,7 +71,7 @@ class PageStore:
 
     def stored(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Whether each page is stored, bool [keys]."""
-        found = np.ones(len(keys), bool)
+        found = np.full(len(keys), self._pool is not None)
         hashes = self._hashes(keys)
         try:
             for service in self._services:
@@ -98,21 +98,22 @@ class PageStore:
         return self._move("write", keys, indices)
 
     def _move(self, mode: str, keys: Sequence[str], indices: torch.Tensor) -> list[bool]:
-        if not len(keys) or not self._services:
-            return [True] * len(keys)
-        done = np.ones(len(keys), bool)
+        pool, services = self._pool, self._services
+        if not len(keys) or not services:
+            return [pool is not None] * len(keys)
+        done = np.full(len(keys), pool is not None)
         deadline = time.monotonic() + self._timeouts[mode]
         hashes = self._hashes(keys)
         tasks: list[CacheTask] = []
         try:
-            places = self.pool.regions(indices, len(keys))
-            for service, regions in zip(self._services, places, strict=True):
+            places = pool.regions(indices, len(keys)) if pool else []
+            for service, regions in zip(services, places, strict=False):
                 tasks.append(service.create_regions(mode, hashes, regions))  # type: ignore[arg-type] # an array
         except LightMemError as error:  # no room, closed, indices that are none
             self._limited.warning(f"a {mode} of pages is refused: %s", str(error))
             done[:] = False
         finally:
-            for service, task in zip(self._services, tasks, strict=False):
+            for service, task in zip(services, tasks, strict=False):
                 self._finish(service, task, deadline)
         for task in tasks:
             done &= np.array([state is State.Finished for state in task.state()], bool)
@@ -142,22 +143,24 @@ class PageStore:
 
     def describe(self) -> str:
         """One line for the log: pages, sizes, room, workers, namespace."""
-        sizes = f"{self.pool.page_tokens} tokens and {self.pool.page_bytes} bytes a page"
+        sizes = f"{self.page_bytes} bytes a page"
         stores = ", ".join(_describe(service) for service in self._services)
         return f"{sizes}: {stores or 'it has no memory'}; namespace {self.namespace.name}"
 
     def clear(self) -> int:
         """Take everything out of the store, other servers' pages too; how many blocks there were.
         Raises LightMemError."""
+        if self._pool is None:
+            raise ServiceClosedError("the store is closed")
         return sum(service.clear() for service in self._services)
 
     def close(self) -> None:
         """End the workers and let go of the memory; returns when that is so. Again: nothing."""
         with self._closing:
-            if not self._closed:
-                self._closed = True
-                for service in self._services:
-                    service.close()
+            self._pool = None
+            for service in self._services:
+                service.close()
+            self._services = ()
 
     def _hashes(self, keys: Sequence[str]) -> list[int]:
         return self.namespace.hashes(key.encode() for key in keys)
