@@ -114,6 +114,6 @@ def is_replicated(config: Any, name: str, host_pool: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):  # lists are about what is free, or tensors
         return len(value) < 1000 and all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
