@@ -125,12 +125,14 @@ def device_pool(kind: str, tokens: int, dtype: torch.dtype = torch.bfloat16) -> 
 def host_pools(kind: str, device: Any) -> Any:
     """SGLang's HostPoolGroup for a device pool, made as its assembler makes it. The settings that
     are published choose layout and allocator."""
-    return build_kv_only_group(
+    group = build_kv_only_group(
         page_size=PAGE_SIZE,
         kv_pool=device,
         full_layer_mapping={n: n for n in range(LAYERS)},
         use_mla=kind == "mla",
     )
+    group.anchor_entry.host_pool.pin_memory = False  # of pages that it makes for callers
+    return group
 
 
 def copy_on_cpu(host_pool: Any) -> None:

@@ -163,12 +163,12 @@ class Rank:
         self._backends.pop(name).backend.close()
 
 
-def main() -> None:
-    rank = Rank()
+def serve(commands: object) -> None:
+    """Do what standard input says, until it ends."""
     answer(None)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        command: Callable[..., Any] = getattr(rank, name)
+        command: Callable[..., Any] = getattr(commands, name)
         answer(command(*arguments))
 
 
@@ -177,4 +177,4 @@ def answer(value: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Rank())
