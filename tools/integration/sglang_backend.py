@@ -173,6 +173,12 @@ class Run:
         if error is not None:
             raise SystemExit(f"the backend {name} does not start: {error}")
 
+    def fakes(self) -> None:
+        with self.rank() as rank:
+            rank.answer()
+            found = rank.ask("differences")
+            self.check(not found, f"the fakes of the tests are as SGLang's classes: {found}")
+
     # --- ranks ------------------------------------------------------------------------------------
 
     def both(self) -> tuple[Process, Process]:
@@ -463,6 +469,7 @@ def salt_of(name: str, rank: int) -> str:
 
 def run(directory: Path, check: Checks) -> None:
     checks = Run(directory, check)
+    checks.fakes()
     checks.ranks()
     checks.eviction()
     checks.stopped_worker()

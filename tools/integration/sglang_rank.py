@@ -162,6 +162,12 @@ class Rank:
     def close(self, name: str) -> None:
         self._backends.pop(name).backend.close()
 
+    def differences(self) -> list[str]:
+        """What of the fakes that the tests use is not as it is in SGLang."""
+        import sglang_compare
+
+        return sglang_compare.differences()
+
 
 def serve(commands: object) -> None:
     """Do what standard input says, until it ends."""
