@@ -389,6 +389,7 @@ def _modules(context: Context) -> dict[str, dict[str, Any]]:
         "sglang.srt.runtime_context": {"get_context": lambda: context},
         "sglang.srt.mem_cache.hicache_storage": {name: here[name] for name in storage.split()},
         "sglang.srt.observability.metrics_collector": {"StorageMetrics": StorageMetrics},
+        "huggingface_hub": {"constants": SimpleNamespace(HF_HUB_CACHE="/nonexistent")},
     }
 
 

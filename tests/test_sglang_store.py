@@ -178,16 +178,16 @@ def test_a_call_returns_only_when_all_workers_are_gone(over: Callable[..., PageS
     assert closed_at_return == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        TaskTableFullError("full", blocks=3, capacity=1, timeout=10),
-        ServiceClosedError("the service is closed"),
-        WorkerStartError("the service has no workers any more"),
-    ],
-)
-def test_a_refusal_is_a_miss(over: Callable[..., PageStore], error: LightMemError) -> None:
-    store = over(Service(error))
+REFUSALS: dict[str, Callable[[], LightMemError]] = {  # an error that was raised keeps its frames
+    "full": lambda: TaskTableFullError("full", blocks=3, capacity=1, timeout=10),
+    "closed": lambda: ServiceClosedError("the service is closed"),
+    "no workers": lambda: WorkerStartError("the service has no workers any more"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_is_a_miss(over: Callable[..., PageStore], name: str) -> None:
+    store = over(Service(REFUSALS[name]()))
     assert store.load(KEYS, INDICES) == [False] * 3
     assert store.store(KEYS, INDICES) == [False] * 3
 

@@ -335,31 +335,36 @@ class Run:
             self.check(rank.ask("exists", "small", last) == 0, "then nothing is found")
 
     def stopped_worker(self) -> None:
+        """Workers that are stopped before and in the middle of a load."""
         with self.rank() as rank:
             rank.answer()
-            options = {"load_timeout": 0.5}
-            self.open(rank, "s", "mha", "page_first", "stopped", options)
-            rank.ask("store", "s", NUMBERS, NUMBERS, "s")
-            workers = rank.workers()
-            for worker in workers:
-                worker.suspend()
-            result = rank.ask("load", "s", NUMBERS, ELSEWHERE, "s")
-            self.check(
-                result["seconds"] < 60 and not all(result["done"]),
-                f"a stopped worker holds a load up for {result['seconds']:.1f} s, no longer",
-            )
-            right = [d == r for d, r in zip(result["done"], result["right"], strict=True)]
-            self.check(all(right), "what the load says was loaded is right, the rest is not there")
-            for worker in workers:
-                try:
-                    worker.resume()
-                except psutil.NoSuchProcess:
-                    pass
-            again = rank.ask("load", "s", NUMBERS, ELSEWHERE, "s")
-            self.check(
-                all(d == r for d, r in zip(again["done"], again["right"], strict=True)),
-                "and nothing wrong comes after it went on",
-            )
+            numbers, longest, given_up, wrong = list(range(64)), 0.0, 0, 0
+            for attempt in range(6):
+                name = f"stopped {attempt}"
+                options = {"load_timeout": 0.3}
+                self.open(rank, name, "mha", "page_first", "stopped", options)
+                rank.ask("store", name, numbers, numbers, "s")
+                workers = rank.workers()
+                rank.send("load", name, numbers, numbers[::-1], "s")
+                time.sleep(attempt * 0.002)  # somewhere in it, or before
+                for worker in workers:
+                    worker.suspend()
+                result = rank.answer()
+                for worker in workers:
+                    try:
+                        worker.resume()
+                    except psutil.NoSuchProcess:
+                        pass  # ended, because it did not let go of its pages
+                again = rank.ask("load", name, numbers, numbers[::-1], "s")
+                longest = max(longest, result["seconds"])
+                given_up += not all(result["done"])
+                for found in (result, again):
+                    pairs = zip(found["done"], found["right"], strict=True)
+                    wrong += found["strays"] + sum(done and not right for done, right in pairs)
+                rank.ask("close", name)
+            self.check(longest < 45, f"stopped workers hold a load up for {longest:.1f} s at most")
+            self.check(given_up > 0, f"{given_up} of 6 loads are given up")
+            self.check(wrong == 0, "no page that such loads answer for is wrong, no other touched")
 
     def private_memory(self) -> None:
         with self.rank(SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS="1") as rank:
