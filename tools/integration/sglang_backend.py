@@ -384,11 +384,15 @@ class Run:
 
     # --- the radix cache --------------------------------------------------------------------------
 
+    def radix_extra(self) -> dict[str, Any]:
+        """SGLang asks the store for any whole page; what the weights are LightMem finds out."""
+        return self.extra("radix", weights=None, prefetch_threshold=PAGE_SIZE)
+
     def server(self, **changes: Any) -> Process:
         """A process with SGLang's radix cache over the store `radix`."""
         server = Process("sglang_radix.py", self.directory / "servers.log")
         server.answer()
-        extra = self.extra("radix", weights=None)
+        extra = self.radix_extra()
         fields = {"model_path": str(self.directory / "model"), "served_model_name": "m", **changes}
         error = server.ask("open", extra, fields)
         if error is not None:
@@ -434,7 +438,7 @@ class Run:
         with self.server() as server:
             check(server.ask("detach") is None, "radix: SGLang detaches the backend")
             check(server.ask("fetch", prompts[2])["loaded"] == 0, "radix: then nothing is loaded")
-            extra = json.dumps(self.extra("radix", weights=None))
+            extra = json.dumps(self.radix_extra())
             check(server.ask("attach", extra, "m") is None, "radix: and attaches it again")
             self.hits(server, prompts, "attached again")
             check(server.ask("clear") is True, "radix: SGLang clears the store")

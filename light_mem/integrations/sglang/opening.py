@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from fractions import Fraction
 
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, StoreFormatError
 from light_mem.integrations.sglang.options import StorageOptions
@@ -27,7 +28,7 @@ class Opener:
     def __init__(self, path: str, options: StorageOptions) -> None:
         self._path = path
         self._options = options
-        self._pages = 0.0  # of KV that there is room for; 0: nothing was opened
+        self._pages = Fraction(0)  # of KV that there is room for; 0: nothing was opened
 
     def open(self, pools: Mapping[HostPool, Namespace]) -> dict[str, PageStore]:
         """Running stores by the names of the pools.
@@ -38,7 +39,7 @@ class Opener:
         self._refuse_unknown_ratios(pools)
         if not self._pages:
             a_page = sum(pool.page_bytes * self._ratio(pool) for pool in pools)
-            self._pages = self._options.storage_size / a_page if a_page else 0.0
+            self._pages = self._options.storage_size / a_page if a_page else Fraction(0)
         with ExitStack() as undo:
             stores = {}
             for pool, namespace in pools.items():
@@ -90,8 +91,8 @@ class Opener:
             return self._path
         return f"{self._path}.{pool.name}" + (f".{number}" if number else "")
 
-    def _ratio(self, pool: HostPool) -> float:
-        return float(self._options.pool_ratio.get(pool.name, 1.0))
+    def _ratio(self, pool: HostPool) -> Fraction:
+        return Fraction(self._options.pool_ratio.get(pool.name, 1))
 
     def _refuse_unknown_ratios(self, pools: Mapping[HostPool, Namespace]) -> None:
         unknown = set(self._options.pool_ratio) - {pool.name for pool in pools}
