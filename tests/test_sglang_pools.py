@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from light_mem import InvalidArgumentError, ServiceClosedError, maintenance
+from light_mem import InvalidArgumentError, ServiceClosedError, StoreFormatError, maintenance
 from tests import sglang_fakes as fakes
 from tests.sglang_fakes import PoolHitPolicy, PoolName, PoolTransfer
 from tests.test_sglang_backend import KEYS, Life, Live, indices_of, key, live, module
@@ -127,6 +127,12 @@ def test_pools_share_the_room_by_the_page(live: Live, tmp_path: Path) -> None:
     life.backend.register_mem_host_pool_v2(late, PoolName.DRAFT)
     assert abs(maintenance.inspect(tmp_path / "store.draft").slots - kv) <= 1
     assert store(life, "draft", KEYS, range(8)) == [True] * 8
+
+
+def test_nothing_stays_open_when_a_later_pool_is_refused(live: Live) -> None:
+    live(side_pools={"indexer": index_pool()}).end()
+    with pytest.raises(StoreFormatError):
+        live(side_pools={"indexer": fakes.MLATokenToKVPoolHost(width=32)})
 
 
 def test_a_transfer_without_indices_moves_nothing(live: Live) -> None:

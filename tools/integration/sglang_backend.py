@@ -366,6 +366,37 @@ class Run:
             self.check(given_up > 0, f"{given_up} of 6 loads are given up")
             self.check(wrong == 0, "no page that such loads answer for is wrong, no other touched")
 
+    def states(self) -> None:
+        """A side pool of recurrent states, in two buffers."""
+        slots, kept = 24, [3, 7, 11]  # pages at whose end there is a state
+
+        def opened() -> Process:
+            rank = self.rank()
+            rank.answer()
+            arguments = self.arguments("mha", "page_first", "hybrid", {})
+            error = rank.ask("open", "h", {**arguments, "states": slots})
+            if error is not None:
+                raise SystemExit(f"a hybrid model does not start: {error}")
+            return rank
+
+        with opened() as rank:
+            done = rank.ask("store", "h", NUMBERS[:14], NUMBERS[:14], "s")
+            done += rank.ask("store_states", "h", kept, [0, 1, 2], "s")
+            self.check(all(done), "hybrid: pages and states are stored")
+            rank.kill()
+        with opened() as rank:
+            found = rank.ask("usable", "h", NUMBERS)
+            self.check(
+                found == [n + 1 for n in kept], f"hybrid: prefixes that have a state: {found}"
+            )
+            result = rank.ask("load_states", "h", [*kept, 5], [20, 4, 9, 1], "s")
+            self.check(result["done"] == [True] * 3 + [False], "hybrid: states load after SIGKILL")
+            self.check(result["right"] == result["done"], "hybrid: and are right, in both buffers")
+            self.check(result["strays"] == 0, "hybrid: no other state is touched")
+            result = rank.ask("load", "h", NUMBERS[:14], ELSEWHERE[:14], "s")
+            self.check(all(result["right"]), "hybrid: so do pages")
+            self.check(rank.end() == 0, "hybrid: the end in order has status 0")
+
     def private_memory(self) -> None:
         with self.rank(SGLANG_HICACHE_HOST_PARALLEL_ALLOC_THREADS="1") as rank:
             rank.answer()
@@ -482,6 +513,7 @@ def run(directory: Path, check: Checks) -> None:
     checks.ranks()
     checks.eviction()
     checks.stopped_worker()
+    checks.states()
     checks.private_memory()
     checks.radix()
 

@@ -51,11 +51,13 @@ class _NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 if importlib.util.find_spec("torchvision") is None:
     sys.meta_path.append(_NoTorchvision())
 
+from sglang.srt.mem_cache.device_pool_info import MambaStateBufferInfo  # noqa: E402
 from sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler import (  # noqa: E402
     build_kv_only_group,
 )
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool  # noqa: E402
 from sglang.srt.mem_cache.pool_host import common  # noqa: E402
+from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost  # noqa: E402
 from sglang.srt.runtime_context import get_context, get_parallel  # noqa: E402
 
 VERSION: str = sglang.__version__
@@ -133,6 +135,22 @@ def host_pools(kind: str, device: Any) -> Any:
     )
     group.anchor_entry.host_pool.pin_memory = False  # of pages that it makes for callers
     return group
+
+
+def state_pool(slots: int) -> MambaPoolHost:
+    """A real host pool of recurrent states: two buffers, one state a slot. Its allocator is "shm"."""
+    generator = torch.Generator().manual_seed(0)
+    temporal = torch.rand((LAYERS, slots, 4, 8, 16), generator=generator)
+    conv = torch.rand((LAYERS, slots, 48, 3), generator=generator).to(torch.bfloat16)
+    return MambaPoolHost(
+        MambaStateBufferInfo(temporal=temporal, conv=(conv,)),
+        2.0,
+        0,
+        device_capacity=slots,
+        pin_memory=False,
+        allocator_type="shm",
+        layout="page_first",
+    )
 
 
 def copy_on_cpu(host_pool: Any) -> None:

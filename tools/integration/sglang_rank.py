@@ -19,7 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import sglang_cpu
 import torch
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, HiCacheStorageExtraInfo
+from sglang.srt.mem_cache.hicache_storage import (
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    PoolHitPolicy,
+    PoolName,
+    PoolTransfer,
+    count_pool_hits,
+)
 from sglang.srt.mem_cache.storage import StorageBackendFactory
 
 MARK = "@@ "
@@ -32,7 +39,8 @@ def key_of(n: int) -> str:
 
 
 class Backend:
-    """A host pool and the backend that SGLang's factory makes for it."""
+    """Host pools and the backend that SGLang's factory makes for them: the pool kv, and with
+    `states` a side pool of that many recurrent states."""
 
     def __init__(
         self,
@@ -41,10 +49,11 @@ class Backend:
         tokens: int,
         extra_config: dict[str, Any],
         config: dict[str, Any],
+        states: int = 0,
     ) -> None:
         with sglang_cpu.Settings(extra_config, layout):
             self.group = sglang_cpu.host_pools(kind, sglang_cpu.device_pool(kind, tokens))
-            self.pool = self.group.anchor_entry.host_pool
+            self.pools: dict[str, Any] = {"kv": self.group.anchor_entry.host_pool}
             fields = {
                 "tp_rank": 0,
                 "tp_size": 1,
@@ -59,62 +68,93 @@ class Backend:
                 "extra_config": extra_config,
             }
             self.backend = StorageBackendFactory.create_backend(
-                "dynamic", HiCacheStorageConfig(**{**fields, **config}), self.pool
+                "dynamic", HiCacheStorageConfig(**{**fields, **config}), self.pools["kv"]
             )
-            self.backend.register_mem_pool_host(self.pool)
+            self.backend.register_mem_pool_host(self.pools["kv"])
             for entry in self.group.entries:
                 self.backend.register_mem_host_pool_v2(entry.host_pool, entry.name)
+            if states:
+                self.pools["mamba"] = sglang_cpu.state_pool(states)
+                self.backend.register_mem_host_pool_v2(self.pools["mamba"], PoolName.MAMBA)
             self.backend.on_host_pools_registered()
 
-    def start_of(self, page: int) -> int:
-        return page * sglang_cpu.PAGE_SIZE
-
-    def indices(self, pages: list[int]) -> torch.Tensor:
-        size = sglang_cpu.PAGE_SIZE
+    def indices(self, pool: str, pages: list[int]) -> torch.Tensor:
+        size = self.pools[pool].page_size
         return torch.cat([torch.arange(n * size, (n + 1) * size) for n in pages])
 
-    def payload(self, n: int, salt: str) -> torch.Tensor:
+    def payload(self, pool: str, n: int, salt: str) -> torch.Tensor:
         """The bytes of page key `n`, as the pool's flat page."""
-        like = self.pool.get_dummy_flat_data_page()
-        digest = hashlib.sha256(f"{salt}:{n}".encode()).digest()
+        like = self.pools[pool].get_dummy_flat_data_page()
+        digest = hashlib.sha256(f"{pool}:{salt}:{n}".encode()).digest()
         seed = int.from_bytes(digest[:8], "little")
         raw = np.random.default_rng(seed).integers(0, 256, like.nbytes, np.uint8)
         return torch.from_numpy(raw).view(like.dtype)
 
-    def page_bytes(self, page: int) -> torch.Tensor:
-        return self.pool.get_data_page(self.start_of(page), flat=True).view(torch.uint8)
+    def put(self, pool: str, page: int, data: torch.Tensor) -> None:
+        host_pool = self.pools[pool]
+        host_pool.set_from_flat_data_page(page * host_pool.page_size, data)
 
-    def store(self, numbers: list[int], pages: list[int], salt: str) -> list[bool]:
-        for n, page in zip(numbers, pages, strict=True):
-            self.pool.set_from_flat_data_page(self.start_of(page), self.payload(n, salt))
-        done = self.backend.batch_set_v1(
-            [key_of(n) for n in numbers], self.indices(pages), HiCacheStorageExtraInfo()
-        )
-        self.pool.kv_buffer.view(torch.uint8)[:] = 0  # nothing that is loaded was here
+    def page_bytes(self, pool: str, page: int) -> torch.Tensor:
+        host_pool = self.pools[pool]
+        data = host_pool.get_data_page(page * host_pool.page_size, flat=True)
+        return data.contiguous().view(torch.uint8)
+
+    def fill(self, pool: str, byte: int) -> list[torch.Tensor]:
+        """All memory of a pool, filled."""
+        host_pool = self.pools[pool]
+        buffers = [host_pool.kv_buffer] if pool == "kv" else host_pool.get_hybrid_pool_buffer()
+        flat = [buffer.view(-1).view(torch.uint8) for buffer in buffers]
+        for memory in flat:
+            memory[:] = byte
+        return flat
+
+    def move(self, which: str, pool: str, numbers: list[int], pages: list[int]) -> list[bool]:
+        """As SGLang's controller does it: of the pool kv by itself, of side pools by transfers."""
+        keys, indices = [key_of(n) for n in numbers], self.indices(pool, pages)
+        if pool == "kv":
+            move = getattr(self.backend, f"batch_{which}_v1")
+            done: list[bool] = move(keys, indices, HiCacheStorageExtraInfo())
+            return done
+        transfer = PoolTransfer(PoolName(pool), host_indices=indices, keys=keys)
+        results = getattr(self.backend, f"batch_{which}_v2")([transfer])
+        done = results[transfer.name]
+        assert count_pool_hits(results)[pool] == [*done, False].index(False)
         return done
 
-    def load(self, numbers: list[int], pages: list[int], salt: str) -> dict[str, Any]:
-        """`done` of each page, `right`: whether it has its bytes, `strays`: other pages that
-        changed, `seconds`."""
-        everything = self.pool.kv_buffer.view(torch.uint8)
-        everything[:] = UNTOUCHED
+    def store(self, pool: str, numbers: list[int], pages: list[int], salt: str) -> list[bool]:
+        for n, page in zip(numbers, pages, strict=True):
+            self.put(pool, page, self.payload(pool, n, salt))
+        done = self.move("set", pool, numbers, pages)
+        self.fill(pool, 0)  # nothing that is loaded was here
+        return done
+
+    def load(self, pool: str, numbers: list[int], pages: list[int], salt: str) -> dict[str, Any]:
+        """`done` of each page, `right`: whether it has its bytes, `strays`: bytes of other pages
+        that changed, `seconds`."""
+        memory = self.fill(pool, UNTOUCHED)
         began = time.monotonic()
-        done = self.backend.batch_get_v1(
-            [key_of(n) for n in numbers], self.indices(pages), HiCacheStorageExtraInfo()
-        )
+        done = self.move("get", pool, numbers, pages)
         seconds = time.monotonic() - began
-        wanted = [self.payload(n, salt).view(torch.uint8) for n in numbers]
-        found = [self.page_bytes(page) for page in pages]
-        right = [bool(torch.equal(a, b)) for a, b in zip(found, wanted, strict=True)]
-        for page in pages:
-            blank = torch.full((found[0].nbytes,), UNTOUCHED, dtype=torch.uint8)
-            self.pool.set_from_flat_data_page(self.start_of(page), blank.view(self.pool.dtype))
-        strays = int((everything != UNTOUCHED).sum())
+        right = []
+        for n, page in zip(numbers, pages, strict=True):
+            wanted = self.payload(pool, n, salt)
+            right.append(torch.equal(self.page_bytes(pool, page), wanted.view(torch.uint8)))
+            blank = torch.full((wanted.nbytes,), UNTOUCHED, dtype=torch.uint8)
+            self.put(pool, page, blank.view(wanted.dtype))
+        strays = sum(int((part != UNTOUCHED).sum()) for part in memory)
         return {"done": done, "right": right, "strays": strays, "seconds": seconds}
+
+    def usable(self, numbers: list[int]) -> list[int]:
+        """The prefixes that both pools can serve, when a state at their end is wanted."""
+        wanted = PoolTransfer(
+            PoolName.MAMBA, keys=["last"], hit_policy=PoolHitPolicy.TRAILING_PAGES
+        )
+        found = self.backend.batch_exists_v2([key_of(n) for n in numbers], [wanted])
+        return list(found.restorable_prefix_pages)
 
     def sample(self, n: int, salt: str) -> str:
         """Bytes from the middle of a page, in hexadecimal: to be found in the store's files."""
-        raw = self.payload(n, salt).view(torch.uint8)
+        raw = self.payload("kv", n, salt).view(torch.uint8)
         middle = len(raw) // 2
         return bytes(raw[middle - 64 : middle].tolist()).hex()
 
@@ -138,10 +178,21 @@ class Rank:
         return found
 
     def store(self, name: str, numbers: list[int], pages: list[int], salt: str) -> list[bool]:
-        return self._backends[name].store(numbers, pages, salt)
+        return self._backends[name].store("kv", numbers, pages, salt)
 
     def load(self, name: str, numbers: list[int], pages: list[int], salt: str) -> Any:
-        return self._backends[name].load(numbers, pages, salt)
+        return self._backends[name].load("kv", numbers, pages, salt)
+
+    def store_states(
+        self, name: str, numbers: list[int], slots: list[int], salt: str
+    ) -> list[bool]:
+        return self._backends[name].store("mamba", numbers, slots, salt)
+
+    def load_states(self, name: str, numbers: list[int], slots: list[int], salt: str) -> Any:
+        return self._backends[name].load("mamba", numbers, slots, salt)
+
+    def usable(self, name: str, numbers: list[int]) -> list[int]:
+        return self._backends[name].usable(numbers)
 
     def sample(self, name: str, n: int, salt: str) -> str:
         return self._backends[name].sample(n, salt)
@@ -149,8 +200,8 @@ class Rank:
     def about(self, name: str) -> dict[str, str]:
         found = self._backends[name]
         return {
-            "pool": type(found.pool).__name__,
-            "allocator": type(found.pool.allocator).__name__,
+            "pool": type(found.pools["kv"]).__name__,
+            "allocator": type(found.pools["kv"].allocator).__name__,
             "backend": type(found.backend).__name__,
             "version": sglang_cpu.VERSION,
         }
