@@ -138,7 +138,7 @@ def host_pools(kind: str, device: Any) -> Any:
 
 
 def state_pool(slots: int) -> MambaPoolHost:
-    """A real host pool of recurrent states: two buffers, one state a slot. Its allocator is "shm"."""
+    """A real host pool of recurrent states, two buffers of the allocator "shm", a state a slot."""
     generator = torch.Generator().manual_seed(0)
     temporal = torch.rand((LAYERS, slots, 4, 8, 16), generator=generator)
     conv = torch.rand((LAYERS, slots, 48, 3), generator=generator).to(torch.bfloat16)
