@@ -15,7 +15,7 @@ from light_mem.integrations.sglang.pool import HostPool
 from light_mem.integrations.vllm.namespace import Namespace
 from tests import sglang_fakes as fakes
 from tests.sglang_fakes import Bag, Context, model_settings
-from tests.test_sglang_backend import KEYS, Life
+from tests.sglang_rig import KEYS, Life
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from light_mem import InvalidArgumentError, ServiceClosedError, StoreFormatError, maintenance
 from tests import sglang_fakes as fakes
 from tests.sglang_fakes import PoolHitPolicy, PoolName, PoolTransfer
-from tests.test_sglang_backend import KEYS, Life, Live, indices_of, key, live, module
+from tests.sglang_rig import KEYS, Life, Live, indices_of, key, live, module
 
 __all__ = ["live", "module"]  # fixtures
 
@@ -176,3 +176,58 @@ def test_states_are_cut_among_ranks_that_share_their_kv(live: Live) -> None:
     store(first, "mamba", KEYS[:2], [0, 1])
     assert second.hits(KEYS) == 8
     assert load(second, "mamba", KEYS[:2], [0, 1]) == [False] * 2
+
+
+# --- pools that cannot give their pages in place --------------------------------------------------
+
+
+class Strange(fakes.MLATokenToKVPoolHost):
+    """A pool that SGLang might have: `answer` makes what it says of its pages."""
+
+    def __init__(self, answer: Any = None, buffers: Any = None, **form: Any) -> None:
+        super().__init__(**form)
+        self._answer, self._named = answer, buffers
+
+    def get_page_buffer_meta(self, indices: Any) -> Any:
+        found = super().get_page_buffer_meta(indices)
+        return self._answer(*found) if self._answer else found
+
+    def get_hybrid_pool_buffer(self) -> Any:
+        return self._named(self) if self._named else [self.kv_buffer]
+
+
+def unsupported(addresses: list[int], lengths: list[int]) -> None:
+    raise ValueError("Unsupported layout: page_head")
+
+
+def outside(addresses: list[int], lengths: list[int]) -> Any:
+    return [address - (1 << 40) for address in addresses], lengths
+
+
+def odd(addresses: list[int], lengths: list[int]) -> Any:
+    return addresses, [length - 1 for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("pool", "error"),
+    [
+        (lambda: Strange(unsupported), "--hicache-mem-layout page_first"),
+        (lambda: Strange(outside), "outside of the buffers"),
+        (lambda: Strange(buffers=lambda pool: []), "outside of the buffers"),
+        (lambda: Strange(odd), "not a whole number of pages"),
+    ],
+)
+def test_a_pool_without_pages_in_place_is_refused(live: Live, pool: Any, error: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=error):
+        live(pool())
+
+
+def test_a_pool_that_changes_its_pages_moves_none(live: Live) -> None:
+    pool = Strange()
+    life = live(pool)
+    assert life.store(KEYS, range(8)) == [True] * 8
+    pool._answer = odd
+    assert life.backend.batch_get_v1(KEYS, indices_of(range(8))) == [False] * 8
+    pool._answer = lambda *found: None
+    assert life.backend.batch_set_v1([key(99)], indices_of([0])) == [False]
+    assert life.hits([key(99)]) == 0

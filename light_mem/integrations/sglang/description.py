@@ -25,8 +25,8 @@ GROUPS = ("model", "exec", "spec", "lora", "parallel", "memory")
 # graphs, communication. Secrets are among them.
 _IGNORED = re.compile(
     r"""
-    trust_remote_code|is_embedding|download_dir|model_checksum|decrypted_.*|delete_ckpt.*
-    |modelopt_.*_(path|save_path)|weight_loader_.*|weight_cache_.*|remote_instance_.*
+    trust_remote_code|is_embedding|download_dir|model_checksum|delete_ckpt.*
+    |modelopt_(checkpoint_save|export)_path|weight_loader_.*|weight_cache_.*|remote_instance_.*
     |engine_info_.*|checkpoint_engine_.*|startup_weight_load_mode|modelexpress_config
     |watermark.*|.*_watermark.*|(enable_)?return_.*|.*memory_saver|.*weights_cpu_backup
     |.*custom_logit_processor|.*outlines.*|grammar_backend|sampling_.*|.*cuda_?graph.*
