@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pytest  # not where they are compared with the real classes
 
 BACKEND = "light_mem.integrations.sglang.backend"
+ENGINE = "light_mem.integrations.sglang.engine"
 VERSION = "0.5.23"
 
 
@@ -409,11 +410,13 @@ def installed(patch: pytest.MonkeyPatch, context: Context | None = None) -> Iter
         module.__dict__.update(content)
         if len(parts) > 1:
             setattr(sys.modules[".".join(parts[:-1])], parts[-1], module)
-    sys.modules.pop(BACKEND, None)
+    for name in (BACKEND, ENGINE):
+        sys.modules.pop(name, None)
     try:
         yield importlib.import_module(BACKEND)
     finally:
-        sys.modules.pop(BACKEND, None)
+        for name in (BACKEND, ENGINE):
+            sys.modules.pop(name, None)
 
 
 def config(extra: dict[str, Any], **changes: Any) -> HiCacheStorageConfig:

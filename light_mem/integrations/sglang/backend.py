@@ -1,4 +1,4 @@
-"""LightMemStorage: the backend that SGLang loads. All that touches SGLang's types is here.
+"""LightMemStorage: the backend that SGLang loads, and all that touches the types of its storage.
 
 Written against SGLang 0.5.23.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import sglang
 import torch
-from sglang.srt import runtime_context
 from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorage,
     HiCacheStorageConfig,
@@ -26,12 +25,12 @@ from sglang.srt.mem_cache.hicache_storage import (
 from light_mem import __version__
 from light_mem.errors import InvalidArgumentError, LightMemError, ServiceClosedError
 from light_mem.integrations.sglang import description
+from light_mem.integrations.sglang.engine import describe_engine
 from light_mem.integrations.sglang.hits import Demand, usable_prefixes
 from light_mem.integrations.sglang.opening import KV, Opener
 from light_mem.integrations.sglang.options import StorageOptions
 from light_mem.integrations.sglang.pool import HostPool
 from light_mem.integrations.sglang.store import PageStore
-from light_mem.integrations.vllm import weights
 from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.logs import Limited
 
@@ -115,7 +114,7 @@ class LightMemStorage(HiCacheStorage):
 
     def _namespace(self, pool: HostPool, host_pool: Any) -> Namespace:
         if self._engine is None:
-            self._engine = _describe_engine(self._options.weights)
+            self._engine = describe_engine(self._options.weights)
         return Namespace(
             {
                 "sglang": sglang.__version__,
@@ -292,44 +291,3 @@ class _Metrics:
         from sglang.srt.observability.metrics_collector import StorageMetrics
 
         return StorageMetrics()
-
-
-def _describe_engine(given_weights: str | None) -> dict[str, Any]:
-    """Settings and weights of the engine in this process."""
-    context = runtime_context.get_context()
-    groups = {
-        name: context.config_bag(name)
-        for name in description.GROUPS
-        if context.is_config_namespace_published(name)
-    }
-    model = groups.get("model")
-    if model is None:
-        # Without it neither the revision nor the type of the cache is known: only the user can
-        # tell.
-        if given_weights is None:
-            raise InvalidArgumentError(
-                "LightMem cannot find the settings of the engine in this process. Set "
-                '"weights" in --hicache-storage-backend-extra-config to a text that is another one '
-                "for other weights, another quantization or another type of the cache"
-            )
-        return {"weights": {"given": given_weights}}
-    found = {"settings": description.describe_settings(groups)}
-    hub = None if given_weights is not None else _hub_cache(model)
-    found["weights"] = weights.identify(
-        model.model_path, given=given_weights, revision=model.revision, hub_cache=hub
-    )
-    draft = getattr(groups.get("spec"), "speculative_draft_model_path", None)
-    if draft is not None:
-        found["draft_weights"] = weights.identify(
-            draft,
-            given=given_weights,
-            revision=groups["spec"].speculative_draft_model_revision,
-            hub_cache=hub,
-        )
-    return found
-
-
-def _hub_cache(model: Any) -> str:
-    from huggingface_hub import constants
-
-    return str(model.download_dir or constants.HF_HUB_CACHE)
