@@ -13,113 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
+from sglang_process import Checks, Process, extra_config
+from sglang_servers import Servers
 
 from light_mem import maintenance
 
-HERE = Path(__file__).resolve().parent
-MARK = "@@ "
-STORE_BYTES = 64 << 20
-PAGE_SIZE = 16  # tokens, as in sglang_cpu.py
 TOKENS = 512  # of a device pool; its host pool has twice as many
 PAGES = 48
 NUMBERS = list(range(PAGES))
 ELSEWHERE = [PAGES - 1 - n for n in NUMBERS]
 SHAPES = [(kind, layout) for kind in ("mha", "mla") for layout in ("page_first", "layer_first")]
 SHAPES.append(("mha", "page_first_direct"))
-
-
-class Checks:
-    """Lines of PASS and FAIL."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def __call__(self, fine: bool, what: str) -> None:
-        self.failed += not fine
-        print(f"{'PASS' if fine else 'FAIL'}  {what}", flush=True)
-
-
-class Process:
-    """A script of this directory that answers each line with a line."""
-
-    def __init__(self, script: str, log: Path, **environment: str) -> None:
-        self._log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / script)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
-                    **environment,
-                },
-                start_new_session=True,
-            )
-
-    def send(self, *command: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line[len(MARK) :])
-        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
-        raise SystemExit(f"a process ended with status {self._process.wait()}:\n{tail}")
-
-    def ask(self, *command: Any) -> Any:
-        self.send(*command)
-        return self.answer()
-
-    def workers(self) -> list[psutil.Process]:
-        """LightMem's worker processes of this one."""
-        return psutil.Process(self._process.pid).children(recursive=True)
-
-    def kill(self) -> list[psutil.Process]:
-        """SIGKILL for this process alone; returns the workers that it had."""
-        family = self.workers()
-        os.kill(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        return family
-
-    def end(self) -> int:
-        """Leaves in order; the status."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._process.wait(120)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._process.poll() is None:
-            self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
 
 
 class Run:
@@ -129,22 +41,6 @@ class Run:
         self.directory = directory
         self.check = check
 
-    def extra(self, store: str, **options: Any) -> dict[str, Any]:
-        """What a user gives as --hicache-storage-backend-extra-config."""
-        return {
-            "backend_name": "light_mem",
-            "module_path": "light_mem.integrations.sglang.backend",
-            "class_name": "LightMemStorage",
-            "interface_v1": 1,
-            "allocator": "shm",
-            "file": str(self.directory / store),
-            "storage_size": STORE_BYTES,
-            "num_of_shard": 2,
-            "num_workers": 1,
-            "weights": "w",
-            **options,
-        }
-
     def arguments(
         self, kind: str, layout: str, store: str, options: dict[str, Any], **config: Any
     ) -> dict[str, Any]:
@@ -152,7 +48,7 @@ class Run:
             "kind": kind,
             "layout": layout,
             "tokens": TOKENS,
-            "extra_config": self.extra(store, **options),
+            "extra_config": extra_config(self.directory / store, **options),
             "config": config,
         }
 
@@ -413,94 +309,6 @@ class Run:
                 f"so is a configuration that passes tensors: {error}",
             )
 
-    # --- the radix cache --------------------------------------------------------------------------
-
-    def radix_extra(self) -> dict[str, Any]:
-        """SGLang asks the store for any whole page; what the weights are LightMem finds out."""
-        return self.extra("radix", weights=None, prefetch_threshold=PAGE_SIZE)
-
-    def server(self, **changes: Any) -> Process:
-        """A process with SGLang's radix cache over the store `radix`."""
-        server = Process("sglang_radix.py", self.directory / "servers.log")
-        server.answer()
-        extra = self.radix_extra()
-        fields = {"model_path": str(self.directory / "model"), "served_model_name": "m", **changes}
-        error = server.ask("open", extra, fields)
-        if error is not None:
-            raise SystemExit(f"the radix cache does not start: {error}")
-        return server
-
-    def radix(self) -> None:
-        check, rng = self.check, random.Random(0)
-        self.make_model(0)
-        prompts = [[rng.randrange(32000) for _ in range(n)] for n in (640, 400, 272)]
-        prompts.append(prompts[0][:320] + [rng.randrange(32000) for _ in range(80)])
-        pages = [len(p) // PAGE_SIZE for p in prompts]
-        with self.server() as server:
-            server.ask("insert", prompts)
-            found = server.ask("fetch", prompts[0])
-            check(found["on_device"] == 640 and found["right"], "radix: a prompt is on the device")
-            families = server.kill()
-        psutil.wait_procs(families, timeout=20)
-        stored = maintenance.inspect(self.directory / "radix").blocks
-        wanted = sum(pages) - 320 // PAGE_SIZE
-        check(stored == wanted, f"radix: {stored} pages in the store, a shared prefix once")
-        with self.server() as server:
-            self.hits(server, prompts, "after SIGKILL")
-            longer = prompts[1] + [rng.randrange(32000) for _ in range(160)]
-            server.ask("insert", [longer])
-            server.kill()
-        with self.server() as server:
-            self.hits(server, [*prompts, longer], "after a second SIGKILL")
-            other = [prompts[0][0] + 1, *prompts[0][1:]]
-            found = server.ask("fetch", other)
-            check(found["loaded"] == 0, "radix: another first token, and nothing is found")
-            check(server.end() == 0, "radix: a server that leaves in order ends with status 0")
-        changed: dict[str, dict[str, Any]] = {
-            "another served name": {"served_model_name": "n"},
-            "another type of the cache": {"kv_cache_dtype": "fp8_e4m3"},
-            "other overrides of the model": {"json_model_override_args": '{"rope_theta": 1}'},
-        }
-        for what, fields in changed.items():
-            self.nothing(prompts[0], what, **fields)
-        self.make_model(1)
-        self.nothing(prompts[0], "other weights under the same path")
-        self.make_model(0)
-        with self.server() as server:
-            check(server.ask("detach") is None, "radix: SGLang detaches the backend")
-            check(server.ask("fetch", prompts[2])["loaded"] == 0, "radix: then nothing is loaded")
-            extra = json.dumps(self.radix_extra())
-            check(server.ask("attach", extra, "m") is None, "radix: and attaches it again")
-            self.hits(server, prompts, "attached again")
-            check(server.ask("clear") is True, "radix: SGLang clears the store")
-            server.end()
-        self.nothing(prompts[0], "after the store was cleared the same server")
-
-    def hits(self, server: Process, prompts: list[list[int]], when: str) -> None:
-        for prompt in prompts:
-            began = time.monotonic()
-            found = server.ask("fetch", prompt)
-            print(f"      {when}: {len(prompt)} tokens, {json.dumps(found)}, ", end="")
-            print(f"{(time.monotonic() - began) * 1000:.0f} ms")
-            from_store = found["loaded"] == len(prompt) - found["on_device"]
-            fine = from_store and found["usable"] == len(prompt) and found["right"]
-            self.check(
-                fine, f"radix: {when} a prompt of {len(prompt)} tokens is a whole, right hit"
-            )
-
-    def nothing(self, prompt: list[int], what: str, **fields: Any) -> None:
-        with self.server(**fields) as server:
-            found = server.ask("fetch", prompt)
-            self.check(found["loaded"] == found["usable"] == 0, f"radix: {what} finds nothing")
-            server.end()
-
-    def make_model(self, seed: int) -> None:
-        """Something that LightMem takes for a model: its files are all that it looks at."""
-        model = self.directory / "model"
-        model.mkdir(exist_ok=True)
-        (model / "config.json").write_text('{"model_type": "llama"}')
-        (model / "model.safetensors").write_bytes(random.Random(seed).randbytes(3 << 20))
-
 
 def salt_of(name: str, rank: int) -> str:
     """What makes a rank's bytes its own; MLA ranks hold the same."""
@@ -515,7 +323,7 @@ def run(directory: Path, check: Checks) -> None:
     checks.stopped_worker()
     checks.states()
     checks.private_memory()
-    checks.radix()
+    Servers(directory, check).run()
 
 
 def main() -> int:
