@@ -60,8 +60,8 @@ class LightMemL2Adapter(L2AdapterInterface):
             {"lmcache": lmcache.__version__, "namespace": options.namespace},
             [field.name for field in dataclasses.fields(ObjectKey)],
         )
-        self._service = open_service(self._pool, options)
-        stored = self._service.stats(ages=False)
+        service = open_service(self._pool, options)
+        stored = service.stats(ages=False)
         self._capacity = int(stored["slots"]) * options.slot_bytes
         self._ledger = Ledger(self._capacity)
         self._layouts: dict[Any, bytes] = {}
@@ -75,7 +75,7 @@ class LightMemL2Adapter(L2AdapterInterface):
         self._closed = False
         self._limited = Limited(each=1, seconds=30.0)
         self._transfers = Transfers(
-            self._service,
+            service,
             self._finished,
             max_queued=options.max_queued_bytes or max(1, self._pool.nbytes // 2),
             store_timeout=options.store_timeout,
@@ -135,7 +135,7 @@ class LightMemL2Adapter(L2AdapterInterface):
         found: list[int] = []
         try:
             wanted = self._wanted(keys, group_layout_descs)
-            hits = self._service.query([h for _, h in wanted])
+            hits = self._transfers.service().query([h for _, h in wanted])
             found = [at for (at, _), hit in zip(wanted, hits, strict=True) if hit]
         except LightMemError as error:  # closed, or without workers
             self._limited.warning("look-ups fail: %s", str(error))
@@ -173,7 +173,8 @@ class LightMemL2Adapter(L2AdapterInterface):
         """Take objects out of the store, those whose layout was seen in this life of the server.
         Waits for the locks of their shards."""
         try:
-            self._service.delete([h for key in keys for h in self._space.known_hashes(key)])
+            hashes = [h for key in keys for h in self._space.known_hashes(key)]
+            self._transfers.service().delete(hashes)
         except LightMemError as error:
             logger.warning("LightMem could not delete %d objects: %s", len(keys), str(error))
             return
@@ -186,9 +187,10 @@ class LightMemL2Adapter(L2AdapterInterface):
         server has stored and has no reason to think evicted."""
         usage = super().get_usage()
         try:
-            used = int(self._service.stats(ages=False)["used_slots"]) * self._options.slot_bytes
+            stats = self._transfers.service().stats(ages=False)
         except LightMemError:
             return usage
+        used = int(stats["used_slots"]) * self._options.slot_bytes
         return dataclasses.replace(
             usage, total_bytes_used=used, total_capacity_bytes=self._capacity
         )

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from light_mem.errors import LightMemError
+from light_mem.errors import LightMemError, ServiceClosedError
 from light_mem.integrations.lmcache.jobs import Discard, Inbox, Job
 from light_mem.logs import Limited
 from light_mem.service import CacheService
@@ -54,7 +54,7 @@ class Transfers:
         store_timeout: float,
         load_timeout: float,
     ) -> None:
-        self._service = service
+        self._open: CacheService | None = service
         self._finished = finished
         self._max_queued = max_queued
         self._timeouts = {True: load_timeout, False: store_timeout}  # by Job.load
@@ -73,6 +73,13 @@ class Transfers:
         self._thread.start()
 
     # --- LMCache's side --------------------------------------------------------------------------
+
+    def service(self) -> CacheService:
+        """The service, for all that is neither store nor load; ServiceClosedError after `close`."""
+        service = self._open
+        if service is None:
+            raise ServiceClosedError("LMCache's adapter is closed")
+        return service
 
     def number(self) -> int:
         """A number that no other task has."""
@@ -144,9 +151,11 @@ class Transfers:
             self._stopping = True
         self._inbox.put(None)
         self._thread.join(_JOIN_SECONDS)
+        service = self.service()
         for hashes in self._inbox.discards():
-            self._try(self._service.delete, hashes)
-        self._service.close()
+            self._try(service.delete, hashes)
+        service.close()
+        self._open = None
 
     def _submit(self, job: Job) -> None:
         with self._guard:
@@ -160,7 +169,7 @@ class Transfers:
     def _count_dropped(self, blocks: int) -> None:
         self.counters["dropped_blocks"] += blocks
         try:
-            self._service.count_dropped(blocks)
+            self.service().count_dropped(blocks)
         except LightMemError:
             pass  # closed: nobody reads its statistics
 
@@ -187,7 +196,7 @@ class Transfers:
             self._finished(job)
         finally:
             with self._idle:
-                del self._under_way[job.number]
+                self._under_way.pop(job.number, None)
                 self._idle.notify_all()
 
     def _note(self, job: Job, done: int) -> None:
@@ -212,7 +221,7 @@ class Transfers:
                 self._try(self._place, item)
                 self._try(self._over, item)
             elif isinstance(item, Discard):
-                self._try(self._service.delete, item.hashes)
+                self._try(self.service().delete, item.hashes)
             self._give_up()
             del item  # the memory of its job
 
@@ -231,7 +240,7 @@ class Transfers:
             part = job.chosen[start : start + TASK_BLOCKS]
             regions = [region for at in part if (region := job.regions[at]) is not None]
             try:
-                task = self._service.create_regions(
+                task = self.service().create_regions(
                     "read" if job.load else "write", [job.hashes[at] for at in part], regions
                 )
             except LightMemError as error:  # no room, a stopped holder of the queue, closed
@@ -270,7 +279,7 @@ class Transfers:
         for job in late:
             self._limited.warning("a %s takes too long", "load" if job.load else "store")
             for task in list(job.tasks):
-                self._try(self._service.abort, task)
+                self._try(self.service().abort, task)
 
 
 def _finished_of(job: Job) -> list[int]:
