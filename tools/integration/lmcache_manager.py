@@ -1,9 +1,9 @@
-"""One life of LMCache's storage manager for `lmcache_restart.py`: commands in, answers out, as JSON.
+"""One life of LMCache's storage manager for `lmcache_restart.py`: commands in, answers out.
 
     python lmcache_manager.py FD ARGUMENTS...
 
-The arguments are those of LMCache's server for its storage. A command is a line of stdin, its answer
-a line of the descriptor FD.
+The arguments are those of LMCache's server for its storage. A command is a line of stdin, its
+answer a line of the descriptor FD, both JSON.
 """
 
 from __future__ import annotations

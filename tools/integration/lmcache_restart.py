@@ -56,7 +56,7 @@ class Life:
 
     def __init__(self, log: Path, store: Path, l1_gb: float = 0.25, **options: Any) -> None:
         top = {name: options.pop(name) for name in ("serde", "eviction") if name in options}
-        params = {"file": str(store), "storage_size": 128 * MIB, "slot_bytes": SLOT}
+        params = {"file": str(store), "storage_size": 256 * MIB, "slot_bytes": SLOT}
         params |= {"num_of_shard": 2, "num_workers": 2, **options}
         spec = {
             "type": "plugin",
@@ -67,12 +67,12 @@ class Life:
         }
         read, write = os.pipe()
         arguments = ["--l1-size-gb", str(l1_gb), "--no-l1-use-lazy", "--eviction-policy", "LRU"]
+        arguments += ["--l2-adapter", json.dumps(spec)]
         environment = {**os.environ, "LMCACHE_TRACK_USAGE": "false"}
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE)])
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "lmcache_manager.py"), str(write), *arguments]
-                + ["--l2-adapter", json.dumps(spec)],
+                [sys.executable, str(HERE / "lmcache_manager.py"), str(write), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
@@ -99,8 +99,9 @@ class Life:
         workers = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
         self._end()
-        gone, alive = psutil.wait_procs(workers, 20)
-        assert gone and not alive, f"left behind: {alive}"
+        assert workers
+        _, alive = psutil.wait_procs(workers, 20)
+        assert not alive, f"left behind: {alive}"
         # LMCache's own, which it removes when a server of the same name starts.
         Path(f"/dev/shm/lmcache_l1_pool_{self.process.pid}").unlink(missing_ok=True)
 
