@@ -260,8 +260,12 @@ class MemoryObject:
         if dtype is None:
             dtype = torch.uint8 if nbytes % 2 else torch.float16
         self.data_ptr = address
+        self.valid = True
         self._nbytes = nbytes
         self._dtype = dtype
+
+    def is_valid(self) -> bool:
+        return self.valid
 
     def get_size(self) -> int:
         return self._nbytes

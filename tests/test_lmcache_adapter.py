@@ -262,6 +262,22 @@ def test_without_layouts_in_keys_serialised_objects_are_found(live: Callable[...
     assert live(layout_in_keys=False, namespace="x").hits([key(1)], [8192]) == [False]
 
 
+def test_what_was_stored_from_memory_that_lmcache_took_back_is_not_kept(
+    live: Callable[..., Life],
+) -> None:
+    life = live()
+    objects = life.fill(KEYS[:3], [SLOT] * 3)
+    objects[1].valid = False  # as when L1 is cleared by force
+    result = life.stored(life.adapter.submit_store_task(KEYS[:3], objects))
+    assert not result.is_successful()
+    wait_until(lambda: life.hits(KEYS[:3], [SLOT] * 3) == [True, False, True])
+    objects[0].valid = False
+    number = life.adapter.submit_load_task(KEYS[:1], objects[:1])
+    assert life.ready(life.adapter.get_load_event_fd())
+    assert bits(life.adapter.query_load_result(number)) == [False]
+    assert life.load(KEYS[:3], [SLOT] * 3) == [True, False, True]
+
+
 def test_stores_beyond_the_queue_are_dropped_from_the_end_and_counted(
     live: Callable[..., Life],
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from light_mem import (
     LocalCacheService,
+    LockTimeoutError,
     ServiceClosedError,
     TaskTableFullError,
     allocate_kvcache,
@@ -75,7 +76,7 @@ def finished() -> Iterator[Finished]:
 
 def transfers_of(service: Gate, finished: Finished, **options: Any) -> Transfers:
     settings: dict[str, Any] = {"max_queued": N * PAGE, "store_timeout": 60, "load_timeout": 60}
-    return Transfers(service, finished, **{**settings, **options})
+    return Transfers(service, finished, bool, **{**settings, **options})
 
 
 @pytest.fixture
@@ -86,10 +87,14 @@ def transfers(service: Gate, finished: Finished) -> Iterator[Transfers]:
     made.close(0.0)
 
 
-def part(n: int, start: int = 0, to: int = 0) -> tuple[list[str], list[int], list[Any]]:
-    """Keys, hashes and regions of `n` objects; `to`: how many pages further on they lie."""
+Part = tuple[list[str], list[bool], list[int], list[Any]]
+
+
+def part(n: int, start: int = 0, to: int = 0) -> Part:
+    """Keys, objects (whether they have their memory), hashes and regions of `n` objects; `to`: how
+    many pages further on they lie."""
     at = range(start, start + n)
-    return [str(k) for k in at], list(at), [((k + to) * PAGE, PAGE) for k in at]
+    return [str(k) for k in at], [True] * n, list(at), [((k + to) * PAGE, PAGE) for k in at]
 
 
 def stop_workers(service: LocalCacheService, stop: bool) -> None:
@@ -153,11 +158,12 @@ def test_what_lies_out_of_reach_fails_alone(
     service: Gate, transfers: Transfers, finished: Finished
 ) -> None:
     service.run()
-    keys, hashes, regions = part(3)
+    keys, objects, hashes, regions = part(3)
     regions[1] = None
-    assert finished.wait(transfers.store(keys, hashes, regions))[0].done == [True, False, True]
+    number = transfers.store(keys, objects, hashes, regions)
+    assert finished.wait(number)[0].done == [True, False, True]
     assert finished.wait(transfers.load(*part(3, to=10)))[0].done == [True, False, True]
-    assert finished.wait(transfers.load(keys[:1], hashes[:1], [None]))[0].done == [False]
+    assert finished.wait(transfers.load(keys[:1], [True], hashes[:1], [None]))[0].done == [False]
 
 
 def test_a_load_that_takes_too_long_is_over_when_nobody_holds_its_memory(
@@ -206,6 +212,48 @@ def test_a_store_that_ends_too_late_is_taken_out_again(service: Gate, finished: 
     assert finished.wait(transfers.store(*part(2)))[0].done == [False, False]
     wait_until(lambda: service.query([0, 1]) == [False, False])
     transfers.close(5)
+
+
+def test_what_is_being_stored_is_found_when_it_is_sure(
+    service: Gate, transfers: Transfers, finished: Finished
+) -> None:
+    service.run()
+    assert transfers.find([0, 1]) == [False, False]
+    first = transfers.store(*part(2))
+    finished.wait(first)
+    assert transfers.find([0, 1, 2]) == [True, True, False]
+    service.gate.clear()
+    keys, objects, hashes, regions = part(2)
+    second = transfers.store(keys, [True, False], hashes, regions)  # the other lost its memory
+    assert service.query(hashes) == [True, True]
+    assert transfers.find(hashes) == [False, False]
+    service.gate.set()
+    assert finished.wait(second)[0].done == [True, False]
+    wait_until(lambda: service.query(hashes) == [True, False])
+    wait_until(lambda: transfers.find(hashes) == [True, False])
+    finished.wait(transfers.store(*part(2)))
+    assert transfers.find(hashes) == [True, True]
+
+
+def test_a_discard_that_finds_the_lock_held_is_tried_again(
+    service: Gate, transfers: Transfers, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.run()
+    tries: list[int] = []
+    delete = service.delete
+
+    def busy(hashes: Any) -> int:
+        tries.append(len(hashes))
+        if len(tries) < 3:
+            raise LockTimeoutError("held", path="x", timeout=0.0)
+        return delete(hashes)
+
+    monkeypatch.setattr(service, "delete", busy)
+    keys, _, hashes, regions = part(2)
+    finished.wait(transfers.store(keys, [False, False], hashes, regions))
+    wait_until(lambda: service.query(hashes) == [False, False])
+    assert tries == [2, 2, 2]
+    monkeypatch.undo()
 
 
 def test_closing_waits_for_stores_and_then_for_nobody(service: Gate, finished: Finished) -> None:

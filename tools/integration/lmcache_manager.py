@@ -86,20 +86,28 @@ class Manager:
         **fields: Any,
     ) -> dict[str, Any]:
         """Put objects into L1, from where LMCache stores them; `wait`: until it has."""
+        ended = self._ended()
         keys = [key_of(n, fields) for n in numbers]
         reserved = self.manager.reserve_write(keys, layout_of(nbytes, dtype))
         for key, obj in reserved.items():
             view_of(obj)[:] = payload_of(key, nbytes)
         self.manager.finish_write(list(reserved))
         if wait:
-            self._settle()
+            self._settle(ended + len(reserved))
         return {"written": len(reserved)}
 
-    def _settle(self) -> None:
+    def _ended(self) -> int:
+        """Objects whose store is over, whatever became of it."""
+        (_, adapter) = self.manager.l2_adapters()[0]
+        told = adapter.report_status()
+        names = ("stored_blocks", "failed_store_blocks", "dropped_blocks")
+        return sum(told.get(name, 0) for name in names)
+
+    def _settle(self, ended: int) -> None:
         deadline = time.monotonic() + WAIT
         while time.monotonic() < deadline:
             (store,) = self.manager.report_status()["store_controllers"].values()
-            if not store["pending_keys_count"] and not store["in_flight_task_count"]:
+            if self._ended() >= ended and not store["in_flight_task_count"]:
                 return
             time.sleep(0.01)
         raise SystemExit("stores do not end")
@@ -129,7 +137,7 @@ class Manager:
         return {"hits": hits, "from_l2": result.l2_hit_count, "wrong": wrong}
 
     def forget(self) -> dict[str, Any]:
-        """Empty L1."""
+        """Empty L1, by force: also of what is being stored."""
         self.manager.clear(force=True)
         return {"l1": self.manager.get_l1_usage()[0]}
 

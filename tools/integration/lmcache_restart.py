@@ -185,7 +185,7 @@ def check_fakes(check: Checks) -> None:
     notifier.close()
     lacks += [
         n
-        for n in ("data_ptr", "get_size", "get_shapes", "get_dtypes")
+        for n in ("data_ptr", "get_size", "get_shapes", "get_dtypes", "is_valid")
         if not hasattr(TensorMemoryObj, n) or not hasattr(fakes.MemoryObject(0, 2), n)
     ]
     check(not lacks, f"notifiers and objects have what is used (lacking: {lacks})")
@@ -238,6 +238,7 @@ def run(directory: Path, check: Checks) -> None:
     life.leave()
     damaged(directory, log, check)
     eviction(directory, log, check)
+    forced(directory, log, check)
     overflow(directory, log, check)
     quotas(directory, log, check)
     serde(directory, log, check)
@@ -285,6 +286,26 @@ def eviction(directory: Path, log: Path, check: Checks) -> None:
     check(not wrong, f"120 MiB through a store of 32: {len(hits)} found, none wrong")
     check(24 <= len(hits) <= 32 and min(hits) >= 80, f"the least recently used went: {hits}")
     check(life("status")["used"] <= 32 * MIB, "and it holds no more than its size")
+    life.leave()
+
+
+def forced(directory: Path, log: Path, check: Checks) -> None:
+    """Clearing L1 by force takes the memory of objects away while they are stored: LMCache warns
+    of it. What was copied from it must not be found."""
+    life = Life(log, directory / "forced", l1_gb=0.125)
+    rounds, hits, wrong = 12, 0, 0
+    for n in range(rounds):
+        for start in range(0, 40, 10):
+            numbers = [100 * n + start + k for k in range(10)]
+            life("store", numbers=numbers, nbytes=MIB, wait=False)
+            time.sleep(0.0005 * n)  # meets the store at another point each time
+            life("forget")
+        for k in range(40):
+            found = life("load", numbers=[100 * n + k], nbytes=MIB)
+            hits, wrong = hits + found["from_l2"], wrong + found["wrong"]
+            life("forget")
+    what = f"L1 cleared by force amid stores: of {40 * rounds} objects {hits} found, none wrong"
+    check(hits > 0 and not wrong, what if not wrong else f"{what}? {wrong} wrong")
     life.leave()
 
 

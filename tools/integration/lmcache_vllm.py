@@ -103,8 +103,8 @@ class Stack:
         so many objects are stored."""
         self._lives += 1
         name = self.directory / f"vllm-life-{self._lives}"
-        port, http, metrics = free_ports(3)
-        server = Family(self._server(store, port, http, metrics, params), name.with_suffix(".lm"))
+        port, http = free_ports(2)
+        server = Family(self._server(store, port, http, params), name.with_suffix(".lm"))
         try:
             server.wait(
                 lambda: "cache server is running..." in server.log.read_text(errors="replace"),
@@ -134,9 +134,7 @@ class Stack:
         finally:
             server.end(signal.SIGKILL if kill else signal.SIGINT)
 
-    def _server(
-        self, store: Path, port: int, http: int, metrics: int, params: dict[str, Any]
-    ) -> list[str]:
+    def _server(self, store: Path, port: int, http: int, params: dict[str, Any]) -> list[str]:
         adapter = {
             "type": "plugin",
             "module_path": "light_mem.integrations.lmcache.adapter",
@@ -154,7 +152,7 @@ class Stack:
             *(sys.executable, "-m", "lmcache.cli.main", "server"),
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--http-host", "127.0.0.1", "--http-port", str(http)),
-            *("--prometheus-port", str(metrics)),
+            "--disable-metrics",
             *("--chunk-size", str(CHUNK), "--l1-size-gb", "0.25", "--no-l1-use-lazy"),
             *("--eviction-policy", "LRU"),
             *("--supported-transfer-mode", "engine_driven", "--shm-name", f"lightmem_{port}"),

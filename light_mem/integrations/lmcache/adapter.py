@@ -77,6 +77,7 @@ class LightMemL2Adapter(L2AdapterInterface):
         self._transfers = Transfers(
             service,
             self._finished,
+            lambda obj: bool(obj.is_valid()),
             max_queued=options.max_queued_bytes or max(1, self._pool.nbytes // 2),
             store_timeout=options.store_timeout,
             load_timeout=options.load_timeout,
@@ -112,7 +113,8 @@ class LightMemL2Adapter(L2AdapterInterface):
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         """Queue a store. It succeeds when all of its objects are stored; what is stored already is
         not copied again."""
-        return self._transfers.store(keys, self._hashes(keys, objects), self._regions(objects))
+        hashes, regions = self._hashes(keys, objects), self._regions(objects)
+        return self._transfers.store(keys, objects, hashes, regions)
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         with self._guard:
@@ -135,7 +137,7 @@ class LightMemL2Adapter(L2AdapterInterface):
         found: list[int] = []
         try:
             wanted = self._wanted(keys, group_layout_descs)
-            hits = self._transfers.service().query([h for _, h in wanted])
+            hits = self._transfers.find([h for _, h in wanted])
             found = [at for (at, _), hit in zip(wanted, hits, strict=True) if hit]
         except LightMemError as error:  # closed, or without workers
             self._limited.warning("look-ups fail: %s", str(error))
@@ -161,7 +163,8 @@ class LightMemL2Adapter(L2AdapterInterface):
 
     def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         """Queue a load. Objects whose bit is not set then hold anything."""
-        return self._transfers.load(keys, self._hashes(keys, objects), self._regions(objects))
+        hashes, regions = self._hashes(keys, objects), self._regions(objects)
+        return self._transfers.load(keys, objects, hashes, regions)
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         with self._guard:

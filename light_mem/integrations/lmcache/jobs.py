@@ -17,6 +17,7 @@ class Job:
     """One store or load of LMCache.
 
     keys     LMCache's keys, for whoever gets the job back
+    objects  LMCache's objects, one a key
     hashes   of the keys
     regions  (offset, length) of each object; None: LightMem cannot reach it
     nbytes   bytes of the blocks in `chosen`
@@ -27,6 +28,7 @@ class Job:
     number: int
     load: bool
     keys: Sequence[Any]
+    objects: Sequence[Any]
     hashes: Sequence[int]
     regions: Sequence[tuple[int, int] | None]
     nbytes: int = 0

@@ -6,9 +6,10 @@ that tells of ready tasks hands each job back when its last task is over. Nobody
 that has nothing to do sleeps without a time-out.
 
 LMCache keeps the memory of a job's objects until the job is over, but not for ever: its locks have
-a time to live (300 s for stores, 600 s for loads). So a job ends long before: what nobody has
-begun is given up, and a store that ended too late all the same is taken out again, for its memory
-may have changed while it was copied.
+a time to live (300 s for stores, 600 s for loads), and an operator may clear L1 by force. So a job
+ends long before: what nobody has begun is given up. And what was stored from an object that LMCache
+has let go of meanwhile, or too late, is taken out again: it may be another one's bytes. Until that
+is known of a block, look-ups of this server do not find it; it is in L1 then anyway.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Transfers:
 
     service        a running service whose tensor is the L1 pool
     finished       called with each job that is over, once, from whichever thread; returns soon
+    is_held        whether an object of LMCache still has its memory
     max_queued     bytes of stores that may be under way; what a store has beyond is dropped
     store_timeout  seconds after which a store is given up
     load_timeout   seconds after which a load gives up the blocks that nobody has begun
@@ -49,6 +51,7 @@ class Transfers:
         self,
         service: CacheService,
         finished: Callable[[Job], None],
+        is_held: Callable[[Any], bool],
         *,
         max_queued: int,
         store_timeout: float,
@@ -56,6 +59,7 @@ class Transfers:
     ) -> None:
         self._open: CacheService | None = service
         self._finished = finished
+        self._is_held = is_held
         self._max_queued = max_queued
         self._timeouts = {True: load_timeout, False: store_timeout}  # by Job.load
         self._inbox = Inbox()
@@ -64,6 +68,7 @@ class Transfers:
         self._idle = threading.Condition(self._guard)
         self._under_way: dict[int, Job] = {}
         self._storing = 0  # bytes of stores that are under way
+        self._unsure: Counter[int] = Counter()  # hashes whose stores are under way
         self._closing = False
         self._stopping = False
         self.counters: Counter[str] = Counter()
@@ -81,6 +86,13 @@ class Transfers:
             raise ServiceClosedError("LMCache's adapter is closed")
         return service
 
+    def find(self, hashes: Sequence[int]) -> list[bool]:
+        """Which hashes are stored for certain; counts as use. No lock is waited for."""
+        found: list[bool] = self.service().query(hashes)
+        # After the query: what is sure by then has been seen whole, or is gone to the load.
+        unsure = self._unsure
+        return [hit and h not in unsure for hit, h in zip(found, hashes, strict=True)]
+
     def number(self) -> int:
         """A number that no other task has."""
         return next(self._numbers)
@@ -88,12 +100,13 @@ class Transfers:
     def store(
         self,
         keys: Sequence[Any],
+        objects: Sequence[Any],
         hashes: Sequence[int],
         regions: Sequence[tuple[int, int] | None],
     ) -> int:
         """Queue a store; returns the number of its job. What has no room is dropped from the end,
         for LMCache finds prefixes, and counted."""
-        job = Job(self.number(), False, keys, hashes, regions)
+        job = Job(self.number(), False, keys, objects, hashes, regions)
         dropped = 0
         with self._guard:
             room = self._max_queued - self._storing
@@ -106,6 +119,7 @@ class Transfers:
                 job.chosen.append(at)
                 job.nbytes += region[1]
             self._storing += job.nbytes
+            self._unsure.update(job.hashes[at] for at in job.chosen)
         if dropped:
             self._count_dropped(dropped)
             self._limited.warning(
@@ -120,12 +134,13 @@ class Transfers:
     def load(
         self,
         keys: Sequence[Any],
+        objects: Sequence[Any],
         hashes: Sequence[int],
         regions: Sequence[tuple[int, int] | None],
     ) -> int:
         """Queue a load; returns the number of its job. The pool bounds how many there are: each
         object has its own place there."""
-        job = Job(self.number(), True, keys, hashes, regions)
+        job = Job(self.number(), True, keys, objects, hashes, regions)
         job.chosen = [at for at, region in enumerate(regions) if region is not None]
         job.nbytes = sum(region[1] for region in regions if region is not None)
         self._submit(job)
@@ -151,10 +166,9 @@ class Transfers:
             self._stopping = True
         self._inbox.put(None)
         self._thread.join(_JOIN_SECONDS)
-        service = self.service()
         for hashes in self._inbox.discards():
-            self._try(service.delete, hashes)
-        service.close()
+            self._try(self._discard, hashes)
+        self.service().close()
         self._open = None
 
     def _submit(self, job: Job) -> None:
@@ -184,13 +198,22 @@ class Transfers:
             if not job.load:
                 self._storing -= job.nbytes
         late = not job.load and time.monotonic() - job.submitted > self._timeouts[False]
-        found = _finished_of(job)
         job.done = [False] * len(job.keys)
-        if late and found:
-            self._inbox.put(Discard([job.hashes[at] for at in found]))
-        else:
-            for at in found:
+        spoiled = []
+        for at in _finished_of(job):
+            # Now, after the copy: LMCache marks an object before it gives its memory away.
+            if late or not self._is_held(job.objects[at]):
+                spoiled.append(job.hashes[at])
+            else:
                 job.done[at] = True
+        if spoiled and not job.load:
+            self._limited.warning(
+                "%d objects lost their memory while they were stored; they are discarded",
+                len(spoiled),
+            )
+            self._inbox.put(Discard(spoiled))
+        if not job.load:
+            self._be_sure([job.hashes[at] for at in job.chosen], spoiled)
         self._note(job, sum(job.done))
         try:
             self._finished(job)
@@ -198,6 +221,23 @@ class Transfers:
             with self._idle:
                 self._under_way.pop(job.number, None)
                 self._idle.notify_all()
+
+    def _be_sure(self, hashes: list[int], but: Sequence[int] = ()) -> None:
+        with self._guard:
+            self._unsure.subtract(hashes)
+            self._unsure.update(but)
+            for h in hashes:
+                if self._unsure[h] <= 0:
+                    del self._unsure[h]
+
+    def _discard(self, hashes: list[int]) -> None:
+        try:
+            self.service().delete(hashes)
+        except LightMemError as error:  # a stopped holder of a lock
+            self._limited.warning("what is not to stay is still there: %s", str(error))
+            self._inbox.put(Discard(hashes))
+        else:
+            self._be_sure(hashes)
 
     def _note(self, job: Job, done: int) -> None:
         self.counters["loaded_blocks" if job.load else "stored_blocks"] += done
@@ -221,7 +261,7 @@ class Transfers:
                 self._try(self._place, item)
                 self._try(self._over, item)
             elif isinstance(item, Discard):
-                self._try(self.service().delete, item.hashes)
+                self._try(self._discard, item.hashes)
             self._give_up()
             del item  # the memory of its job
 
