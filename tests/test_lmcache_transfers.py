@@ -223,7 +223,7 @@ def test_what_is_being_stored_is_found_when_it_is_sure(
     finished.wait(first)
     assert transfers.find([0, 1, 2]) == [True, True, False]
     service.gate.clear()
-    keys, objects, hashes, regions = part(2)
+    keys, _, hashes, regions = part(2)
     second = transfers.store(keys, [True, False], hashes, regions)  # the other lost its memory
     assert service.query(hashes) == [True, True]
     assert transfers.find(hashes) == [False, False]
