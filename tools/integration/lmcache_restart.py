@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -52,7 +52,9 @@ class Checks:
 
 
 class Life:
-    """One process with a storage manager."""
+    """One process with a storage manager. `all`: those that still run."""
+
+    all: ClassVar[list[Life]] = []
 
     def __init__(self, log: Path, store: Path, l1_gb: float = 0.25, **options: Any) -> None:
         top = {name: options.pop(name) for name in ("serde", "eviction") if name in options}
@@ -82,6 +84,7 @@ class Life:
             )
         os.close(write)
         self._answers = os.fdopen(read)
+        Life.all.append(self)
         self.started = self("start")
 
     def __call__(self, command: str, **options: Any) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Life:
         workers = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
         self._end()
+        Life.all.remove(self)
         assert workers
         _, alive = psutil.wait_procs(workers, 20)
         assert not alive, f"left behind: {alive}"
@@ -106,8 +110,10 @@ class Life:
         Path(f"/dev/shm/lmcache_l1_pool_{self.process.pid}").unlink(missing_ok=True)
 
     def leave(self) -> None:
+        """Close in order."""
         self("leave")
         self._end()
+        Life.all.remove(self)
 
     def _end(self) -> None:
         self.process.wait()
@@ -355,6 +361,7 @@ def main() -> int:
     parser.add_argument("--only-vllm", action="store_true", help="that alone")
     parser.add_argument("--keep", action="store_true", help="keep stores and logs")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing stays behind then either
     directory = Path(tempfile.mkdtemp(prefix="lightmem-lmcache-"))
     check = Checks()
     began = time.monotonic()
@@ -367,6 +374,8 @@ def main() -> int:
 
             run_vllm(directory, check)
     finally:
+        for life in list(Life.all):
+            life.kill()
         if chosen.keep or check.failed:
             print(f"kept: {directory}")
         else:
