@@ -58,7 +58,7 @@ class Life:
 
     def __init__(self, log: Path, store: Path, l1_gb: float = 0.25, **options: Any) -> None:
         top = {name: options.pop(name) for name in ("serde", "eviction") if name in options}
-        params = {"file": str(store), "storage_size": 256 * MIB, "slot_bytes": SLOT}
+        params = {"file": str(store), "storage_size": 512 * MIB, "slot_bytes": SLOT}
         params |= {"num_of_shard": 2, "num_workers": 2, **options}
         spec = {
             "type": "plugin",
@@ -215,9 +215,9 @@ def run(directory: Path, check: Checks) -> None:
     # LMCache keeps what it prefetched only until it was read.
     check(load_all(life) == (total, 0), "once more: all are loaded again, same bytes")
     store_all(life, model_name="another")
-    before = maintenance.inspect(store).blocks
-    life("store", numbers=list(range(900, 960)), nbytes=MIB, wait=False)
-    until(lambda: maintenance.inspect(store).blocks > before, "a block of the last store")
+    before = life("status")["used"]
+    life("store", numbers=list(range(900, 960)), nbytes=3 * MIB, wait=False)
+    until(lambda: life("status")["used"] > before, "a block of the last store")
     life.kill()
     inspection = maintenance.inspect(store)
     maintenance.check(store)
@@ -225,7 +225,7 @@ def run(directory: Path, check: Checks) -> None:
     life = Life(log, store)
     hits, wrong = 0, 0
     for n in range(900, 960):
-        found = life("load", numbers=[n], nbytes=MIB)
+        found = life("load", numbers=[n], nbytes=3 * MIB)
         hits, wrong = hits + found["from_l2"], wrong + found["wrong"]
     check(hits > 0 and not wrong, f"of 60 that were under way {hits} are found, none wrong")
     for what, fields in {
