@@ -4,12 +4,15 @@ no lock and no system call."""
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from light_mem.engine import task_table
@@ -22,6 +25,8 @@ from light_mem.layouts import Layout
 if TYPE_CHECKING:
     from light_mem.engine.queue import TaskQueue
     from light_mem.session import Place, Session
+
+log = logging.getLogger("light_mem")
 
 # How often a waiter looks whether the server still lives.
 _LIVENESS_SECONDS = 0.5
@@ -195,9 +200,23 @@ class CacheTask:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
             assert self._table is not None
-            _notifier(self._table).add(self, future)
+            settle = partial(_complete, future)
+            _notifier(self._table).add(_Waiting(self, settle, lambda: not future.cancelled()))
             yield from future.__await__()
         return self
+
+    def add_done_callback(self, callback: Callable[[CacheTask], object]) -> None:
+        """Call `callback(task)` once, when the task is ready or its server has died.
+
+        At once, in this thread, when that is so already; else in a thread that all waiting tasks
+        of the service share, so it is to return soon. What it raises is logged.
+        """
+        table = self._table
+        if table is None or _outcome(self) is not None:
+            _call(callback, self)
+        else:
+            settle: Callable[[_Outcome], None] = lambda _: _call(callback, self)  # noqa: E731
+            _notifier(table).add(_Waiting(self, settle, lambda: True))
 
     def abort(self, queue: TaskQueue, timeout: float) -> None:
         """For `CacheService.abort`; raises LockTimeoutError when a worker does not let go."""
@@ -263,45 +282,62 @@ def _server_is_gone(table: TaskTable) -> ServiceClosedError:
     return ServiceClosedError(f"the server (pid {pid}) is gone", pid=pid)
 
 
+class _Waiting(NamedTuple):
+    """Somebody who is to be told of a task, unless not `wanted()` any more."""
+
+    task: CacheTask
+    settle: Callable[[_Outcome], None]
+    wanted: Callable[[], bool]
+
+
 class _Notifier:
-    """Completes futures of one table: one thread, which lives while somebody awaits."""
+    """Tells of the ready tasks of one table: one thread, which lives while somebody waits."""
 
     def __init__(self, table: TaskTable) -> None:
         self._table = weakref.ref(table)
         self._guard = threading.Lock()
-        self._waiting: list[tuple[CacheTask, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
+        self._waiting: dict[int, _Waiting] = {}
         self._running = False
         self._looked = 0.0  # when the server was last seen alive
 
-    def add(self, task: CacheTask, future: asyncio.Future[None]) -> None:
+    def add(self, waiting: _Waiting) -> None:
+        number = next(self._numbers)
         with self._guard:
-            self._waiting.append((task, future))
+            self._waiting[number] = waiting
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._run, name="lightmem-await", daemon=True).start()
+        # The thread reads the word that it sleeps on before it looks who waits: a task that gets
+        # ready after this line wakes it, one that is ready by now may have done so too early.
+        outcome = _outcome(waiting.task)
+        if outcome is not None:
+            self._settle(number, outcome)
+
+    def _settle(self, number: int, outcome: _Outcome) -> None:
+        with self._guard:
+            waiting = self._waiting.pop(number, None)
+        if waiting is not None:
+            waiting.settle(outcome)
 
     def _run(self) -> None:
         while True:
             table = self._table()
+            seen = 0 if table is None else int(table.header["done_seq"][0])
             with self._guard:
                 if table is None or not self._waiting:
                     self._running = False
                     return
-                waiting = list(self._waiting)
-            seen = int(table.header["done_seq"][0])
+                waiting = list(self._waiting.items())
             gone = self._gone(table)
-            done = set()
-            for task, future in waiting:
-                outcome = _outcome(task) or gone
-                if outcome is not None:
-                    _complete(future, outcome)
-                    done.add(id(future))
-            with self._guard:
-                self._waiting = [
-                    (t, f) for t, f in self._waiting if id(f) not in done and not f.cancelled()
-                ]
-            if not done:
-                # One that was added meanwhile has the old word to wait for: a short nap covers it.
+            settled = False
+            for number, each in waiting:
+                outcome = _outcome(each.task) or gone
+                if outcome is not None or not each.wanted():
+                    self._settle(number, outcome or True)
+                    settled = True
+            waiting.clear()
+            if not settled:
                 table.futex.wait(table.done_word, seen, _LIVENESS_SECONDS / 10)
 
     def _gone(self, table: TaskTable) -> ServiceClosedError | None:
@@ -316,19 +352,22 @@ class _Notifier:
         return None
 
 
-def _outcome(task: CacheTask) -> Exception | bool | None:
-    """None: not ready; True: ready; else what the awaiter gets raised."""
+_Outcome = Exception | bool  # True: ready; else what the one who waits gets raised
+
+
+def _outcome(task: CacheTask) -> _Outcome | None:
+    """None: not ready, and nothing is wrong."""
     try:
         return task.ready() or None
     except (TaskExpiredError, ServiceClosedError) as error:
         return error
 
 
-def _complete(future: asyncio.Future[None], error: Exception | bool) -> None:
+def _complete(future: asyncio.Future[None], outcome: _Outcome) -> None:
     def settle() -> None:
         if not future.done():
-            if isinstance(error, Exception):
-                future.set_exception(error)
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
             else:
                 future.set_result(None)
 
@@ -336,6 +375,15 @@ def _complete(future: asyncio.Future[None], error: Exception | bool) -> None:
         future.get_loop().call_soon_threadsafe(settle)
     except RuntimeError:
         pass  # the loop was closed: nobody awaits any more
+
+
+def _call(callback: Callable[[CacheTask], object], task: CacheTask) -> None:
+    try:
+        callback(task)
+    except Exception as error:
+        # As text: a log record that is kept would keep the memory of the task.
+        text = f"{type(error).__name__}: {error}"
+        log.error("a callback of %s failed: %s", repr(task), text)
 
 
 _notifiers: weakref.WeakKeyDictionary[TaskTable, _Notifier] = weakref.WeakKeyDictionary()

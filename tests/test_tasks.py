@@ -169,6 +169,68 @@ def test_awaits_of_two_event_loops_do_not_disturb_each_other(tmp_path: Path) -> 
         assert all(task.ready() for task in tasks)
 
 
+def test_a_callback_comes_once_when_the_task_is_ready(tmp_path: Path) -> None:
+    calls: list[tuple[int, bool, str]] = []
+    done = threading.Event()
+
+    def tell(n: int, task: CacheTask) -> None:
+        calls.append((n, task.ready(), threading.current_thread().name))
+        if len(calls) >= 16:
+            done.set()
+
+    with rig(tmp_path, run=False, workers=2) as r:
+        for n in range(16):
+            task = r.service.create("w", [f"k{n}"], [n])
+            task.add_done_callback(lambda t, n=n: tell(n, t))
+        del task  # the object may go: the callback comes all the same
+        assert not calls
+        r.service.run()
+        assert done.wait(WAIT)
+        assert sorted(n for n, _, _ in calls) == list(range(16))
+        assert all(ready for _, ready, _ in calls)
+        over = r.service.create("w", ["k0"], [0])
+        assert over.wait(WAIT)
+        over.add_done_callback(lambda t: tell(99, t))
+        assert calls[16:] == [(99, True, threading.current_thread().name)]
+        r.service.create("r", ["no"], [0]).add_done_callback(lambda t: tell(100, t))
+        assert calls[17:] == [(100, True, threading.current_thread().name)]
+
+
+def test_no_callback_is_late_for_a_task_that_gets_ready_as_it_is_added(tmp_path: Path) -> None:
+    with rig(tmp_path, pages=32, slots=400, workers=1) as r:
+        waits = []
+        for n in range(200):
+            told = threading.Event()
+            began = time.monotonic()
+            r.service.create("w", [f"k{n}"], [n % 32]).add_done_callback(lambda _, e=told: e.set())
+            assert told.wait(WAIT)
+            waits.append(time.monotonic() - began)
+        # One that is missed is told of when the thread looks again, after 50 ms.
+        assert sorted(waits)[len(waits) * 9 // 10] < 0.04
+
+
+def test_a_callback_that_fails_is_logged_and_disturbs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = threading.Event()
+    with rig(tmp_path, run=False) as r:
+        r.service.create("w", ["a"], [0]).add_done_callback(lambda _: 1 / 0)
+        r.service.create("w", ["b"], [1]).add_done_callback(lambda _: told.set())
+        r.service.run()
+        assert told.wait(WAIT)
+        assert "ZeroDivisionError" in caplog.text
+
+
+def test_closing_the_service_tells_those_who_wait(tmp_path: Path) -> None:
+    told = threading.Event()
+    with rig(tmp_path, run=False) as r:
+        task = r.service.create("w", ["a"], [0])
+        task.add_done_callback(lambda _: told.set())
+        r.service.close()
+        assert told.wait(WAIT)
+        assert task.state() == [State.Aborted]
+
+
 def test_polling_makes_no_system_call(tmp_path: Path) -> None:
     script = """
     import ctypes, gc

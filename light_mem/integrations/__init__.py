@@ -1,5 +1,6 @@
 """Plugs for the inference servers that people run, each imported only when it is used.
 
+lmcache/  an L2 adapter of LMCache's multi-process mode: docs/lmcache.md
 sglang/   a storage backend of SGLang's HiCache: docs/sglang.md
 vllm/     a secondary tier of vLLM's tiering offload spec: docs/vllm.md
 """

@@ -1,0 +1,69 @@
+"""The options of the adapter: `adapter_params` in LMCache's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from light_mem import blocks
+from light_mem.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What `adapter_params` may say.
+
+    file              directory of the store
+    storage_size      bytes of objects that the store holds at most; allocated when it is opened
+    num_of_shard      shards of a new store; an existing one must have as many
+    num_workers       processes that copy
+    slot_bytes        unit in which a new store gives out room; an existing one must have the same
+    namespace         told apart: what is stored under another text is not found
+    layout_in_keys    objects of another shape or type are not found; false with LMCache's serde
+    max_queued_bytes  bytes of stores that may be under way; more are dropped. 0: half the pool
+    store_timeout     seconds after which a store is given up
+    load_timeout      seconds after which a load gives up what nobody has begun
+    shutdown_timeout  seconds that closing waits for stores
+    verify, durability as for LocalCacheService
+    """
+
+    file: str
+    storage_size: int
+    num_of_shard: int = 8
+    num_workers: int = 4
+    slot_bytes: int = 65536
+    namespace: str = ""
+    layout_in_keys: bool = True
+    max_queued_bytes: int = 0
+    store_timeout: float = 60.0
+    load_timeout: float = 30.0
+    shutdown_timeout: float = 10.0
+    verify: bool = True
+    durability: str = "kernel"
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> AdapterOptions:
+        """The options; raises InvalidArgumentError for one that is missing, unknown or wrong."""
+        fields = dataclasses.fields(cls)
+        unknown = sorted(set(options) - {field.name for field in fields})
+        missing = sorted({"file", "storage_size"} - set(options))
+        if unknown or missing:
+            raise InvalidArgumentError(
+                f"the LightMem adapter: unknown options {unknown}, missing options {missing}; it "
+                f"has {', '.join(field.name for field in fields)}",
+                unknown=unknown,
+                missing=missing,
+            )
+        found = cls(**options)
+        for name in ("file", "namespace"):
+            value = getattr(found, name)
+            if not isinstance(value, str):
+                raise InvalidArgumentError(f"{name} is a text, not {value!r}", **{name: value})
+        blocks.yes_or_no("layout_in_keys", found.layout_in_keys)
+        blocks.whole_number("slot_bytes", found.slot_bytes, 64, 2**31)
+        blocks.whole_number("max_queued_bytes", found.max_queued_bytes, 0, 2**63 - 1)
+        for name in ("store_timeout", "load_timeout", "shutdown_timeout"):
+            blocks.seconds(name, getattr(found, name))
+        return found

@@ -1,0 +1,329 @@
+"""Transfers: stores and loads between LMCache's L1 pool and the store, without blocking LMCache.
+
+LMCache's threads queue jobs; that costs them microseconds. A thread of our own calls `create`,
+which takes the lock of the service's queue and may wait there for a stopped process. The thread
+that tells of ready tasks hands each job back when its last task is over. Nobody polls; a thread
+that has nothing to do sleeps without a time-out.
+
+LMCache keeps the memory of a job's objects until the job is over, but not for ever: its locks have
+a time to live (300 s for stores, 600 s for loads), and an operator may clear L1 by force. So a job
+ends long before: what nobody has begun is given up. And what was stored from an object that LMCache
+has let go of meanwhile, or too late, is taken out again: it may be another one's bytes. Until that
+is known of a block, look-ups of this server do not find it; it is in L1 then anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from light_mem.errors import LightMemError, ServiceClosedError
+from light_mem.integrations.lmcache.jobs import Discard, Inbox, Job
+from light_mem.logs import Limited
+from light_mem.service import CacheService
+from light_mem.task import CacheTask, State
+
+log = logging.getLogger("light_mem")
+
+TASK_BLOCKS = 1024  # a larger job is several tasks: one that finds no room loses less
+_WARN_SECONDS = 30.0  # between two warnings of one kind
+_JOIN_SECONDS = 30.0
+
+
+class Transfers:
+    """The logic of the adapter, free of LMCache's types. Any thread; only `close` waits.
+
+    service        a running service whose tensor is the L1 pool
+    finished       called with each job that is over, once, from whichever thread; returns soon
+    is_held        whether an object of LMCache still has its memory
+    max_queued     bytes of stores that may be under way; what a store has beyond is dropped
+    store_timeout  seconds after which a store is given up
+    load_timeout   seconds after which a load gives up the blocks that nobody has begun
+    """
+
+    def __init__(
+        self,
+        service: CacheService,
+        finished: Callable[[Job], None],
+        is_held: Callable[[Any], bool],
+        *,
+        max_queued: int,
+        store_timeout: float,
+        load_timeout: float,
+    ) -> None:
+        self._open: CacheService | None = service
+        self._finished = finished
+        self._is_held = is_held
+        self._max_queued = max_queued
+        self._timeouts = {True: load_timeout, False: store_timeout}  # by Job.load
+        self._inbox = Inbox()
+        self._numbers = itertools.count()
+        self._guard = threading.Lock()  # the fields below, and those of jobs
+        self._idle = threading.Condition(self._guard)
+        self._under_way: dict[int, Job] = {}
+        self._storing = 0  # bytes of stores that are under way
+        self._unsure: Counter[int] = Counter()  # hashes whose stores are under way
+        self._closing = False
+        self._stopping = False
+        self.counters: Counter[str] = Counter()
+        # As text, all of it: an exception in a log record would keep its frames, and the memory.
+        self._limited = Limited(each=1, seconds=_WARN_SECONDS)
+        self._thread = threading.Thread(target=self._run, name="lightmem-lmcache", daemon=True)
+        self._thread.start()
+
+    # --- LMCache's side --------------------------------------------------------------------------
+
+    def service(self) -> CacheService:
+        """The service, for all that is neither store nor load; ServiceClosedError after `close`."""
+        service = self._open
+        if service is None:
+            raise ServiceClosedError("LMCache's adapter is closed")
+        return service
+
+    def find(self, hashes: Sequence[int]) -> list[bool]:
+        """Which hashes are stored for certain; counts as use. No lock is waited for."""
+        found: list[bool] = self.service().query(hashes)
+        # After the query: what is sure by then has been seen whole, or is gone to the load.
+        unsure = self._unsure
+        return [hit and h not in unsure for hit, h in zip(found, hashes, strict=True)]
+
+    def number(self) -> int:
+        """A number that no other task has."""
+        return next(self._numbers)
+
+    def store(
+        self,
+        keys: Sequence[Any],
+        objects: Sequence[Any],
+        hashes: Sequence[int],
+        regions: Sequence[tuple[int, int] | None],
+    ) -> int:
+        """Queue a store; returns the number of its job. What has no room is dropped from the end,
+        for LMCache finds prefixes, and counted."""
+        job = Job(self.number(), False, keys, objects, hashes, regions)
+        dropped = 0
+        with self._guard:
+            room = self._max_queued - self._storing
+            for at, region in enumerate(regions):
+                if region is None:
+                    continue
+                if dropped or job.nbytes + region[1] > room:
+                    dropped += 1
+                    continue
+                job.chosen.append(at)
+                job.nbytes += region[1]
+            self._storing += job.nbytes
+            self._unsure.update(job.hashes[at] for at in job.chosen)
+        if dropped:
+            self._count_dropped(dropped)
+            self._limited.warning(
+                "%d objects of a store of %d are dropped: at most %d bytes may be under way",
+                dropped,
+                len(keys),
+                self._max_queued,
+            )
+        self._submit(job)
+        return job.number
+
+    def load(
+        self,
+        keys: Sequence[Any],
+        objects: Sequence[Any],
+        hashes: Sequence[int],
+        regions: Sequence[tuple[int, int] | None],
+    ) -> int:
+        """Queue a load; returns the number of its job. The pool bounds how many there are: each
+        object has its own place there."""
+        job = Job(self.number(), True, keys, objects, hashes, regions)
+        job.chosen = [at for at, region in enumerate(regions) if region is not None]
+        job.nbytes = sum(region[1] for region in regions if region is not None)
+        self._submit(job)
+        return job.number
+
+    def queued_bytes(self) -> int:
+        """Bytes of stores that are under way."""
+        return self._storing
+
+    def is_alive(self) -> bool:
+        """Whether jobs are still taken."""
+        return self._thread.is_alive() and not self._closing
+
+    def close(self, timeout: float) -> None:
+        """Finish stores for at most `timeout` seconds, give up the rest, and close the service:
+        no worker touches the pool any more. Calling it again does nothing."""
+        with self._idle:
+            if self._stopping:
+                return
+            self._closing = True
+            if not self._idle.wait_for(lambda: not self._under_way, timeout):
+                log.warning("LMCache's adapter closes with jobs under way: they are given up")
+            self._stopping = True
+        self._inbox.put(None)
+        self._thread.join(_JOIN_SECONDS)
+        for hashes in self._inbox.discards():
+            self._try(self._discard, hashes)
+        self.service().close()
+        self._open = None
+
+    def _submit(self, job: Job) -> None:
+        with self._guard:
+            self._under_way[job.number] = job
+            refused = self._closing or not job.chosen
+        if refused:
+            self._over(job)
+        else:
+            self._inbox.put(job)
+
+    def _count_dropped(self, blocks: int) -> None:
+        self.counters["dropped_blocks"] += blocks
+        try:
+            self.service().count_dropped(blocks)
+        except LightMemError:
+            pass  # closed: nobody reads its statistics
+
+    # --- the end of a job ------------------------------------------------------------------------
+
+    def _over(self, job: Job, _: CacheTask | None = None) -> None:
+        """One of the tasks of a job is over, or the thread is through with it."""
+        with self._guard:
+            job.left -= 1
+            if job.left:
+                return
+            if not job.load:
+                self._storing -= job.nbytes
+        late = not job.load and time.monotonic() - job.submitted > self._timeouts[False]
+        job.done = [False] * len(job.keys)
+        spoiled = []
+        for at in _finished_of(job):
+            # Now, after the copy: LMCache marks an object before it gives its memory away.
+            if late or not self._is_held(job.objects[at]):
+                spoiled.append(job.hashes[at])
+            else:
+                job.done[at] = True
+        if spoiled and not job.load:
+            self._limited.warning(
+                "%d objects lost their memory while they were stored; they are discarded",
+                len(spoiled),
+            )
+            self._inbox.put(Discard(spoiled))
+        if not job.load:
+            self._be_sure([job.hashes[at] for at in job.chosen], spoiled)
+        self._note(job, sum(job.done))
+        try:
+            self._finished(job)
+        finally:
+            with self._idle:
+                self._under_way.pop(job.number, None)
+                self._idle.notify_all()
+
+    def _be_sure(self, hashes: list[int], but: Sequence[int] = ()) -> None:
+        with self._guard:
+            self._unsure.subtract(hashes)
+            self._unsure.update(but)
+            for h in hashes:
+                if self._unsure[h] <= 0:
+                    del self._unsure[h]
+
+    def _discard(self, hashes: list[int]) -> None:
+        try:
+            self.service().delete(hashes)
+        except LightMemError as error:  # a stopped holder of a lock
+            self._limited.warning("what is not to stay is still there: %s", str(error))
+            self._inbox.put(Discard(hashes))
+        else:
+            self._be_sure(hashes)
+
+    def _note(self, job: Job, done: int) -> None:
+        self.counters["loaded_blocks" if job.load else "stored_blocks"] += done
+        failed = (len(job.keys) if job.load else len(job.chosen)) - done
+        if not failed:
+            return
+        self.counters["failed_load_blocks" if job.load else "failed_store_blocks"] += failed
+        if job.load:
+            self._limited.warning(
+                "%d of %d objects could not be loaded; they are computed", failed, len(job.keys)
+            )
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            item = self._inbox.get(self._patience())
+            if self._stopping:
+                return
+            if isinstance(item, Job):
+                self._try(self._place, item)
+                self._try(self._over, item)
+            elif isinstance(item, Discard):
+                self._try(self._discard, item.hashes)
+            self._give_up()
+            del item  # the memory of its job
+
+    def _try(self, step: Callable[..., object], *arguments: Any) -> None:
+        """The adapter goes on; what was asked for has failed."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self._limited.warning("LMCache's adapter: %s", f"{type(error).__name__}: {error}")
+
+    def _place(self, job: Job) -> None:
+        for start in range(0, len(job.chosen), TASK_BLOCKS):
+            if time.monotonic() - job.submitted > self._timeouts[job.load]:
+                self._limited.warning("a %s has waited too long", "load" if job.load else "store")
+                return
+            part = job.chosen[start : start + TASK_BLOCKS]
+            regions = [region for at in part if (region := job.regions[at]) is not None]
+            try:
+                task = self.service().create_regions(
+                    "read" if job.load else "write", [job.hashes[at] for at in part], regions
+                )
+            except LightMemError as error:  # no room, a stopped holder of the queue, closed
+                what = "load" if job.load else "store"
+                self._limited.warning(f"a {what} is refused: %s", str(error))
+                if not job.load:
+                    self._count_dropped(len(job.chosen) - start)
+                return
+            with self._guard:
+                job.left += 1
+                job.tasks.append(task)
+            task.add_done_callback(partial(self._over, job))
+
+    def _patience(self) -> float | None:
+        """Seconds until a job has waited too long; None: no job is under way."""
+        with self._guard:
+            ends = [
+                job.submitted + self._timeouts[job.load]
+                for job in self._under_way.values()
+                if not job.given_up
+            ]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _give_up(self) -> None:
+        """Abort jobs that take too long: blocks that nobody has begun are not begun. The job is
+        over when no worker holds any of its blocks."""
+        now = time.monotonic()
+        with self._guard:
+            late = [
+                job
+                for job in self._under_way.values()
+                if not job.given_up and now - job.submitted > self._timeouts[job.load]
+            ]
+            for job in late:
+                job.given_up = True
+        for job in late:
+            self._limited.warning("a %s takes too long", "load" if job.load else "store")
+            for task in list(job.tasks):
+                self._try(self.service().abort, task)
+
+
+def _finished_of(job: Job) -> list[int]:
+    """Positions of the keys whose blocks are Finished. The tasks, all of them over, have the first
+    of the chosen."""
+    states = [state for task in job.tasks for state in task.state()]
+    return [at for at, state in zip(job.chosen, states, strict=False) if state is State.Finished]
