@@ -30,6 +30,7 @@ from light_mem.engine.base import (
     never,
 )
 from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.dropping import Dropper
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
@@ -69,6 +70,7 @@ class LocalStorageEngine(StorageEngine):
         kind: str,
         verify: bool = True,
         durability: str = "kernel",
+        page_cache: str = "keep",
     ) -> None:
         """Open a store that `open_store` has prepared; `kind` names this process to operators."""
         self.directory = Path(directory)
@@ -87,6 +89,7 @@ class LocalStorageEngine(StorageEngine):
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
         self._copier = Copier()
+        self._dropper = Dropper() if page_cache == "drop" else None
         self._closed = False
         self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
@@ -177,12 +180,16 @@ class LocalStorageEngine(StorageEngine):
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
         self._writer.write(batch, report, stop)
+        if self._dropper is not None:
+            self._drop(self._dropper.keep_up)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
         keys = [block[:2] for block in batch]
         entries = self.lookup.find_each(keys)
         located = self.lookup.locate_many(entries, keys)
+        if self._dropper is not None:
+            self._plan(self._dropper, located)
         for at, (entry, where) in enumerate(zip(entries, located, strict=True)):
             try:
                 outcome = self._read_one(batch[at], entry, where, partial(stop, at))
@@ -211,8 +218,10 @@ class LocalStorageEngine(StorageEngine):
         try:
             for start, length in where.runs:
                 end = min(block.nbytes, done + length * file.page_bytes)
-                self._copier.scatter(
-                    file.bytes(start, length)[: end - done],
+                file.scatter(
+                    self._copier,
+                    (start, length),
+                    end - done,
                     block.place if single else block.place.part(done, end),
                     checksum,
                     stopped,
@@ -227,6 +236,33 @@ class LocalStorageEngine(StorageEngine):
             self._drop_damaged(where.shard, where.slot, where.tag, block)
             return Outcome.DAMAGED
         return Outcome.LOADED
+
+    def _plan(self, dropper: Dropper, located: Sequence[Location | None]) -> None:
+        """Say what a batch reads, so that the device is kept busy."""
+        spans = []
+        try:
+            for where in located:
+                if where is not None:
+                    left = where.nbytes
+                    for run in where.runs:
+                        nbytes = min(left, run[1] * self.geometry.page_bytes)
+                        spans.append(self.file(where.shard).span(run, nbytes))
+                        left -= nbytes
+        except (OSError, StoreFormatError):
+            pass  # the reads themselves say what is wrong, each for its block
+        dropper.plan(spans)
+
+    def rest(self) -> bool:
+        """For a worker without work: do one piece of what can wait; whether there was any."""
+        return self._dropper is not None and bool(self._drop(self._dropper.drop_next))
+
+    def _drop(self, step: Callable[[], bool | None]) -> bool | None:
+        """The blocks are stored: what fails here costs page cache, and is said."""
+        try:
+            return step()
+        except OSError as error:
+            self.limited.warning("%s: writing out failed: %s", self.directory, str(error))
+            return True
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and
@@ -380,6 +416,8 @@ class LocalStorageEngine(StorageEngine):
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
+        if self._dropper is not None:
+            self._drop(self._dropper.finish)
         self.limited.flush()
         for file in self._files.values():
             file.close()
@@ -417,5 +455,7 @@ class LocalStorageEngine(StorageEngine):
             with self._files_guard:
                 file = self._files.get(shard)
                 if file is None:
-                    file = self._files[shard] = ShardFile(self.directory, self.geometry, shard)
+                    file = self._files[shard] = ShardFile(
+                        self.directory, self.geometry, shard, self._dropper
+                    )
         return file
