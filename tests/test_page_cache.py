@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from light_mem import State
-from light_mem.engine import dropping, page_cache
+from light_mem.engine import page_cache
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.dropping import Dropper, Span
+from light_mem.engine.dropping import Dropper
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions
+from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
 from tests.cached import cached, can_forget, forget
 from tests.conftest import wait_until
@@ -181,7 +182,7 @@ def test_no_more_than_the_window_waits_to_be_written(
         finish(descriptor, at, nbytes)
 
     monkeypatch.setattr(page_cache, "finish_write_out", finish_and_note)
-    dropper = Dropper(window=4 * MIB)
+    dropper = Dropper(4096, window=4 * MIB)
     for n in range(16):
         os.pwrite(descriptor, bytes(MIB), n * MIB)
         dropper.wrote(Span(descriptor, n * MIB, MIB))
@@ -193,40 +194,6 @@ def test_no_more_than_the_window_waits_to_be_written(
     assert not cached(path).any()
     assert not dropper.drop_next()
     os.close(descriptor)
-
-
-def test_what_a_batch_reads_is_read_ahead_once_and_no_further_than_the_window(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    r = open_dropping(tmp_path / "store", 64, 64 << 10)
-    monkeypatch.setattr(r.engine._dropper, "_window", MIB)  # type: ignore[attr-defined]
-    blocks = [Block(n, 8) for n in range(8)]
-    r.write(*blocks)
-    r.engine.close()
-    r = Rig(LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop"), 64 << 10)
-    r.engine._dropper = Dropper(window=MIB)  # type: ignore[attr-defined]
-    asked: list[tuple[int, int]] = []
-    loaded: list[int] = []
-    ahead, load = page_cache.read_ahead, Dropper._load
-
-    def note_ahead(descriptor: int, at: int, nbytes: int) -> None:
-        asked.append((at, nbytes))
-        ahead(descriptor, at, nbytes)
-
-    def note_load(self: Dropper, descriptor: int, at: int, nbytes: int) -> Any:
-        total = sum(count for _, count in asked)
-        done = len(loaded) * dropping.PIECE_BYTES
-        assert done + nbytes <= total <= done + MIB + 2 * dropping.PIECE_BYTES
-        loaded.append(nbytes)
-        return load(self, descriptor, at, nbytes)
-
-    monkeypatch.setattr(page_cache, "read_ahead", note_ahead)
-    monkeypatch.setattr(Dropper, "_load", note_load)
-    assert r.read(*blocks) == [Outcome.LOADED] * 8
-    r.engine.close()
-    places = sorted(byte for at, count in asked for byte in range(at, at + count, 64 << 10))
-    assert len(places) == len(set(places)) == 64
-    assert sum(count for _, count in asked) == 64 * (64 << 10)
 
 
 def test_a_write_out_that_fails_is_logged_and_the_blocks_are_stored(

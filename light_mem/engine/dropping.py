@@ -6,8 +6,8 @@ writes run until the kernel stops the writer to wait for the device. With it:
 write  by `pwrite`; the device begins at once, and the worker waits for what it wrote
        WINDOW_BYTES ago, then drops that. So a worker has some WINDOW_BYTES dirty at most, and the
        device is never idle while blocks come
-read   by `preadv` into scratch memory, WINDOW_BYTES read ahead over the blocks of a batch; each
-       block's pages are dropped when they are in the KV memory
+read   past the page cache into memory of the worker's own, ahead over the blocks of a batch; pages
+       that a block has in the page cache all the same are dropped when it was read
 
 Nothing goes through a mapping: a page that any process has mapped cannot be dropped. Nothing here
 needs to survive a kill: what a dead worker would have dropped the kernel drops when it needs room.
@@ -15,28 +15,17 @@ needs to survive a kill: what a dead worker would have dropped the kernel drops 
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import xxhash
 
 from light_mem.engine import page_cache
-from light_mem.engine.copy import PIECE_BYTES, Copier
-from light_mem.engine.places import Bytes1D, Place, Regions, Rows
+from light_mem.engine.copy import Copier
+from light_mem.engine.places import Place, Regions, Rows
+from light_mem.engine.read_ahead import PIECE_BYTES, ReadAhead, Span
 
 WINDOW_BYTES = 32 << 20
-
-
-class Span(NamedTuple):
-    """Bytes `[at, at + nbytes)` of a data file."""
-
-    descriptor: int
-    at: int
-    nbytes: int
 
 
 class Dropper:
@@ -45,16 +34,11 @@ class Dropper:
     Its descriptors belong to the shards' files: `finish` before they are closed.
     """
 
-    def __init__(self, window: int = WINDOW_BYTES) -> None:
+    def __init__(self, page_bytes: int, window: int = WINDOW_BYTES) -> None:
         self._window = window
         self._written: deque[Span] = deque()
         self._written_bytes = 0
-        self._scratch = np.empty(0, np.uint8)
-        # What the batch in hand reads, and where each span ends if they are laid end to end.
-        self._planned: list[Span] = []
-        self._starts: dict[tuple[int, int], int] = {}
-        self._ends: list[int] = []
-        self._ahead = 0
+        self._reader = ReadAhead(page_bytes)
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -81,6 +65,7 @@ class Dropper:
 
     def finish(self) -> None:
         """Wait for and drop all that was written; raises OSError, of the last that failed."""
+        self._reader.close()
         failed: OSError | None = None
         while self._written:
             try:
@@ -93,14 +78,8 @@ class Dropper:
     # --- reading ---------------------------------------------------------------------------------
 
     def plan(self, spans: Sequence[Span]) -> None:
-        """These are read next, in this order, as far as nothing speaks against it."""
-        self._planned = list(spans)
-        self._ends = np.cumsum([span.nbytes for span in spans], dtype=np.int64).tolist()
-        self._starts = {
-            (span.descriptor, span.at): end - span.nbytes
-            for span, end in zip(self._planned, self._ends, strict=True)
-        }
-        self._ahead = 0
+        """These are read next, in this order; any of them may be left out."""
+        self._reader.plan(spans)
 
     def read(
         self,
@@ -114,46 +93,19 @@ class Dropper:
 
         The checksum is taken from private memory, so it is that of the very bytes copied.
         """
-        base = self._starts.get((span.descriptor, span.at))
-        piece_bytes = PIECE_BYTES
-        if isinstance(place, Rows):
-            row_bytes = int(place.memory.shape[1])
-            if row_bytes > PIECE_BYTES:
-                place = _as_regions(place)
-            else:
-                piece_bytes -= PIECE_BYTES % row_bytes
-        try:
-            for done in range(0, span.nbytes, piece_bytes):
-                if base is not None:
-                    self._read_ahead(base + done + self._window)
-                count = min(piece_bytes, span.nbytes - done)
-                piece = self._load(span.descriptor, span.at + done, count)
-                whole = count == span.nbytes
-                part = place if whole else place.part(done, done + count)
-                copier.scatter(piece, part, checksum, stopped)
-        finally:
-            page_cache.drop(*span)
-
-    def _read_ahead(self, until: int) -> None:
-        """Ask for what is planned up to byte `until` and was not asked for."""
-        while self._ahead < until and self._planned and self._ahead < self._ends[-1]:
-            n = bisect_right(self._ends, self._ahead)
-            span, inside = self._planned[n], self._planned[n].nbytes - self._ends[n] + self._ahead
-            count = min(span.nbytes - inside, max(PIECE_BYTES, until - self._ahead))
-            page_cache.read_ahead(span.descriptor, span.at + inside, count)
-            self._ahead += count
-
-    def _load(self, descriptor: int, at: int, nbytes: int) -> Bytes1D:
-        if len(self._scratch) < nbytes:
-            self._scratch = np.empty(max(nbytes, PIECE_BYTES), np.uint8)
-        piece = self._scratch[:nbytes]
+        if isinstance(place, Rows) and place.memory.shape[1] > PIECE_BYTES:
+            place = _as_regions(place)
         done = 0
-        while done < nbytes:
-            count = os.preadv(descriptor, [piece[done:].data], at + done)
-            if not count:
-                raise OSError(f"the data file ends {nbytes - done} bytes too early")
-            done += count
-        return piece
+        pieces = self._reader.pieces(span)
+        try:
+            for piece in pieces:
+                end = done + len(piece)
+                part = place if len(piece) == span.nbytes else place.part(done, end)
+                copier.scatter(piece, part, checksum, stopped)
+                done = end
+        finally:
+            pieces.close()
+            page_cache.drop(*span)
 
 
 def _as_regions(rows: Rows) -> Regions:

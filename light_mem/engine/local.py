@@ -89,7 +89,7 @@ class LocalStorageEngine(StorageEngine):
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
         self._copier = Copier()
-        self._dropper = Dropper() if page_cache == "drop" else None
+        self._dropper = Dropper(geometry.page_bytes) if page_cache == "drop" else None
         self._closed = False
         self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
@@ -246,7 +246,7 @@ class LocalStorageEngine(StorageEngine):
                     left = where.nbytes
                     for run in where.runs:
                         nbytes = min(left, run[1] * self.geometry.page_bytes)
-                        spans.append(self.file(where.shard).span(run, nbytes))
+                        spans.append(self.file(where.shard).read_span(run, nbytes))
                         left -= nbytes
         except (OSError, StoreFormatError):
             pass  # the reads themselves say what is wrong, each for its block

@@ -1,4 +1,4 @@
-"""The kernel's page cache of one file, by ranges: write out, wait for it, drop, read ahead.
+"""The kernel's page cache of one file, by ranges: write out, wait for it, drop.
 
 What the calls promise is little, and each step depends on the one before: `drop` leaves dirty
 pages and pages that any process has mapped; `start_write_out` begins with the pages that are dirty
@@ -22,9 +22,6 @@ KEEP, DROP = "keep", "drop"
 
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _PAGE = mmap.PAGESIZE
-# One POSIX_FADV_WILLNEED reads no more than the larger of the device's read-ahead and its largest
-# request, and leaves the rest out in silence (force_page_cache_ra in mm/readahead.c).
-_AHEAD_BYTES = 128 * 1024
 
 
 def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
@@ -91,13 +88,6 @@ def drop(descriptor: int, at: int, nbytes: int) -> None:
     last -= last % _PAGE
     if last > first:
         os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
-
-
-def read_ahead(descriptor: int, at: int, nbytes: int) -> None:
-    """Begin to read a range into the cache, without waiting for it."""
-    for start in range(at, at + nbytes, _AHEAD_BYTES):
-        count = min(_AHEAD_BYTES, at + nbytes - start)
-        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_WILLNEED)
 
 
 def read_no_further(descriptor: int) -> None:

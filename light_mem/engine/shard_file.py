@@ -21,8 +21,9 @@ import xxhash
 
 from light_mem.engine import page_cache
 from light_mem.engine.copy import Copier, FileSink, MappedSink
-from light_mem.engine.dropping import Dropper, Span
+from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
+from light_mem.engine.read_ahead import Span, open_direct
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
@@ -138,8 +139,11 @@ class ShardFile:
             os.close(self._data_fd)
             raise
         os.close(descriptor)  # a mapping keeps one of its own: three a shard are enough
+        self._direct_fd = -1
         if dropper is not None:
-            page_cache.read_no_further(self._data_fd)
+            self._direct_fd = open_direct(data_path(directory, shard))
+            if self._direct_fd < 0:
+                page_cache.read_no_further(self._data_fd)
         self._bytes = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
@@ -197,13 +201,18 @@ class ShardFile:
     ) -> None:
         """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError."""
         if self._dropper is not None:
-            self._dropper.read(self.span(run, nbytes), copier, place, checksum, stopped)
+            self._dropper.read(self.read_span(run, nbytes), copier, place, checksum, stopped)
         else:
             copier.scatter(self.bytes(*run)[:nbytes], place, checksum, stopped)
 
     def span(self, run: tuple[int, int], nbytes: int) -> Span:
         """Where in the data file the first `nbytes` of a run of slots lie."""
         return Span(self._data_fd, fmt.SHARD_HEADER_BYTES + run[0] * self.page_bytes, nbytes)
+
+    def read_span(self, run: tuple[int, int], nbytes: int) -> Span:
+        """The same, for reading past the page cache."""
+        span = self.span(run, nbytes)
+        return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
 
     def bytes(self, start: int, length: int) -> Bytes1D:
         """The mapped bytes of a run of slots, uint8 [length * page_bytes]."""
@@ -247,10 +256,11 @@ class ShardFile:
         _sync_map(self._slots)
 
     def close(self) -> None:
-        """Close the descriptor; the mappings go with the last array over them."""
-        if self._data_fd >= 0:
-            os.close(self._data_fd)
-        self._data_fd = -1
+        """Close the descriptors; the mappings go with the last array over them."""
+        for descriptor in (self._data_fd, self._direct_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._data_fd = self._direct_fd = -1
 
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has none
