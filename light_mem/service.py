@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from light_mem import blocks
 from light_mem.closing import Closing
+from light_mem.engine.dealing import deal
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
 from light_mem.engine.table_stats import copy_rate, read_numbers, summary
@@ -193,10 +194,10 @@ class CacheService(Closing, ABC):
         task = CacheTask(**fields, table=session.table, place=place, session=session)
         order = np.flatnonzero(~done)
         if kind == WRITE and len(order) > 1:
-            # Blocks of one shard in a row: a worker's batch then takes one lock, not several.
             mixed = keymath.mix(keys[order])
             shards = keymath.shards_of(mixed, self._engine.geometry.shards)
-            order = order[np.argsort(shards, kind="stable")]
+            workers = int(session.table.header["workers"][0])
+            order = order[deal(shards, layout.nbytes[order], workers)]
         session.submit(task, place, done, order, kind)
         return task
 

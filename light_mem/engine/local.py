@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +21,15 @@ import numpy.typing as npt
 
 from light_mem.engine.base import (
     BlockIO,
-    Outcome,
     Report,
     Stop,
     StorageEngine,
     check_places,
     never,
 )
-from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.copy import Copier
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.reading import Reader
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
@@ -42,7 +41,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.format import CHANGING, RELINKING
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
-from light_mem.index.lookup import Location, Lookup
+from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
 from light_mem.logs import Limited
 
@@ -84,7 +83,6 @@ class LocalStorageEngine(StorageEngine):
                 expected="a description",
             )
         self.geometry = geometry
-        self._verify = verify
         self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
@@ -101,6 +99,7 @@ class LocalStorageEngine(StorageEngine):
         except BaseException:
             self._owners.close()
             raise
+        self._reader = Reader(self, self._copier, verify, self._dropper)
         self._writer = Writer(self, self._owner, self._copier, flush=durability == "flush")
 
     @classmethod
@@ -185,72 +184,7 @@ class LocalStorageEngine(StorageEngine):
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
-        keys = [block[:2] for block in batch]
-        entries = self.lookup.find_each(keys)
-        located = self.lookup.locate_many(entries, keys)
-        if self._dropper is not None:
-            self._plan(self._dropper, located)
-        for at, (entry, where) in enumerate(zip(entries, located, strict=True)):
-            try:
-                outcome = self._read_one(batch[at], entry, where, partial(stop, at))
-            except (LockTimeoutError, OSError, StoreFormatError) as error:
-                self.limited.warning("read from %s failed: %s", self.directory, str(error))
-                outcome = Outcome.FAILED
-            report(at, outcome)
-
-    def _read_one(
-        self, block: BlockIO, entry: int, where: Location | None, stopped: Callable[[], bool]
-    ) -> Outcome:
-        if where is None:
-            return self._drop_senseless(entry, block) if entry >= 0 else Outcome.MISSING
-        if where.nbytes != block.nbytes:
-            log.info(
-                "block %s is stored with %d bytes, not %d: a miss",
-                keymath.key_text(block.low, block.high),
-                where.nbytes,
-                block.nbytes,
-            )
-            return Outcome.MISSING
-        file = self.file(where.shard)
-        checksum = new_checksum(block.low, block.high) if self._verify else None
-        single = len(where.runs) == 1
-        done = 0
-        try:
-            for start, length in where.runs:
-                end = min(block.nbytes, done + length * file.page_bytes)
-                file.scatter(
-                    self._copier,
-                    (start, length),
-                    end - done,
-                    block.place if single else block.place.part(done, end),
-                    checksum,
-                    stopped,
-                )
-                done = end
-        except Stopped:
-            return Outcome.STOPPED
-        # First the tag, then the sum: after an eviction the sum says nothing about damage.
-        if not self.lookup.is_unchanged(where):
-            return Outcome.LOST
-        if checksum is not None and checksum.intdigest() != where.checksum:
-            self._drop_damaged(where.shard, where.slot, where.tag, block)
-            return Outcome.DAMAGED
-        return Outcome.LOADED
-
-    def _plan(self, dropper: Dropper, located: Sequence[Location | None]) -> None:
-        """Say what a batch reads, so that the device is kept busy."""
-        spans = []
-        try:
-            for where in located:
-                if where is not None:
-                    left = where.nbytes
-                    for run in where.runs:
-                        nbytes = min(left, run[1] * self.geometry.page_bytes)
-                        spans.append(self.file(where.shard).read_span(run, nbytes))
-                        left -= nbytes
-        except (OSError, StoreFormatError):
-            pass  # the reads themselves say what is wrong, each for its block
-        dropper.plan(spans)
+        self._reader.read(batch, report, stop)
 
     def rest(self) -> bool:
         """For a worker without work: do one piece of what can wait; whether there was any."""
@@ -264,40 +198,16 @@ class LocalStorageEngine(StorageEngine):
             self.limited.warning("%s: writing out failed: %s", self.directory, str(error))
             return True
 
-    def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
-        """Drop a block that is listed with runs that make no sense: it would be found for good and
-        never be read. Usually it is only gone by now."""
-        if self.lookup.find_one(block.low, block.high, touch=False) != entry:
-            return Outcome.LOST  # gone since it was looked up
-        tag = self.lookup.tag(entry)
-        shard, slot = divmod(entry, self.geometry.slots)
-        with self.change(shard) as (index, _):
-            listed = index.find(block.low, block.high) == slot and self.lookup.tag(entry) == tag
-            if not listed or self.lookup.locate(entry, block.low, block.high) is not None:
-                return Outcome.MISSING
-        self._drop_damaged(shard, slot, tag, block)
-        return Outcome.DAMAGED
-
-    def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
-        self.limited.warning(
-            "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
-            "it is dropped",
-            keymath.key_text(block.low, block.high),
-            slot,
-            shard,
-            self.directory,
-        )
-        try:
-            with self.change(shard) as (index, file):
-                if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
-                    index.remove(slot)
-                    file.clear_records([slot])
-                    self._index.control["removals"][shard] += 1
-                    self._index.control["damaged"][shard] += 1
-        except LockTimeoutError as error:
-            self.limited.warning("the damaged block stays listed: %s", str(error))
-
     # --- taking blocks out -----------------------------------------------------------------------
+
+    def drop_damaged(self, shard: int, slot: int, tag: int) -> None:
+        """Take out a block found damaged, if it is still there; raises LockTimeoutError."""
+        with self.change(shard) as (index, file):
+            if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
+                index.remove(slot)
+                file.clear_records([slot])
+                self._index.control["removals"][shard] += 1
+                self._index.control["damaged"][shard] += 1
 
     def delete(self, keys: KeyArray) -> int:
         shards = keymath.shards_of(keymath.mix(keys), self.geometry.shards)

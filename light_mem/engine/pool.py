@@ -142,7 +142,7 @@ class WorkerPool:
             stdout=subprocess.DEVNULL,
             stderr=self._log_write,
             pass_fds=descriptors,
-            env={**os.environ, **_ENVIRONMENT},
+            env=program.environment(_ENVIRONMENT),
         )
         self._processes[number] = process
         if hasattr(os, "pidfd_open"):

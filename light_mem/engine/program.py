@@ -15,6 +15,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+# How glibc copies, read from GLIBC_TUNABLES when a program starts (glibc manual, "Tunables").
+# What we copy goes to pages that this processor does not read again soon, so copies of 32 KiB and
+# more had better go around its caches: a plain store first reads the line that it replaces. glibc
+# does so only from three quarters of the shared cache on, and up to there uses `rep movsb`, which
+# is slower. Measured with rows of 60 KB to random places, one core of an EPYC 7003: 7.9 GB/s
+# without, 11.1 with both. Unknown names are ignored, and so is the variable by other C libraries.
+COPY_TUNABLES = (
+    "glibc.cpu.x86_non_temporal_threshold=0x8000:glibc.cpu.x86_rep_movsb_threshold=0x10000000"
+)
+
+
+def environment(added: dict[str, str]) -> dict[str, str]:
+    """The environment of a child that copies: ours, `added`, and COPY_TUNABLES unless the user
+    has tunables of his own (GLIBC_TUNABLES set, be it empty)."""
+    return {"GLIBC_TUNABLES": COPY_TUNABLES, **os.environ, **added}
+
 
 def command(module: str, config: dict[str, Any]) -> list[str]:
     """The command that runs `main(config)` of a module; `config` goes through JSON.

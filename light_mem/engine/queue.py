@@ -37,8 +37,11 @@ QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
 LANE_BYTE = 1  # ... and the first of the lanes' locks
 # Bytes claimed at a time: enough to make a hold of the shard's lock cheap. Reads take none; their
 # batch is small so that the last worker of a task is not long alone.
-BATCH_BYTES = {READ: 8 << 20, WRITE: 32 << 20}
+BATCH_BYTES = {READ: 16 << 20, WRITE: 32 << 20}
 BATCH_BLOCKS = 64
+# ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
+# 300 us for a write), more than what the other half would wait for.
+LEAST_BYTES = 1 << 20
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 4
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
@@ -126,7 +129,8 @@ class TaskQueue:
     def claim(self, worker: int) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
 
-        A batch is a fair share of what waits, and no more than BATCH_BYTES beyond its first block.
+        A batch is a fair share of what waits, or LEAST_BYTES if that is more, and no more than
+        BATCH_BYTES beyond its first block.
         """
         if not (self._table.depth(READ) or self._table.depth(WRITE)):
             return []
@@ -144,14 +148,15 @@ class TaskQueue:
         ring, states = table.rings[mode], table.states
         heads, tails = self._table.ends[mode]
         head, tail = int(heads[0]), int(tails[0])
-        limit = min(BATCH_BLOCKS, -(-(tail - head) // int(table.header["workers"][0])))
+        share = -(-(tail - head) // int(table.header["workers"][0]))
         claimed: dict[int, None] = {}  # in order; an entry may be there twice
         nbytes = 0
-        while head < tail and len(claimed) < limit and nbytes < BATCH_BYTES[mode]:
+        enough = False
+        while head < tail and not enough:
             at = head % table.ring_length
-            cells = ring[at : at + min(limit - len(claimed), tail - head)].tolist()
+            cells = ring[at : at + min(BATCH_BLOCKS, tail - head)]
             for cell, state, its_mode, length in zip(
-                cells,
+                cells.tolist(),
                 states[cells].tolist(),
                 self._modes[cells].tolist(),
                 self._lengths[cells].tolist(),
@@ -161,7 +166,9 @@ class TaskQueue:
                 if state == INITIAL and its_mode == mode and cell not in claimed:
                     claimed[cell] = None
                     nbytes += length
-                    if nbytes >= BATCH_BYTES[mode]:
+                    enough = len(claimed) >= share and nbytes >= LEAST_BYTES
+                    if enough or nbytes >= BATCH_BYTES[mode] or len(claimed) == BATCH_BLOCKS:
+                        enough = True
                         break
         mine = list(claimed)
         if mine:

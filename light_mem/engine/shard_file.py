@@ -147,7 +147,8 @@ class ShardFile:
         self._bytes = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
-        self._written = np.full(geometry.slots, -np.inf)  # when this process last wrote a slot
+        self._written_at = np.full(geometry.slots, -np.inf)  # when this process last wrote a slot
+        self._written = self._written_at.data
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
@@ -175,14 +176,15 @@ class ShardFile:
                 self._dropper.wrote(span)
             return
         start, length = run
-        written = self._written[start : start + length]
         now = time.monotonic()
-        if now - written.min() < DIRTY_SECONDS:
+        # The ends stand for the run: where slots between them are older, some faults are all.
+        oldest = min(self._written[start], self._written[start + length - 1])
+        if now - oldest < DIRTY_SECONDS:
             copier.gather(place, MappedSink(self.bytes(start, length)), checksum, stopped)
         else:
             at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
             copier.gather(place, FileSink(self._data_fd, at), checksum, stopped)
-        written[:] = now
+        self._written_at[start : start + length] = now
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

@@ -17,20 +17,21 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from operator import add
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.engine.affinity import bind
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.places import Bytes2D, Regions, Rows
+from light_mem.engine.places import Bytes2D, Regions, RowNumbers, Rows
 from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.task_table import (
     ABORTED,
-    CELL,
     COPIED,
     FINISHED,
     READ,
@@ -48,10 +49,7 @@ log = logging.getLogger("light_mem")
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
 
-_LOW, _HIGH, _NBYTES, _PAGES, _COUNT, _ROW, _MODE, _REGIONS = (
-    (CELL.names or ()).index(name)
-    for name in "low high nbytes pages count row mode regions".split()
-)
+_SPREAD = 8  # how many page indices of others are copied for one that is wanted
 
 _COUNTERS = {
     Outcome.STORED: "blocks_written",
@@ -107,10 +105,11 @@ class Worker:
         """Do one batch of claimed cells, all of one mode."""
         table, number = self._table, self._number
         states_at, states = table.states_at, table.map
-        listed = table.cells[cells].tolist()
-        batch = [self._block(cell) for cell in listed]
-        rows: list[int] = [cell[_ROW] for cell in listed]
-        reading = listed[0][_MODE] == READ
+        records = table.cells[cells]  # a copy: of one moment
+        batch = self._blocks(records)
+        lengths: list[int] = records["nbytes"].tolist()
+        rows: list[int] = records["row"].tolist()
+        reading = int(records["mode"][0]) == READ
         left = Counter(rows)  # a task may end before the batch does
         tally: dict[Outcome, int] = defaultdict(int)
         moved = 0
@@ -138,7 +137,7 @@ class Worker:
                 return
             tally[outcome] += 1
             if outcome is Outcome.LOADED or outcome is Outcome.STORED:
-                moved += listed[at][_NBYTES]
+                moved += lengths[at]
             row = rows[at]
             left[row] -= 1
             if not left[row]:
@@ -156,15 +155,41 @@ class Worker:
             self._engine.write(batch, report, stop)
         count()
 
-    def _block(self, cell: tuple[int, ...]) -> BlockIO:
-        low, high, first, count = cell[_LOW], cell[_HIGH], cell[_PAGES], cell[_COUNT]
+    def _blocks(self, records: npt.NDArray[np.void]) -> list[BlockIO]:
+        """What to move for the cells of a batch."""
+        keys = zip(records["low"].tolist(), records["high"].tolist(), strict=True)
+        firsts, counts = records["pages"].tolist(), records["count"].tolist()
+        if records["regions"].any():
+            kinds = records["regions"].tolist()
+            places = [
+                self._regions(first, count)
+                if kind
+                else Rows(self._memory, *self._pages([first], [count]))
+                for first, count, kind in zip(firsts, counts, kinds, strict=True)
+            ]
+            return [BlockIO(*key, place) for key, place in zip(keys, places, strict=True)]
+        return [
+            BlockIO(low, high, Rows(self._memory, pages))
+            for (low, high), pages in zip(keys, self._pages(firsts, counts), strict=True)
+        ]
+
+    def _pages(self, firsts: list[int], counts: list[int]) -> list[RowNumbers]:
+        """Copies of the page indices of several blocks. The blocks of a task have theirs next to
+        each other, so it is one copy where that is not much more than what is wanted."""
         words = self._table.pages
-        if cell[_REGIONS]:
-            table = words[first : first + count * WORDS_PER_REGION].copy().view(np.uint64)
-            regions = list(zip(table[::2].tolist(), table[1::2].tolist(), strict=True))
-            return BlockIO(low, high, Regions(self._flat, regions))
-        pages = words[first : first + count].astype(np.intp)
-        return BlockIO(low, high, Rows(self._memory, pages))
+        start, end = min(firsts), max(map(add, firsts, counts))
+        if end - start > _SPREAD * sum(counts):
+            return [
+                words[at : at + n].astype(np.intp) for at, n in zip(firsts, counts, strict=True)
+            ]
+        pages = words[start:end].astype(np.intp)
+        return [pages[at - start : at - start + n] for at, n in zip(firsts, counts, strict=True)]
+
+    def _regions(self, first: int, count: int) -> Regions:
+        words = self._table.pages[first : first + count * WORDS_PER_REGION].copy()
+        table = words.view(np.uint64)
+        pairs = zip(table[::2].tolist(), table[1::2].tolist(), strict=True)
+        return Regions(self._flat, list(pairs))
 
 
 def _allow_descriptors() -> None:

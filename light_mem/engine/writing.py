@@ -49,6 +49,8 @@ class Writer:
         self._flush = flush
         self._copier = copier
         self._geometry = engine.geometry
+        # The stamp of the shard in hand when none of its keys was stored.
+        self._all_new: tuple[int, int] | None = None
         # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
         self._orphans: dict[int, list[int]] = {}
 
@@ -124,8 +126,8 @@ class Writer:
         wanted: list[tuple[int, int]] = []  # position, slots
         with self._engine.change(shard) as (index, file):
             self._give_back_orphans(shard, index, file)
-            keys = [batch[at][:2] for at in positions]
-            for at, stored in zip(positions, index.find_many(keys), strict=True):
+            found = index.find_many([batch[at][:2] for at in positions])
+            for at, stored in zip(positions, found, strict=True):
                 nbytes = batch[at].nbytes
                 slots = self._geometry.slots_of(nbytes)
                 if stored >= 0 and index.entries["nbytes"][stored] == nbytes:
@@ -143,6 +145,7 @@ class Writer:
             if evicted:
                 file.clear_records(evicted)
             index.mark_many(given, self._owner.number)
+            self._all_new = index.stamp() if max(found) < 0 else None
         for at, outcome in outcomes:
             report(at, outcome)
         taken = [(at, where) for (at, _), where in zip(wanted, given, strict=False)]
@@ -219,8 +222,9 @@ class Writer:
         """Publish blocks of different keys, unless another process was faster."""
         keys = [block[:2] for _, block in blocks]
         outcomes = [(at, Outcome.STORED) for at, _ in blocks]
-        stored = index.find_many(keys)
-        if max(stored) >= 0:
+        still_new = index.stamp() == self._all_new
+        stored = [] if still_new else index.find_many(keys)
+        if stored and max(stored) >= 0:
             left = []
             for n, slot in enumerate(stored):
                 at, block = blocks[n]

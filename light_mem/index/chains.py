@@ -27,6 +27,13 @@ class Chains:
         self._low, self._high = entries["low"], entries["high"]
         self._mask = len(heads) - 1
 
+    def begun(self, keys: KeyArray) -> npt.NDArray[np.bool_]:
+        """Which keys' chains hold any entry at all, bool [n]."""
+        return np.asarray(self._heads[self._buckets(keys)] != 0)
+
+    def _buckets(self, keys: KeyArray) -> Slots:
+        return np.asarray(keymath.mix(keys) & np.uint64(self._mask), np.int64)
+
     def put_in(self, slot: int, low: int, high: int, tag: int) -> None:
         """Make the block of an entry, whose other fields are in place, visible."""
         bucket = keymath.mix_one(low, high) & self._mask
@@ -36,7 +43,7 @@ class Chains:
 
     def put_in_many(self, slots: Slots, keys: KeyArray, tags: npt.NDArray[np.uint64]) -> None:
         """`put_in` for different blocks."""
-        buckets = (keymath.mix(keys) & np.uint64(self._mask)).astype(np.int64)
+        buckets = self._buckets(keys)
         if not _all_differ(buckets):
             for slot, (low, high), tag in zip(
                 slots.tolist(), keys.tolist(), tags.tolist(), strict=True
@@ -59,7 +66,7 @@ class Chains:
                 self.cut_out(slot)
             return
         keys = np.stack([self._low[slots], self._high[slots]], axis=1)
-        buckets = (keymath.mix(keys) & np.uint64(self._mask)).astype(np.int64)
+        buckets = self._buckets(keys)
         # Two of one chain may follow each other: each cut must see the one before.
         first = self._heads[buckets] == slots + 1
         if not _all_differ(buckets):

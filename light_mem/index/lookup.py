@@ -28,6 +28,7 @@ SCALAR_LIMIT = 6  # up to here Python ints are faster than numpy calls; measured
 
 _W64 = {name: ENTRY.fields[name][1] // 8 for name in ("low", "high", "tag", "used")}  # type: ignore[index]
 _W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next")}  # type: ignore[index]
+_MASK64 = np.uint64(STATE_MASK)
 _ENTRY64 = ENTRY.itemsize // 8
 _ENTRY32 = ENTRY.itemsize // 4
 LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
@@ -54,6 +55,9 @@ class Lookup:
         e = file.entries
         self._low, self._high, self._tag = e["low"], e["high"], e["tag"]
         self._next, self._used = e["next"], e["used"]
+        self._columns = [
+            e[name] for name in ("low", "high", "checksum", "nbytes", "run", "next_run")
+        ]
         self._unlinks = file.control["unlinks"]
 
     def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.int64]:
@@ -173,25 +177,36 @@ class Lookup:
                 for entry, (low, high) in zip(entries, keys, strict=True)
             ]
         at = np.array(entries, np.int64)
-        tags = self._tag[at].tolist()
-        records = f.entries[at].tolist()
-        same = self._tag[at].tolist()  # after the copy: it was of one block
-        located: list[Location | None] = []
-        for entry, (low, high), tag, after, record in zip(
-            entries, keys, tags, same, records, strict=True
-        ):
-            shard, slot = divmod(entry, f.slots)
-            its_low, its_high, _, checksum, nbytes, _, run, next_run = record[:8]
-            one_run = run and not next_run and slot + run <= f.slots
-            if entry < 0:
-                located.append(None)
-            elif not one_run or f.geometry.slots_of(nbytes) != run:
-                located.append(self.locate(entry, low, high))  # in several runs, or damaged
-            elif tag != after or tag & STATE_MASK != LIVE or its_low != low or its_high != high:
-                located.append(None)
-            else:
-                located.append(Location(entry, shard, slot, tag, checksum, nbytes, [(slot, run)]))
-        return located
+        wanted = np.array(keys, np.uint64)
+        columns = self._columns
+        tags = self._tag[at]
+        low, high, checksums, nbytes, run, next_run = [column[at] for column in columns]
+        same = self._tag[at] == tags  # after the copies: they were of one block
+        shards, slots = np.divmod(at, f.slots)
+        room = run * np.uint64(f.geometry.page_bytes)
+        fits = (nbytes <= room) & (nbytes + np.uint64(f.geometry.page_bytes) > room)
+        fits &= (run > 0) & (next_run == 0) & (slots + run <= f.slots)
+        its = (low == wanted[:, 0]) & (high == wanted[:, 1]) & ((tags & _MASK64) == LIVE)
+        whole = fits & its & same & (at >= 0)
+        return [
+            Location(entry, shard, slot, tag, checksum, length, [(slot, count)])
+            if good
+            else self.locate(entry, *key)  # in several runs, gone, or damaged
+            if entry >= 0
+            else None
+            for good, entry, shard, slot, tag, checksum, length, count, key in zip(
+                whole.tolist(),
+                entries,
+                shards.tolist(),
+                slots.tolist(),
+                tags.tolist(),
+                checksums.tolist(),
+                nbytes.tolist(),
+                run.tolist(),
+                keys,
+                strict=True,
+            )
+        ]
 
     def runs(
         self, shard: int, slot: int, nbytes: int | None = None

@@ -104,8 +104,22 @@ class ShardIndex:
     def find_many(self, keys: list[Key]) -> list[int]:
         """First slots of the stored blocks of these keys of this shard, -1: not stored."""
         first = self.shard * self._f.slots
-        entries = self._lookup.find_each(keys, touch=False)
-        return [-1 if entry < 0 else entry - first for entry in entries]
+        if len(keys) <= FEW:
+            entries = self._lookup.find_each(keys, touch=False)
+            return [-1 if entry < 0 else entry - first for entry in entries]
+        slots = [-1] * len(keys)
+        # Most keys of a write are new, and where blocks are of many pages most chains are empty.
+        some = np.flatnonzero(self._chains.begun(np.array(keys, np.uint64))).tolist()
+        found = self._lookup.find_each([keys[at] for at in some], touch=False)
+        for at, entry in zip(some, found, strict=True):
+            slots[at] = -1 if entry < 0 else entry - first
+        return slots
+
+    def stamp(self) -> tuple[int, int]:
+        """Another one when a block of this shard may have been stored since; asked in a hold."""
+        # A holder that died after a block was in its chain, and before it was counted, makes the
+        # next one put the shard in order, which counts as cuts of chains.
+        return int(self._control["inserts"][0]), int(self._control["unlinks"][0])
 
     # --- room ------------------------------------------------------------------------------------
 
