@@ -99,7 +99,7 @@ class LocalCacheService(CacheService):
         page_bytes, num_pages = _tensor_sizes(kvcache)
         per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, per_block)
-        check_descriptors(num_of_shard)
+        check_descriptors(num_of_shard, dropping=page_cache == cache_policy.DROP)
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)

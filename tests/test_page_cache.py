@@ -149,13 +149,13 @@ def test_damage_is_found(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_pages_wait_to_be_dropped_costs_nothing(tmp_path: Path) -> None:
-    with rig(tmp_path, pages=512, page_bytes=64 << 10, slots=1024, workers=2,
+    with rig(tmp_path, pages=128, page_bytes=64 << 10, slots=256, workers=2,
              page_cache="drop") as r:  # fmt: skip
-        hashes = [f"block {n}" for n in range(512)]
+        hashes = [f"block {n}" for n in range(128)]
         for page, key in enumerate(hashes):
             r.fill(key, [page])
         first = r.service.worker_pids
-        task = r.service.create("write", hashes, range(512))
+        task = r.service.create("write", hashes, range(128))
         wait_until(lambda: task.count(State.Finished) > 20)
         for pid in first:
             os.kill(pid, signal.SIGKILL)

@@ -43,7 +43,8 @@ class Watched(light_mem.LocalCacheService):
     """A service whose worker runs in this process, one batch at a time."""
 
     def __init__(self, directory: Path, kv: Any, slots: int, shards: int) -> None:
-        super().__init__(directory, slots * PAGE_BYTES, shards, kv, 1)
+        # A small table: all of it is compared.
+        super().__init__(directory, slots * PAGE_BYTES, shards, kv, 1, max_blocks=512)
         table = self.table
         self._worker_engine = LocalStorageEngine(directory, kind="worker")
         self._worker_lock = RangeLock(table.lock_path())
