@@ -6,11 +6,14 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from light_mem import blocks
 from light_mem.client import CacheClient
+from light_mem.engine import page_cache as cache_policy
+from light_mem.engine.affinity import place_workers
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
@@ -52,6 +55,11 @@ class LocalCacheService(CacheService):
     verify          check each block's checksum when it is read
     durability      "kernel": the kernel writes when it likes; what a power cut takes is a miss.
                     "flush": Finished means on the device
+    page_cache      "keep": the kernel decides which blocks stay in its page cache. "drop": what
+                    was written or read is written out and dropped, for stores larger than memory
+                    beside other users of the page cache
+    worker_cpus     None: workers run anywhere. "spread": each has a core of its own, on the NUMA
+                    nodes in turn. A list with one element a worker: a CPU number, or several
     max_blocks      capacity of the task table: blocks that each process may have in tasks
     create_timeout  seconds that `create` waits for room in a full task table
 
@@ -68,6 +76,8 @@ class LocalCacheService(CacheService):
         *,
         verify: bool = True,
         durability: str = "kernel",
+        page_cache: str = "keep",
+        worker_cpus: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
@@ -81,13 +91,15 @@ class LocalCacheService(CacheService):
             raise InvalidArgumentError(
                 f'durability is "kernel" or "flush", not {durability!r}', durability=durability
             )
+        page_cache = cache_policy.choose(page_cache)
+        cpus = place_workers(worker_cpus, num_workers)
         directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
         page_bytes, num_pages = _tensor_sizes(kvcache)
         per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, per_block)
-        check_descriptors(num_of_shard)
+        check_descriptors(num_of_shard, dropping=page_cache == cache_policy.DROP)
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)
@@ -121,6 +133,8 @@ class LocalCacheService(CacheService):
                 source,
                 verify=verify,
                 durability=durability,
+                page_cache=page_cache,
+                cpus=cpus,
                 is_stored=engine.is_stored,
                 recover=engine.recover,
             )
@@ -134,7 +148,14 @@ class LocalCacheService(CacheService):
         )
         if log.isEnabledFor(logging.INFO):
             line = start_line(
-                directory, engine.geometry, table, source, verify=verify, durability=durability
+                directory,
+                engine.geometry,
+                table,
+                source,
+                verify=verify,
+                durability=durability,
+                page_cache=page_cache,
+                cpus=cpus,
             )
             log.info("%s", line)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import light_mem
+from light_mem.engine.affinity import text_of
 from light_mem.filesystem import file_system
 from light_mem.index.format import FORMAT_VERSION
 
@@ -28,6 +30,8 @@ def start_line(
     *,
     verify: bool,
     durability: str,
+    page_cache: str,
+    cpus: Sequence[Sequence[int]] | None,
 ) -> str:
     """Everything about a service in one line: versions, store, tensor, workers, settings."""
     h, g = table.header[0], geometry
@@ -38,7 +42,8 @@ def start_line(
         f"(id {g.store_id}, {kind or 'unknown file system'} at {mount or '?'}), {g.shards} shards "
         f"of {g.slots} slots of {g.page_bytes} bytes, storage_size {g.storage_size}; KV tensor "
         f"{int(h['num_pages'])} pages of {int(h['page_bytes'])} bytes, {memory_text(source)}, "
-        f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers, "
+        f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers on "
+        f"{cpus_text(cpus)}, page_cache {page_cache}, "
         f"durability {durability}, verify {verify}, max_blocks {table.sizes.cells}; pid "
         f"{os.getpid()}, Python {platform.python_version()}, {versions}, {platform.platform()}"
     )
@@ -52,6 +57,11 @@ def memory_text(source: MemorySource) -> str:
         return os.readlink(f"/proc/self/fd/{source.fd}").removesuffix(" (deleted)")
     except OSError:
         return "shared memory"
+
+
+def cpus_text(cpus: Sequence[Sequence[int]] | None) -> str:
+    """Which CPUs the workers are bound to, one list a worker."""
+    return "any CPU" if cpus is None else "CPUs " + " ".join(f"[{text_of(c)}]" for c in cpus)
 
 
 def version_of(package: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ],
         *["--shapes", "0", "--contestants", "baseline", "lightmem", "plain", "cpp-lightmem"],
         *["--directory", str(place), "--json", str(place / "out.json")],
+        *["--csv", str(place / "out.csv")],
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "checks of stores passed" in ran.stdout
     # Nothing but what was asked for stays: the stores are gone.
-    assert [p.name for p in place.iterdir()] == ["out.json"]
+    assert sorted(p.name for p in place.iterdir()) == ["out.csv", "out.json"]
+    with (place / "out.csv").open() as file:
+        lines = {(row["part"], row["of"], row["figure"]): row["value"] for row in DictReader(file)}
     found: dict[str, Any] = json.loads((place / "out.json").read_text())
+    assert float(lines["entries", "1000", "open ms"]) == found["entries"]["1000"]["open ms"]
     return found
 
 
@@ -102,6 +107,17 @@ def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:
     assert list(by_servers) == ["LightMem, 1", "LightMem, 2"]
     for works in by_servers.values():
         assert works["write"]["GBps"] > 0 < works["read"]["GBps"]
+
+
+def test_what_growth_costs_is_a_share_of_the_smallest_number(results: dict[str, Any]) -> None:
+    by_servers = results["servers"]["246 KB"]
+    rates = [works["write"]["GBps"] for works in by_servers.values()]
+    assert results["flatness"]["servers: write of 246 KB"] == {"1": 1.0, "2": rates[1] / rates[0]}
+
+
+def test_private_memory_is_not_that_of_the_mapped_shards(results: dict[str, Any]) -> None:
+    [column] = results["process"].values()
+    assert 5 < column["most private memory of a worker MB"] < 60
 
 
 def test_plots_are_drawn_or_said_to_be_missing(

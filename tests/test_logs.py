@@ -118,7 +118,8 @@ def test_the_line_at_start_has_what_a_bug_report_needs(
         assert "\n" not in line
         for part in (
             light_mem.__version__, str(tmp_path / "store"), "format 1", "2 shards of 128 slots",
-            "32 pages of 4096 bytes", "64 pages a block", "3 workers", "durability flush",
+            "32 pages of 4096 bytes", "64 pages a block", "3 workers on any CPU",
+            "durability flush", "page_cache keep",
             "verify False", "max_blocks 65536", "memfd", f"Python {platform.python_version()}",
             f"numpy {numpy.__version__}", f"torch {torch.__version__}", platform.release(),
         ):  # fmt: skip

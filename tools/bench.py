@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import psutil
-from benchmark import growth, latency, machine, plots, process, queries, report, rivals
+from benchmark import flatness, growth, latency, machine, plots, process, queries, report, rivals
 from benchmark.copies import bench_shape
 from benchmark.plan import SHAPES
 from benchmark.run import Run
@@ -48,10 +48,13 @@ def parse() -> argparse.Namespace:
     shapes = ", ".join(f"{n}: {shape.name}" for n, shape in enumerate(SHAPES))
     add("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), metavar="N", help=shapes)
     add("--max-entries", type=int, help="largest index (10,000,000; quick: 10,000)")
+    add("--max-seconds", type=float, default=900.0, help="of entries, about (%(default)s)")
+    add("--entry-bytes", type=int, default=64, help="block size of entries (%(default)s)")
     add("--seed", type=int, default=0, help="of the page order (%(default)s)")
     add("--cpp-lightmem", metavar="PATH", help="folder that holds the C++ package light_mem")
     add("--directory", type=Path, help="where the stores go (default: temporary)")
     add("--json", type=Path, help="write all figures there")
+    add("--csv", type=Path, help="write all figures there, one a line")
     add("--plots", type=Path, metavar="DIR", help="draw PNG files there")
     return parser.parse_args()
 
@@ -76,6 +79,8 @@ def main() -> None:
             quick=quick,
             cpp_lightmem=args.cpp_lightmem,
             max_entries=int(default(args.max_entries, 10**7, 10**4)),
+            max_seconds=args.max_seconds,
+            entry_bytes=args.entry_bytes,
         )
         run.results["machine"] = machine.describe(run.directory)
         run.results["options"] = {k: str(v) for k, v in vars(args).items()}
@@ -99,10 +104,14 @@ def main() -> None:
             else:
                 run.results[part] = growth.bench_growth(run, part)
             report.show_part(run, part)
+    run.results["flatness"] = flatness.of(run.results)
     run.results["seconds"] = time.perf_counter() - started
+    report.show_flatness(run)
     report.show_end(run)
     if args.json:
         args.json.write_text(json.dumps(run.results, indent=1) + "\n")
+    if args.csv:
+        flatness.write_csv(run.results, args.csv)
     if args.plots:
         run.say(plots.draw(run.results, args.plots))
 

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from light_mem.engine.base import (
     never,
 )
 from light_mem.engine.copy import Copier
+from light_mem.engine.dropping import Dropper
 from light_mem.engine.reading import Reader
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
@@ -68,6 +69,7 @@ class LocalStorageEngine(StorageEngine):
         kind: str,
         verify: bool = True,
         durability: str = "kernel",
+        page_cache: str = "keep",
     ) -> None:
         """Open a store that `open_store` has prepared; `kind` names this process to operators."""
         self.directory = Path(directory)
@@ -85,6 +87,7 @@ class LocalStorageEngine(StorageEngine):
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
         self._copier = Copier()
+        self._dropper = Dropper(geometry.page_bytes) if page_cache == "drop" else None
         self._closed = False
         self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
@@ -96,7 +99,7 @@ class LocalStorageEngine(StorageEngine):
         except BaseException:
             self._owners.close()
             raise
-        self._reader = Reader(self, self._files, self._copier, verify)
+        self._reader = Reader(self, self._files, self._copier, verify, self._dropper)
         self._writer = Writer(self, self._owner, self._copier, flush=durability == "flush")
 
     @classmethod
@@ -176,10 +179,24 @@ class LocalStorageEngine(StorageEngine):
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
         self._writer.write(batch, report, stop)
+        if self._dropper is not None:
+            self._drop(self._dropper.keep_up)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
         self._reader.read(batch, report, stop)
+
+    def rest(self) -> bool:
+        """For a worker without work: do one piece of what can wait; whether there was any."""
+        return self._dropper is not None and bool(self._drop(self._dropper.drop_next))
+
+    def _drop(self, step: Callable[[], bool | None]) -> bool | None:
+        """The blocks are stored: what fails here costs page cache, and is said."""
+        try:
+            return step()
+        except OSError as error:
+            self.limited.warning("%s: writing out failed: %s", self.directory, str(error))
+            return True
 
     # --- taking blocks out -----------------------------------------------------------------------
 
@@ -309,6 +326,8 @@ class LocalStorageEngine(StorageEngine):
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
+        if self._dropper is not None:
+            self._drop(self._dropper.finish)
         self.limited.flush()
         for file in self._files.values():
             file.close()
@@ -346,5 +365,7 @@ class LocalStorageEngine(StorageEngine):
             with self._files_guard:
                 file = self._files.get(shard)
                 if file is None:
-                    file = self._files[shard] = ShardFile(self.directory, self.geometry, shard)
+                    file = self._files[shard] = ShardFile(
+                        self.directory, self.geometry, shard, self._dropper
+                    )
         return file

@@ -36,6 +36,7 @@ log = logging.getLogger("light_mem")
 MAX_SHARDS = 1000
 # The data file, what its mapping and that of the records keep, and the lock.
 DESCRIPTORS_PER_SHARD = 4
+DROPPING_DESCRIPTORS_PER_SHARD = 5  # one that reads past the page cache
 
 
 def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
@@ -63,14 +64,15 @@ def make_directory(directory: Path) -> None:
         ) from None
 
 
-def descriptors_for(shards: int) -> int:
+def descriptors_for(shards: int, dropping: bool = False) -> int:
     """Descriptors that a process with all shards mapped needs, its own few among them."""
-    return DESCRIPTORS_PER_SHARD * shards + 64
+    a_shard = DROPPING_DESCRIPTORS_PER_SHARD if dropping else DESCRIPTORS_PER_SHARD
+    return a_shard * shards + 64
 
 
-def check_descriptors(shards: int) -> None:
+def check_descriptors(shards: int, dropping: bool = False) -> None:
     """Raise InvalidArgumentError when this process may not open the files of so many shards."""
-    needed = descriptors_for(shards)
+    needed = descriptors_for(shards, dropping)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise InvalidArgumentError(

@@ -13,7 +13,7 @@ import selectors
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from light_mem.engine import program, worker
 from light_mem.engine.kvmemory import MemorySource
@@ -52,6 +52,8 @@ class WorkerPool:
         *,
         verify: bool,
         durability: str,
+        page_cache: str = "keep",
+        cpus: Sequence[Sequence[int]] | None = None,
         is_stored: Callable[[int, int, int], bool],
         recover: Callable[[], int],
     ) -> None:
@@ -59,7 +61,8 @@ class WorkerPool:
         self._queue = queue
         self._count = count
         self._memory = memory
-        self._settings = {"verify": verify, "durability": durability}
+        self._settings = {"verify": verify, "durability": durability, "page_cache": page_cache}
+        self._cpus = cpus  # of each worker; who takes the place of a dead one has its CPUs
         self._is_stored = is_stored
         self._recover = recover
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -127,6 +130,7 @@ class WorkerPool:
             "table_path": self._table.path,
             "memory": self._memory._asdict(),
             "log_level": log.getEffectiveLevel(),
+            "cpus": self._cpus[number - 1] if self._cpus else None,
             **self._settings,
         }
         descriptors = [self._table.fd]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.dropping import Dropper
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
@@ -34,6 +35,7 @@ class Reader:
         files: Mapping[int, ShardFile],
         copier: Copier,
         verify: bool,
+        dropper: Dropper | None,
     ) -> None:
         """`files`: those that the engine has open by now."""
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
@@ -42,12 +44,15 @@ class Reader:
         self._copier = copier
         self._verify = verify
         self._files = files
+        self._dropper = dropper
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.read`."""
         keys = [block[:2] for block in batch]
         entries = self._lookup.find_each(keys)
         located = self._lookup.locate_many(entries, keys)
+        if self._dropper is not None:
+            self._plan(self._dropper, located)
         for at, where in enumerate(located):
             try:
                 if where is not None:
@@ -61,6 +66,22 @@ class Reader:
                 engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
                 outcome = Outcome.FAILED
             report(at, outcome)
+
+    def _plan(self, dropper: Dropper, located: Sequence[Location | None]) -> None:
+        """Say what a batch reads, so that the device is kept busy."""
+        spans = []
+        try:
+            for where in located:
+                if where is not None:
+                    left = where.nbytes
+                    file = self._engine.file(where.shard)
+                    for run in where.runs:
+                        nbytes = min(left, run[1] * file.page_bytes)
+                        spans.append(file.read_span(run, nbytes))
+                        left -= nbytes
+        except (OSError, StoreFormatError):
+            pass  # the reads themselves say what is wrong, each for its block
+        dropper.plan(spans)
 
     def _load(self, block: BlockIO, where: Location, stopped: Callable[[], bool]) -> Outcome:
         low, high, place = block
@@ -82,8 +103,10 @@ class Reader:
         try:
             for start, length in where.runs:
                 end = min(nbytes, done + length * file.page_bytes)
-                self._copier.scatter(
-                    file.bytes(start, length)[: end - done],
+                file.scatter(
+                    self._copier,
+                    (start, length),
+                    end - done,
                     place if single else place.part(done, end),
                     checksum,
                     stopped,

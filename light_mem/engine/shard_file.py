@@ -19,8 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from light_mem.engine import page_cache
 from light_mem.engine.copy import Copier, FileSink, MappedSink
+from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
+from light_mem.engine.read_ahead import Span, open_direct
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
@@ -118,9 +121,13 @@ class ShardFile:
     """A shard's pages and records in this process. Any process may hold one; slots are written
     only by the process whose intents name them, records only by it or under the shard's lock."""
 
-    def __init__(self, directory: Path, geometry: Geometry, shard: int) -> None:
+    def __init__(
+        self, directory: Path, geometry: Geometry, shard: int, dropper: Dropper | None = None
+    ) -> None:
+        """With a `dropper`, what is moved goes past the page cache and not through the mapping."""
         self.page_bytes = geometry.page_bytes
         self.shard = shard
+        self._dropper = dropper
         self._data, self._data_fd = _map(
             data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
         )
@@ -132,6 +139,11 @@ class ShardFile:
             os.close(self._data_fd)
             raise
         os.close(descriptor)  # a mapping keeps one of its own: three a shard are enough
+        self._direct_fd = -1
+        if dropper is not None:
+            self._direct_fd = open_direct(data_path(directory, shard))
+            if self._direct_fd < 0:
+                page_cache.read_no_further(self._data_fd)
         self._bytes = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
@@ -156,6 +168,13 @@ class ShardFile:
         written to the device since, for it protects them to notice the next store (measured with
         two writers of 60 MB blocks: 10 to 11 GB/s while they are dirty, 4.0 after; `pwrite` 5.3).
         """
+        if self._dropper is not None:
+            span = self.span(run, place.nbytes)
+            try:
+                copier.gather(place, FileSink(span.descriptor, span.at), checksum, stopped)
+            finally:
+                self._dropper.wrote(span)
+            return
         start, length = run
         now = time.monotonic()
         # The ends stand for the run: where slots between them are older, some faults are all.
@@ -166,6 +185,36 @@ class ShardFile:
             at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
             copier.gather(place, FileSink(self._data_fd, at), checksum, stopped)
         self._written_at[start : start + length] = now
+
+    def expect(self, runs: Sequence[tuple[int, int]]) -> None:
+        """These slots are written soon: what their ends share with others is read meanwhile."""
+        if self._dropper is not None and self.page_bytes % mmap.PAGESIZE:
+            for run in runs:
+                page_cache.read_edges(*self.span(run, run[1] * self.page_bytes))
+
+    def scatter(
+        self,
+        copier: Copier,
+        run: tuple[int, int],
+        nbytes: int,
+        place: Place,
+        checksum: xxhash.xxh3_64 | None,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError."""
+        if self._dropper is not None:
+            self._dropper.read(self.read_span(run, nbytes), copier, place, checksum, stopped)
+        else:
+            copier.scatter(self.bytes(*run)[:nbytes], place, checksum, stopped)
+
+    def span(self, run: tuple[int, int], nbytes: int) -> Span:
+        """Where in the data file the first `nbytes` of a run of slots lie."""
+        return Span(self._data_fd, fmt.SHARD_HEADER_BYTES + run[0] * self.page_bytes, nbytes)
+
+    def read_span(self, run: tuple[int, int], nbytes: int) -> Span:
+        """The same, for reading past the page cache."""
+        span = self.span(run, nbytes)
+        return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
 
     def bytes(self, start: int, length: int) -> Bytes1D:
         """The mapped bytes of a run of slots, uint8 [length * page_bytes]."""
@@ -209,10 +258,11 @@ class ShardFile:
         _sync_map(self._slots)
 
     def close(self) -> None:
-        """Close the descriptor; the mappings go with the last array over them."""
-        if self._data_fd >= 0:
-            os.close(self._data_fd)
-        self._data_fd = -1
+        """Close the descriptors; the mappings go with the last array over them."""
+        for descriptor in (self._data_fd, self._direct_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._data_fd = self._direct_fd = -1
 
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has none

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from light_mem.engine.affinity import bind
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
@@ -102,7 +103,7 @@ class Worker:
                 self.do(cells)
             elif table.shutdown:
                 return
-            else:
+            elif not self._engine.rest():
                 table.futex.wait(table.work_word, seen, IDLE_SECONDS)
 
     def do(self, cells: Sequence[int]) -> None:
@@ -214,6 +215,8 @@ def main(config: dict[str, Any]) -> None:
         return
     _allow_descriptors()
     logging.basicConfig(stream=sys.stderr, level=config["log_level"], format=LOG_FORMAT)
+    if config["cpus"]:
+        bind(config["cpus"])  # before any memory is used: it then comes from the worker's node
     table = TaskTable(config["table_fd"], None)
     source = MemorySource(**config["memory"])
     page_bytes = int(table.header["page_bytes"][0])
@@ -223,6 +226,7 @@ def main(config: dict[str, Any]) -> None:
         kind="worker",
         verify=config["verify"],
         durability=config["durability"],
+        page_cache=config["page_cache"],
     )
     # A descriptor of its own: the inherited one shares its locks with the server and all workers.
     lock = RangeLock(config["table_path"] or f"/proc/self/fd/{config['table_fd']}")

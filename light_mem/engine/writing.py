@@ -163,6 +163,8 @@ class Writer:
         file = self._engine.file(shard)
         page_bytes = self._geometry.page_bytes
         written: dict[int, Written] = {}
+        for _, where in taken:
+            file.expect(where.runs)
         for at, where in taken:
             low, high, place = batch[at]
             checksum = new_checksum(low, high)

@@ -10,6 +10,10 @@ copies       first fill, steady write, cached read, mixed, cold read, by block s
 latency      one block at a time, call to data
 queries      look-ups, `create`, `ready`, opening, by entries
 growth       throughput by entries, shards, workers and servers
+flatness     what growth costs: shares of the smallest number; figures as CSV
+resident     how much of a file is in the page cache
+memory_limit a control group with a memory limit (tools/bench_beyond_memory.py)
+sharing      locks, system calls and cache lines of a batch (tools/count_sharing.py)
 process      start, idle use, memory
 report       tables, ratios first
 plots        PNG

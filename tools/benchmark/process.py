@@ -27,7 +27,7 @@ def bench_process(run: Run) -> dict[str, Any]:
         place = run.place()
         with run.tensor(plan) as (kv, _):
             own = psutil.Process()
-            before = own.memory_full_info().uss
+            before = _private(own.pid)
             with light_mem.LocalCacheService(
                 place, (plan.blocks + 4) * plan.shape.block_bytes, 4, kv, workers
             ) as service:
@@ -48,16 +48,17 @@ def _memory(
 ) -> dict[str, Any]:
     """The most private memory while blocks are written and read, looked at some 50 times a second.
 
-    Private to a process, so the KV tensor and the page cache of the store do not count.
+    Anonymous memory: neither the KV tensor nor the page cache of the store counts. (USS would count
+    pages of the mapped shards, as long as no other process has mapped the same ones.)
     """
-    workers = [psutil.Process(pid) for pid in service.worker_pids]
+    workers = service.worker_pids
     most = {"worker": 0, "server": 0}
     stop = threading.Event()
 
     def look() -> None:
         while not stop.wait(0.02):
-            most["worker"] = max(most["worker"], *(p.memory_full_info().uss for p in workers))
-            most["server"] = max(most["server"], own.memory_full_info().uss - before)
+            most["worker"] = max(most["worker"], *map(_private, workers))
+            most["server"] = max(most["server"], _private(own.pid) - before)
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -72,6 +73,17 @@ def _memory(
         "most private memory of a worker MB": most["worker"] / 1e6,
         "most private memory that the service adds to its server MB": most["server"] / 1e6,
     }
+
+
+def _private(pid: int) -> int:
+    """Bytes of a process's private memory that no file lies behind; 0 when it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
 
 
 def _idle(service: Any, seconds: float) -> dict[str, Any]:

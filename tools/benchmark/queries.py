@@ -16,23 +16,34 @@ from bench_recovery import make_store
 from benchmark.run import Run
 from benchmark.samples import median_of
 
-_PAGE = 64  # bytes: a store of many entries is then mostly index
 _MOVED = 8192  # blocks a pass
 
 
 def bench_entries(run: Run) -> dict[str, Any]:
-    """By number of entries, 1e3 upwards; the stores are written by `bench_recovery.make_store`."""
-    out = {}
+    """By number of entries, 1e3 upwards; the stores are written by `bench_recovery.make_store`.
+
+    A size is left out when ten times what the last one took more than the first would go beyond
+    `max_seconds`.
+    """
+    out: dict[str, Any] = {}
+    expected, base = 0.0, 0.0
+    begun = time.perf_counter()
     for entries in (10**n for n in range(3, 8) if 10**n <= run.max_entries):
+        if time.perf_counter() - begun + expected > run.max_seconds:
+            run.say(f"  {entries:>10,} entries: left out, some {expected:.0f} s (--max-seconds)")
+            break
         place = run.place()
         started = time.perf_counter()
-        make_store(place / "store", entries, _PAGE, 1)
+        make_store(place / "store", entries, run.entry_bytes, 1)
         made = time.perf_counter() - started
         try:
             out[str(entries)] = _of_store(run, place / "store", entries)
         finally:
             shutil.rmtree(place)
-        run.say(f"  {entries:>10,} entries: made in {made:.1f} s")
+        taken = time.perf_counter() - started
+        base = base or taken
+        expected = base + 10 * max(0.0, taken - base)
+        run.say(f"  {entries:>10,} entries: made in {made:.1f} s, {taken:.0f} s in all")
     return out
 
 
@@ -43,7 +54,7 @@ def _of_store(run: Run, path: Path, entries: int) -> dict[str, Any]:
     keys = np.random.default_rng(1).integers(0, 2**64, (entries, 2), np.uint64)
     some = np.random.default_rng(2).permutation(entries)[:1024]
     hashes = [f"{int(high):016x}{int(low):016x}" for low, high in keys[some]]
-    kv = light_mem.allocate_kvcache(max(_MOVED, 1024), _PAGE)
+    kv = light_mem.allocate_kvcache(max(_MOVED, 1024), run.entry_bytes)
     size = sum(p.stat().st_size for p in path.glob("shard-*.data"))
 
     def opened() -> light_mem.LocalCacheService:
@@ -135,7 +146,8 @@ def _blocks_a_second(service: Any, entries: int, rounds: int) -> dict[str, float
     count = min(_MOVED, entries // 2)
     pages = np.random.default_rng(3).permutation(count)
     seconds: dict[str, list[float]] = {"write": [], "read": []}
-    for n in range(rounds):
+    # Short passes of small stores count as often as it takes to move as many blocks.
+    for n in range(rounds * max(1, _MOVED // count // 4)):
         hashes = [f"{n + 1:08x}{at:024x}" for at in range(count)]
         for mode, all_of_it in seconds.items():
             started = time.perf_counter()

@@ -138,6 +138,21 @@ def _show_columns(part: str, found: dict[str, Any]) -> None:
     _console.print(table)
 
 
+def show_flatness(run: Run) -> None:
+    """What growth costs, as shares of the smallest number."""
+    found = run.results.get("flatness", {})
+    if not found:
+        return
+    table = Table(title="cost of growth: share of what the first number has", title_justify="left")
+    columns = list(dict.fromkeys(number for row in found.values() for number in row))
+    table.add_column("")
+    for number in columns:
+        table.add_column(f"{int(number):,}", justify="right")
+    for name, row in found.items():
+        table.add_row(name, *(f"{row[n]:.2f}" if n in row else "" for n in columns))
+    _console.print(table)
+
+
 def show_end(run: Run) -> None:
     """Who took part and how, who is missing, the checks, the time."""
     table = Table(title="contestants", title_justify="left")

@@ -20,7 +20,8 @@ class Run:
     """Options of the command line, and what was found so far.
 
     `only` holds the parts to run, `kinds` the contestants, `gib` the bytes of a pass. `quick` makes
-    every part small.
+    every part small. Of the part `entries`: the largest index, the seconds that it may take about,
+    and bytes of a block, which is one page.
     """
 
     directory: Path
@@ -33,6 +34,8 @@ class Run:
     quick: bool
     cpp_lightmem: str | None
     max_entries: int
+    max_seconds: float = 900.0
+    entry_bytes: int = 64
     results: dict[str, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     _places: int = 0

@@ -1,0 +1,115 @@
+"""`page_cache="drop"`: what a worker has moved does not stay in the page cache.
+
+Without it a store that is larger than memory pushes everything else out of the page cache, and its
+writes run until the kernel stops the writer to wait for the device. With it:
+
+write  by `pwrite`; the device begins at once, and the worker waits for what it wrote
+       WINDOW_BYTES ago, then drops that. So a worker has some WINDOW_BYTES dirty at most, and the
+       device is never idle while blocks come
+read   past the page cache into memory of the worker's own, ahead over the blocks of a batch; pages
+       that a block has in the page cache all the same are dropped when it was read
+
+Nothing goes through a mapping: a page that any process has mapped cannot be dropped. Nothing here
+needs to survive a kill: what a dead worker would have dropped the kernel drops when it needs room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import xxhash
+
+from light_mem.engine import page_cache
+from light_mem.engine.copy import Copier
+from light_mem.engine.places import Place, Regions, Rows
+from light_mem.engine.read_ahead import PIECE_BYTES, ReadAhead, Span
+
+WINDOW_BYTES = 32 << 20
+
+
+class Dropper:
+    """Moves the bytes of one process past the page cache. Not thread-safe.
+
+    Its descriptors belong to the shards' files: `finish` before they are closed.
+    """
+
+    def __init__(self, page_bytes: int, window: int = WINDOW_BYTES) -> None:
+        self._window = window
+        self._written: deque[Span] = deque()
+        self._written_bytes = 0
+        self._reader = ReadAhead(page_bytes)
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def wrote(self, span: Span) -> None:
+        """A span was written by `pwrite`: the device begins with it now. Raises OSError."""
+        page_cache.start_write_out(*span)
+        self._written.append(span)
+        self._written_bytes += span.nbytes
+
+    def keep_up(self) -> None:
+        """Wait for and drop what was written before the last WINDOW_BYTES; raises OSError."""
+        while self._written_bytes > self._window and self.drop_next():
+            pass
+
+    def drop_next(self) -> bool:
+        """Wait for and drop the oldest span; whether there was one. Raises OSError."""
+        if not self._written:
+            return False
+        span = self._written.popleft()
+        self._written_bytes -= span.nbytes
+        page_cache.finish_write_out(*span)
+        page_cache.drop(*span)
+        return True
+
+    def finish(self) -> None:
+        """Wait for and drop all that was written; raises OSError, of the last that failed."""
+        self._reader.close()
+        failed: OSError | None = None
+        while self._written:
+            try:
+                self.drop_next()
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def plan(self, spans: Sequence[Span]) -> None:
+        """These are read next, in this order; any of them may be left out."""
+        self._reader.plan(spans)
+
+    def read(
+        self,
+        span: Span,
+        copier: Copier,
+        place: Place,
+        checksum: xxhash.xxh3_64 | None,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Copy a span to `place`, as long as it, and drop it; raises Stopped, OSError.
+
+        The checksum is taken from private memory, so it is that of the very bytes copied.
+        """
+        if isinstance(place, Rows) and place.memory.shape[1] > PIECE_BYTES:
+            place = _as_regions(place)
+        done = 0
+        pieces = self._reader.pieces(span)
+        try:
+            for piece in pieces:
+                end = done + len(piece)
+                part = place if len(piece) == span.nbytes else place.part(done, end)
+                copier.scatter(piece, part, checksum, stopped)
+                done = end
+        finally:
+            pieces.close()
+            page_cache.drop(*span)
+
+
+def _as_regions(rows: Rows) -> Regions:
+    """The same memory, cut anywhere: pages that are larger than a piece."""
+    row_bytes = int(rows.memory.shape[1])
+    regions = [(row * row_bytes, row_bytes) for row in rows.numbers.tolist()]
+    return Regions(rows.memory.reshape(-1), regions)

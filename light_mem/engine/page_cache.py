@@ -1,0 +1,105 @@
+"""The kernel's page cache of one file, by ranges: write out, wait for it, drop.
+
+What the calls promise is little, and each step depends on the one before: `drop` leaves dirty
+pages and pages that any process has mapped; `start_write_out` begins with the pages that are dirty
+now and does not wait; `finish_write_out` waits, and is no sync: it asks the device for no flush
+of its own cache and writes no metadata. A range is bytes `[at, at + nbytes)`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+from collections.abc import Callable
+
+from light_mem.errors import InvalidArgumentError
+
+log = logging.getLogger("light_mem")
+
+KEEP, DROP = "keep", "drop"
+
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
+_PAGE = mmap.PAGESIZE
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        call = libc.sync_file_range
+    except (OSError, AttributeError):
+        return None  # Linux alone has it
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    call.restype = ctypes.c_int
+    found: Callable[[int, int, int, int], int] = call
+    return found
+
+
+_sync_file_range = _find_sync_file_range()
+
+
+def can_drop() -> bool:
+    """Whether this system has the calls; without them only "keep" is left."""
+    return _sync_file_range is not None and hasattr(os, "posix_fadvise")
+
+
+def choose(policy: object) -> str:
+    """ "keep" or "drop" as asked for, "keep" with a log line where the system cannot drop; raises
+    InvalidArgumentError for anything else."""
+    if policy not in (KEEP, DROP):
+        raise InvalidArgumentError(
+            f'page_cache is "{KEEP}" or "{DROP}", not {policy!r}', page_cache=policy
+        )
+    if policy == DROP and not can_drop():
+        log.warning(
+            'page_cache "drop" needs posix_fadvise and sync_file_range, which this system lacks: '
+            "the kernel decides what it keeps"
+        )
+        return KEEP
+    return str(policy)
+
+
+def start_write_out(descriptor: int, at: int, nbytes: int) -> None:
+    """Have the dirty pages of a range written, without waiting, unless the device's queue is full;
+    raises OSError."""
+    _sync(descriptor, at, nbytes, _WRITE)
+
+
+def finish_write_out(descriptor: int, at: int, nbytes: int) -> None:
+    """Wait until the range's pages are written; raises OSError, also for a write that failed."""
+    _sync(descriptor, at, nbytes, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+
+
+def _sync(descriptor: int, at: int, nbytes: int, flags: int) -> None:
+    if _sync_file_range is not None and _sync_file_range(descriptor, at, nbytes, flags) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"sync_file_range: {os.strerror(code)}")
+
+
+def drop(descriptor: int, at: int, nbytes: int) -> None:
+    """Take the range's clean pages out of the cache, those that nobody has mapped.
+
+    A page that it shares with what follows stays: whoever drops that drops it. One that it shares
+    with what comes before goes: of ranges dropped in their order nothing is left.
+    """
+    first = at - at % _PAGE
+    last = at + nbytes
+    last -= last % _PAGE
+    if last > first:
+        os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
+
+
+def read_no_further(descriptor: int) -> None:
+    """From now on reads of this descriptor bring in what they ask for, and nothing behind it."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def read_edges(descriptor: int, at: int, nbytes: int) -> None:
+    """Begin to read the pages that a range shares with its neighbours.
+
+    A write of part of a page that is not in the cache waits until the device has given the rest.
+    """
+    for edge in {at - at % _PAGE, at + nbytes - (at + nbytes) % _PAGE}:
+        if edge < at or edge < at + nbytes < edge + _PAGE:
+            os.posix_fadvise(descriptor, edge, _PAGE, os.POSIX_FADV_WILLNEED)

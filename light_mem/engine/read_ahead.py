@@ -1,0 +1,152 @@
+"""Reads a list of spans in order, several pieces at a time, past the page cache.
+
+By O_DIRECT where the file system has it: a read through the page cache costs four to five times
+the CPU (measured: 0.5 to 0.65 seconds a GB against 0.1), which is what bounds a fast device. What
+is dirty in the page cache the kernel writes out first, so both ways give the same bytes. Threads
+wait for the device; they hold no lock of Python's while they do.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from light_mem.engine.places import Bytes1D
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+PIECE_BYTES = 1 << 20
+DEPTH = 8  # pieces under way or waiting to be taken
+_THREADS = 4
+_ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
+
+
+class Span(NamedTuple):
+    """Bytes `[at, at + nbytes)` of a file."""
+
+    descriptor: int
+    at: int
+    nbytes: int
+
+
+class _Piece(NamedTuple):
+    span: Span
+    buffer: Bytes1D
+    data: Future[Bytes1D]
+
+
+class ReadAhead:
+    """The pieces of one reader, in memory of its own. Not thread-safe.
+
+    unit  a piece of a span is a multiple of it, the last one aside; up to PIECE_BYTES
+    """
+
+    def __init__(self, unit: int) -> None:
+        self._piece_bytes = PIECE_BYTES - PIECE_BYTES % unit if unit <= PIECE_BYTES else PIECE_BYTES
+        self._threads: ThreadPoolExecutor | None = None
+        self._free: list[Bytes1D] = []
+        self._under_way: deque[_Piece] = deque()
+        self._planned: set[Span] = set()
+        self._next: Iterator[Span] = iter(())
+
+    def plan(self, spans: Sequence[Span]) -> None:
+        """These are read next, in this order; each may be left out, or left before its end."""
+        self._forget()
+        self._planned = set(spans)
+        self._next = (piece for span in spans for piece in self._cut(span))
+        self._begin()
+
+    def pieces(self, span: Span) -> Generator[Bytes1D, None, None]:
+        """The bytes of a span, piece by piece, each good until the next is asked for.
+
+        One that was not planned is read all the same. Raises OSError.
+        """
+        if span not in self._planned:
+            self.plan([span])
+        for wanted in self._cut(span):
+            piece = self._take(wanted)
+            try:
+                yield piece.data.result()
+            finally:
+                self._free.append(piece.buffer)
+                self._begin()
+
+    def close(self) -> None:
+        """Wait for what is under way and end the threads."""
+        self._forget()
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+    def _cut(self, span: Span) -> Iterator[Span]:
+        for done in range(0, span.nbytes, self._piece_bytes):
+            yield Span(span.descriptor, span.at + done, min(self._piece_bytes, span.nbytes - done))
+
+    def _take(self, wanted: Span) -> _Piece:
+        while True:
+            if not self._under_way:  # before what is under way: asked for twice, or out of order
+                self.plan([wanted])
+            piece = self._under_way.popleft()
+            if piece.span == wanted:
+                return piece
+            self._drop(piece)
+            self._begin()
+
+    def _begin(self) -> None:
+        while len(self._under_way) < DEPTH:
+            span = next(self._next, None)
+            if span is None:
+                return
+            if self._threads is None:
+                from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
+
+                self._threads = ThreadPoolExecutor(_THREADS, "lightmem-read")
+            buffer = self._free.pop() if self._free else self._new_buffer()
+            future = self._threads.submit(_load, span, buffer)
+            self._under_way.append(_Piece(span, buffer, future))
+
+    def _new_buffer(self) -> Bytes1D:
+        memory = mmap.mmap(-1, self._piece_bytes + 2 * _ALIGN)  # begins on a page
+        return np.frombuffer(memory, np.uint8)
+
+    def _forget(self) -> None:
+        self._next = iter(())
+        while self._under_way:
+            self._drop(self._under_way.popleft())
+
+    def _drop(self, piece: _Piece) -> None:
+        if not piece.data.cancel():
+            piece.data.exception()  # its buffer is free only when the read has ended
+        self._free.append(piece.buffer)
+
+
+def open_direct(path: str | os.PathLike[str]) -> int:
+    """A descriptor for reading past the page cache, -1 where the file system has no O_DIRECT."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except (AttributeError, OSError):
+        return -1
+
+
+def _load(span: Span, buffer: Bytes1D) -> Bytes1D:
+    """The bytes of a span; what O_DIRECT must read with them lies around them in the buffer."""
+    first = span.at - span.at % _ALIGN
+    skipped = span.at - first
+    wanted = skipped + span.nbytes
+    length = wanted + -wanted % _ALIGN
+    done = 0
+    while done < wanted:
+        count = os.preadv(span.descriptor, [buffer[done:length].data], first + done)
+        if done + count < wanted:  # go on at a place that O_DIRECT can read from
+            whole = count - count % _ALIGN
+            if not whole:
+                raise OSError(f"the file ends {wanted - done - count} bytes too early")
+            count = whole
+        done += count
+    return buffer[skipped:wanted]

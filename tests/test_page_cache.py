@@ -1,0 +1,260 @@
+"""`page_cache="drop"`: what was moved leaves the page cache, and the bytes are right."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from light_mem import State
+from light_mem.engine import page_cache
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.dropping import Dropper
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.places import Regions
+from light_mem.engine.read_ahead import Span
+from light_mem.index import keys as keymath
+from tests.cached import cached, can_forget, forget
+from tests.conftest import wait_until
+from tests.engine_helpers import COPIED_AND_STORED, Block, Rig
+from tests.service_rig import WAIT, rig
+
+MIB = 1 << 20
+SHARD = "shard-000.data"
+BLOCK = 64  # pages
+
+
+@pytest.fixture(autouse=True)
+def _cache_that_drops(tmp_path: Path) -> None:
+    if not page_cache.can_drop() or not can_forget(tmp_path):
+        pytest.skip("this system or file system drops no pages")
+
+
+def open_dropping(directory: Path, pages: int, page_bytes: int, **options: Any) -> Rig:
+    LocalStorageEngine.open_store(
+        directory,
+        page_bytes=page_bytes,
+        num_of_shard=1,
+        storage_size=pages * page_bytes,
+        block_pages=1,
+    ).close()
+    engine = LocalStorageEngine(directory, kind="worker", page_cache="drop", **options)
+    return Rig(engine, page_bytes)
+
+
+def in_cache(directory: Path) -> int:
+    """Kernel pages of the shard's data in the cache, its header aside."""
+    return int(cached(directory / SHARD)[1:].sum())
+
+
+@pytest.mark.parametrize(("policy", "durability"), [("drop", "kernel"), ("drop", "flush")])
+def test_written_blocks_leave_the_page_cache(tmp_path: Path, policy: str, durability: str) -> None:
+    store = tmp_path / "store"
+    with rig(tmp_path, pages=4 * BLOCK, slots=8 * BLOCK, workers=2, page_cache=policy,
+             durability=durability) as r:  # fmt: skip
+        hashes = [f"block {n}" for n in range(4 * BLOCK)]
+        r.write(hashes, range(4 * BLOCK))
+        wait_until(lambda: in_cache(store) == 0)
+        assert r.read(hashes, range(4 * BLOCK)).state() == [State.Finished] * 4 * BLOCK
+        assert all(r.holds(key, [page]) for page, key in enumerate(hashes))
+        assert in_cache(store) == 0
+        assert not r.service.check().damaged
+
+
+def test_by_default_blocks_stay_in_the_page_cache(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with rig(tmp_path, pages=4 * BLOCK, slots=8 * BLOCK, workers=2) as r:
+        hashes = [f"block {n}" for n in range(4 * BLOCK)]
+        r.write(hashes, range(4 * BLOCK))
+        r.read(hashes, range(4 * BLOCK))
+        assert in_cache(store) == 4 * BLOCK
+
+
+def test_blocks_of_a_service_that_keeps_leave_the_cache_when_one_that_drops_reads_them(
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    hashes = [f"block {n}" for n in range(BLOCK)]
+    with rig(tmp_path, pages=BLOCK, slots=2 * BLOCK) as r:
+        r.write(hashes, range(BLOCK))
+    with (store / SHARD).open("rb") as file:
+        os.fsync(file.fileno())
+    assert in_cache(store) == BLOCK
+    with rig(tmp_path, pages=BLOCK, slots=2 * BLOCK, page_cache="drop") as r:
+        assert r.read(hashes, range(BLOCK)).state() == [State.Finished] * BLOCK
+        assert all(r.holds(key, [page]) for page, key in enumerate(hashes))
+    assert in_cache(store) == 0
+
+
+@pytest.mark.parametrize("page_bytes", [64, 3840, 4096, 61440, 3 * MIB // 2 + 100])
+@pytest.mark.parametrize("verify", [True, False])
+def test_pages_of_any_size_come_back_right(tmp_path: Path, page_bytes: int, verify: bool) -> None:
+    r = open_dropping(tmp_path / "store", 24, page_bytes, verify=verify)
+    blocks = [Block(n, 1 + n % 4) for n in range(8)]
+    for _ in range(2):  # 20 of 24 slots: the second time most are evicted and written over
+        assert r.write(*blocks) == [COPIED_AND_STORED] * len(blocks)
+        assert r.read(*blocks) == [Outcome.LOADED] * len(blocks)
+        assert r.read(*reversed(blocks)) == [Outcome.LOADED] * len(blocks)
+        blocks = [Block(block.key + 100, block.pages) for block in blocks]
+    r.engine.close()
+    # A block's last page of the kernel may be its neighbour's first, and that one may be older.
+    assert in_cache(tmp_path / "store") <= len(blocks) * 2 * bool(page_bytes % mmap.PAGESIZE)
+
+
+def test_a_block_in_several_runs_comes_back_right(tmp_path: Path) -> None:
+    r = open_dropping(tmp_path / "store", 16, 3840)
+    r.write(*[Block(n) for n in range(16)])
+    r.delete(*[Block(n) for n in range(0, 12, 2)])  # holes of one slot
+    large = Block(99, 6)
+    assert r.write(large) == [COPIED_AND_STORED]
+    assert r.read(large, Block(1), Block(15)) == [Outcome.LOADED] * 3
+    r.engine.close()
+
+
+def test_regions_come_back_right(tmp_path: Path) -> None:
+    r = open_dropping(tmp_path / "store", 16, 64 << 10)
+    rng = np.random.default_rng(0)
+    memory = rng.integers(0, 256, 2 * MIB, np.uint8)
+    wanted = memory.copy()
+    place = Regions(memory, [(1000, 700_001), (900_000, 77), (1_000_000, 200_000)])
+    block = BlockIO(*keymath.as_key("regions"), place)
+    outcomes: list[Outcome] = []
+    r.engine.write([block], lambda _, outcome: outcomes.append(outcome))
+    for offset, length in place.regions:
+        memory[offset : offset + length] = 0
+    r.engine.read([block], lambda _, outcome: outcomes.append(outcome))
+    assert outcomes == [*COPIED_AND_STORED, Outcome.LOADED]
+    assert np.array_equal(memory, wanted)
+    r.engine.close()
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    r = open_dropping(tmp_path / "store", 8, 4096)
+    r.write(Block(1, 2), Block(2, 2))
+    r.engine.rest()
+    with (tmp_path / "store" / SHARD).open("r+b") as file:
+        file.seek(4096 + 100)
+        [byte] = file.read(1)
+        file.seek(4096 + 100)
+        file.write(bytes([byte ^ 1]))
+    assert sorted(r.read(Block(1, 2), Block(2, 2))) == [Outcome.LOADED, Outcome.DAMAGED]
+    r.engine.close()
+
+
+def test_a_kill_while_pages_wait_to_be_dropped_costs_nothing(tmp_path: Path) -> None:
+    with rig(tmp_path, pages=128, page_bytes=64 << 10, slots=256, workers=2,
+             page_cache="drop") as r:  # fmt: skip
+        hashes = [f"block {n}" for n in range(128)]
+        for page, key in enumerate(hashes):
+            r.fill(key, [page])
+        first = r.service.worker_pids
+        task = r.service.create("write", hashes, range(128))
+        wait_until(lambda: task.count(State.Finished) > 20)
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        assert task.wait(WAIT)
+        finished = [n for n, state in enumerate(task.state()) if state is State.Finished]
+        assert len(finished) >= 20
+        wait_until(lambda: len(set(r.service.worker_pids) - set(first)) == 2)
+        read = r.read([hashes[n] for n in finished], finished)
+        assert read.state() == [State.Finished] * len(finished)
+        assert all(r.holds(hashes[n], [n]) for n in finished)
+        assert not r.service.check().damaged
+
+
+def test_no_more_than_the_window_waits_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    waited: list[int] = []
+    finish = page_cache.finish_write_out
+
+    def finish_and_note(descriptor: int, at: int, nbytes: int) -> None:
+        waited.append(at)
+        finish(descriptor, at, nbytes)
+
+    monkeypatch.setattr(page_cache, "finish_write_out", finish_and_note)
+    dropper = Dropper(4096, window=4 * MIB)
+    for n in range(16):
+        os.pwrite(descriptor, bytes(MIB), n * MIB)
+        dropper.wrote(Span(descriptor, n * MIB, MIB))
+        dropper.keep_up()
+        assert waited == [at * MIB for at in range(n - 3)]  # the oldest first, four are left
+    assert cached(path)[12 * 256 :].all()
+    assert not cached(path)[: 12 * 256].any()
+    dropper.finish()
+    assert not cached(path).any()
+    assert not dropper.drop_next()
+    os.close(descriptor)
+
+
+def test_a_write_out_that_fails_is_logged_and_the_blocks_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = open_dropping(tmp_path / "store", 8, 4096)
+
+    def fail(*_: int) -> None:
+        raise OSError(errno.EIO, "no disk")
+
+    monkeypatch.setattr(page_cache, "finish_write_out", fail)
+    with caplog.at_level(logging.WARNING, "light_mem"):
+        assert r.write(Block(1), Block(2)) == [COPIED_AND_STORED] * 2
+        assert r.engine.rest()
+        r.engine.close()
+    assert "writing out failed" in caplog.text
+    monkeypatch.undo()
+    r = Rig(LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop"), 4096)
+    assert r.read(Block(1), Block(2)) == [Outcome.LOADED] * 2
+    r.engine.close()
+
+
+def test_a_range_drops_the_page_it_shares_with_the_one_before_and_not_the_next(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    page = mmap.PAGESIZE
+    for n in range(8):  # one write might make one folio, which goes whole or not at all
+        os.pwrite(descriptor, bytes(page), n * page)
+    os.fsync(descriptor)
+    page_cache.drop(descriptor, 2 * page + 10, 2 * page)
+    assert cached(path).tolist() == [True, True, False, False, True, True, True, True]
+    page_cache.drop(descriptor, 6 * page + 1, 100)  # inside one page
+    assert cached(path)[6]
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("at", "nbytes", "edges"),
+    [(0, 4096, []), (0, 100, [0]), (10, 4086, [0]), (10, 8192, [0, 2]), (4096, 4097, [2])],
+)
+def test_only_pages_that_are_shared_are_read_before_a_write(
+    tmp_path: Path, at: int, nbytes: int, edges: list[int]
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * 4096))
+    forget(path)
+    descriptor = os.open(path, os.O_RDWR)
+    page_cache.read_edges(descriptor, at, nbytes)
+    wait_until(lambda: np.flatnonzero(cached(path)).tolist() == edges)
+    os.close(descriptor)
+
+
+def test_a_system_that_cannot_drop_keeps_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(page_cache, "_sync_file_range", None)
+    with caplog.at_level(logging.WARNING, "light_mem"):
+        assert page_cache.choose("drop") == "keep"
+        assert "lacks" in caplog.text
+        with rig(tmp_path, page_cache="drop") as r:
+            r.write(["a"], [0])
+            assert in_cache(tmp_path / "store") == 1

@@ -1,0 +1,141 @@
+"""Spans read ahead and past the page cache: the right bytes whatever is left out, and no leaks."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from light_mem.engine import read_ahead
+from light_mem.engine.read_ahead import DEPTH, PIECE_BYTES, ReadAhead, Span, open_direct
+from tests.payload import page_bytes_of
+
+FILE_BYTES = 12 * PIECE_BYTES + 777
+
+
+@pytest.fixture(params=["direct", "buffered"])
+def descriptor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "file"
+    page_bytes_of("file", 0, FILE_BYTES).tofile(path)
+    opened = open_direct(path) if request.param == "direct" else os.open(path, os.O_RDONLY)
+    if opened < 0:
+        pytest.skip("this file system has no O_DIRECT")
+    yield opened
+    os.close(opened)
+
+
+@pytest.fixture
+def wanted() -> np.ndarray:
+    return page_bytes_of("file", 0, FILE_BYTES)
+
+
+def take(reader: ReadAhead, span: Span) -> bytes:
+    return b"".join(piece.tobytes() for piece in reader.pieces(span))
+
+
+@pytest.mark.parametrize("unit", [1, 3840, 4096, PIECE_BYTES - 1, 3 * PIECE_BYTES])
+def test_planned_spans_are_what_the_file_holds(
+    descriptor: int, wanted: np.ndarray, unit: int
+) -> None:
+    spans = [
+        Span(descriptor, at, nbytes)
+        for at, nbytes in [
+            (0, 1), (4096, 4096), (5000, 3 * PIECE_BYTES + 1), (1, 2), (4095, 2), (8192, 0),
+            (FILE_BYTES - 10, 10), (PIECE_BYTES, 9 * PIECE_BYTES), (0, FILE_BYTES),
+        ]
+    ]  # fmt: skip
+    reader = ReadAhead(unit)
+    reader.plan(spans)
+    for span in spans:
+        assert take(reader, span) == wanted[span.at : span.at + span.nbytes].tobytes()
+    reader.close()
+
+
+def test_spans_may_be_left_out_left_early_asked_again_or_unplanned(
+    descriptor: int, wanted: np.ndarray
+) -> None:
+    spans = [Span(descriptor, n * PIECE_BYTES + n, 2 * PIECE_BYTES) for n in range(10)]
+    reader = ReadAhead(4096)
+
+    def check(span: Span) -> None:
+        assert take(reader, span) == wanted[span.at : span.at + span.nbytes].tobytes()
+
+    reader.plan(spans)
+    check(spans[0])
+    check(spans[4])
+    early = reader.pieces(spans[5])
+    assert next(early).tobytes() == wanted[spans[5].at : spans[5].at + PIECE_BYTES].tobytes()
+    early.close()
+    check(spans[6])
+    check(spans[2])  # has gone by: read anew
+    check(Span(descriptor, 99, 12345))
+    check(spans[9])
+    reader.plan(spans)
+    reader.plan(spans[3:])
+    check(spans[3])
+    reader.close()
+    assert len(reader._free) <= DEPTH + 1  # every buffer came back, and no more were made
+
+
+def test_no_more_than_the_depth_is_under_way(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[Span] = []
+    load = read_ahead._load
+
+    def note(span: Span, buffer: np.ndarray) -> np.ndarray:
+        began.append(span)
+        return load(span, buffer)
+
+    monkeypatch.setattr(read_ahead, "_load", note)
+    reader = ReadAhead(4096)
+    span = Span(descriptor, 0, 12 * PIECE_BYTES)
+    reader.plan([span])
+    for taken, _ in enumerate(reader.pieces(span)):
+        assert len(began) <= DEPTH + taken
+    assert len(began) == len(set(began)) == 12
+    reader.close()
+
+
+def test_a_read_that_fails_fails_its_span_alone(descriptor: int, wanted: np.ndarray) -> None:
+    good, behind_the_end = Span(descriptor, 0, 100), Span(descriptor, FILE_BYTES - 5, 10)
+    closed = Span(2**30, 0, 100)
+    reader = ReadAhead(1)
+    reader.plan([closed, behind_the_end, good])
+    with pytest.raises(OSError, match="descriptor"):
+        take(reader, closed)
+    with pytest.raises(OSError, match="5 bytes too early"):
+        take(reader, behind_the_end)
+    assert take(reader, good) == wanted[:100].tobytes()
+    reader.close()
+
+
+def test_what_is_dirty_in_the_page_cache_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    writer = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.pwrite(writer, bytes(1 << 16), 0)
+    direct = open_direct(path)
+    if direct < 0:
+        os.close(writer)
+        pytest.skip("this file system has no O_DIRECT")
+    reader = ReadAhead(1)
+    for n in range(1, 20):
+        os.pwrite(writer, bytes([n]) * 5000, 3000)
+        reader.plan([Span(direct, 3000, 5000)])
+        assert take(reader, Span(direct, 3000, 5000)) == bytes([n]) * 5000
+    reader.close()
+    os.close(direct)
+    os.close(writer)
+
+
+def test_closing_ends_the_threads(descriptor: int) -> None:
+    reader = ReadAhead(4096)
+    reader.plan([Span(descriptor, 0, 12 * PIECE_BYTES)])
+    assert any(t.name.startswith("lightmem-read") for t in threading.enumerate())
+    reader.close()
+    assert not any(t.name.startswith("lightmem-read") for t in threading.enumerate())
+    reader.close()
