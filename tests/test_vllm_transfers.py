@@ -12,9 +12,11 @@ import psutil
 import pytest
 
 from light_mem import InvalidArgumentError, LocalCacheService, TaskTableFullError, allocate_kvcache
+from light_mem.integrations.vllm.background import TASK_BLOCKS
+from light_mem.integrations.vllm.jobs import Finished
 from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.integrations.vllm.opening import rows_of
-from light_mem.integrations.vllm.transfers import TASK_BLOCKS, Finished, TierTransfers
+from light_mem.integrations.vllm.transfers import TierTransfers
 from tests.conftest import wait_until
 
 ROW = 4096
@@ -197,7 +199,8 @@ def test_after_closing_jobs_fail_and_nothing_is_found(
     transfers.close(20)
     transfers.store(2, KEYS[:2], rows(2), "r")
     transfers.touch(KEYS)
-    done = results(transfers, 2)
+    done = results(transfers, 1, 2)
+    assert done[1].success
     assert not done[2].success
     assert not transfers.lookup(KEYS[0], "r")
 
