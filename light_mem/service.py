@@ -85,14 +85,14 @@ class CacheService(Closing, ABC):
         if keymath.is_hash(hashes):
             low, high = keymath.as_key(hashes)  # type: ignore[arg-type]
             found = self._engine.lookup.find_one(low, high) >= 0
-            self._count("queried", 1, "hits", int(found))
+            self._count_lookups(1, int(found))
             return found
         keys = keymath.as_keys(blocks.parse_hashes(hashes))  # type: ignore[arg-type]
         lengths = None
         if pages is not None:
             lengths = blocks.parse_lengths(pages, len(keys)) * self.page_size()
         found_all = self._engine.find(keys, nbytes=lengths)
-        self._count("queried", len(found_all), "hits", int(found_all.sum()))
+        self._count_lookups(len(found_all), int(found_all.sum()))
         return found_all.tolist()
 
     def match_prefix(self, hashes: Sequence[HashValue]) -> int:
@@ -103,7 +103,7 @@ class CacheService(Closing, ABC):
         length = len(found) if found.all() else int(found.argmin())
         if length:
             self._engine.find(keys[:length])
-        self._count("queried", len(keys), "hits", length)
+        self._count_lookups(len(keys), length)
         return length
 
     def touch(self, hashes: Sequence[HashValue]) -> None:
@@ -111,12 +111,9 @@ class CacheService(Closing, ABC):
         self._check()
         self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
 
-    def _count(self, name: str, n: int, other: str, m: int) -> None:
-        # Statistics: two threads at once may lose one of their additions.
-        counters = self._session.counters
-        counters[name] += n
-        counters[other] += m
-        self._engine.count(n, m)
+    def _count_lookups(self, lookups: int, hits: int) -> None:
+        self._session.count_lookups(lookups, hits)
+        self._engine.count(lookups, hits)
 
     # --- tasks -----------------------------------------------------------------------------------
 

@@ -164,6 +164,10 @@ class Session:
         task is ready. Called from finalisers: takes no lock."""
         self._released.append(place)
 
+    def count_lookups(self, lookups: int, hits: int) -> None:
+        """Add to the statistics; two threads at once may lose one of their additions."""
+        self.table.count_lookups(self._lane, lookups, hits)
+
     def close(self) -> None:
         """Give the lane back."""
         try:

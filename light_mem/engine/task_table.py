@@ -120,6 +120,8 @@ ROW = np.dtype(
     ]
 )
 _ROW_WORDS = ROW.itemsize // 8
+_LANE_WORDS = LANE.itemsize // 8
+_QUERIED_WORD, _HITS_WORD = (LANE.fields[name][1] // 8 for name in ("queried", "hits"))  # type: ignore[index]
 _CREATED_WORD = ROW.fields["created"][1] // 8  # type: ignore[index]
 CELL = np.dtype(
     [
@@ -235,6 +237,8 @@ class TaskTable:
         self._active_bytes = words[self.active_at : self.active_at + lanes * rows]
         rows_end = self.rows_at + lanes * rows * ROW.itemsize
         self._row_words = words[self.rows_at : rows_end].cast("Q")
+        self._lane_words = words[lanes_at : lanes_at + lanes * LANE.itemsize].cast("Q")
+        self._shutdown = self.header["shutdown"]
 
     @classmethod
     def create(
@@ -331,12 +335,18 @@ class TaskTable:
     @property
     def shutdown(self) -> bool:
         """Whether the service is closed."""
-        return bool(self.header["shutdown"][0])
+        return bool(self._shutdown[0])
 
     def depth(self, mode: int) -> int:
         """Blocks of a mode that wait for a worker, aborted ones among them."""
         head, tail = self.ends[mode]
         return int(tail[0]) - int(head[0])
+
+    def count_lookups(self, lane: int, lookups: int, hits: int) -> None:
+        """Add to a lane's statistics; two threads at once may lose one of their additions."""
+        at = lane * _LANE_WORDS
+        self._lane_words[at + _QUERIED_WORD] += lookups
+        self._lane_words[at + _HITS_WORD] += hits
 
     def lock_path(self) -> str:
         """A path that opens the table's memory object anew, for locks of its own."""
