@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -35,6 +36,15 @@ def say(*values: object) -> None:
 
 def payload(hash_value: str, rank: int) -> np.ndarray:
     return page_bytes_of((hash_value, rank), 0, PAGE)
+
+
+def outlast_the_store(service: LocalCacheService) -> None:
+    """Wait until the writer has taken the room of all that was used last."""
+    wanted = service.stats(ages=False)["evictions"] + 2 * SLOTS
+    deadline = time.monotonic() + 50
+    while service.stats(ages=False)["evictions"] < wanted:
+        assert time.monotonic() < deadline, "the writer is gone"
+        time.sleep(0.002)
 
 
 def main(store: str, group: str, rank: int, world: int, rounds: int, agree: bool) -> None:
@@ -72,6 +82,8 @@ def main(store: str, group: str, rank: int, world: int, rounds: int, agree: bool
             victim = same.randrange(world)
             if n % 3 == 0 and found and rank == victim:
                 service.delete(cache.keys(hashes)[found // 2])
+            if n % 15 == 7 and rank == victim:
+                outlast_the_store(service)
             kv[CHUNKS:] = 0xA5
             usable = cache.load(hashes[:found], range(CHUNKS, CHUNKS + found), 30)
             for at, h in enumerate(hashes[:usable]):

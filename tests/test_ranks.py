@@ -275,7 +275,7 @@ def run_ranks(directory: Path, world: int, rounds: int, agree: bool) -> list[lis
 
 
 def test_four_rank_processes_agree_under_eviction_and_use_the_right_bytes(tmp_path: Path) -> None:
-    *rounds, ends = run_ranks(tmp_path, 4, 60, agree=True)
+    *rounds, ends = run_ranks(tmp_path, 4, 30, agree=True)
     for said in rounds:
         assert len({tuple(one[2:]) for one in said}) == 1, said
         for mine, loaded, found, usable in said:
@@ -285,8 +285,10 @@ def test_four_rank_processes_agree_under_eviction_and_use_the_right_bytes(tmp_pa
     assert [wrong for _, wrong in ends] == [0] * 4
     assert min(used) == max(used) > 100
     # The test is one only if ranks had something to agree on.
-    assert sum(len({one[0] for one in said}) > 1 for said in rounds) >= 3, "of the look-ups"
-    assert sum(len({one[1] for one in said}) > 1 for said in rounds) >= 3, "of the loads"
+    for what, at in (("look-ups", 0), ("loads", 1)):
+        assert any(len({one[at] for one in said}) > 1 for said in rounds), what
+    evicted = [said for said in rounds[7::15] if said[0][2]]  # between the answer and the load
+    assert all(min(one[1] for one in said) < said[0][2] for said in evicted)
 
 
 def test_the_example_of_the_docs_runs_and_prints_what_it_says(tmp_path: Path) -> None:
