@@ -22,7 +22,6 @@ from light_mem import LocalCacheService, allocate_kvcache
 from light_mem.ranks import RankedCache, agreement
 from tests.payload import page_bytes_of
 
-
 CHUNKS = 24  # of a prompt
 PAGE = 4096
 SLOTS = 512
@@ -53,7 +52,7 @@ def main(store: str, group: str, rank: int, world: int, rounds: int, agree: bool
         init_method=f"file://{group}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     least = agreement()
     counts: list[int] = []
