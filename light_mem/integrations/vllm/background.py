@@ -32,7 +32,8 @@ TASK_BLOCKS = 64  # of one `create`: a slice
 _YIELD_SECONDS = 50e-6  # longer than a waiting thread needs to wake up and take the interpreter
 _SCAN_JOBS = 64  # looked at in one slice
 _RESCAN_SECONDS = 0.001  # to the next slice, when there are more
-_LOOK_SECONDS = 0.1  # at the latest, while jobs are under way: loads may take too long
+_LOOK_SECONDS = 0.1  # at the latest, while loads are under way: they may take too long
+_STORE_SECONDS = 0.01  # between two looks when nobody waits: each takes the interpreter
 _WARN_SECONDS = 30.0  # between two warnings of one kind
 _DRAIN_WARN_SECONDS = 5.0
 _JOIN_SECONDS = 30.0
@@ -77,6 +78,7 @@ class Background:
         # Of the two threads and of whoever drains; the scheduler's calls never take it.
         self._changed = threading.Condition()
         self._flying: dict[int, Job] = {}  # by id(): those with tasks under way
+        self._awaited = 0  # loads among them, and callers of `drain`
         self._threads = [
             threading.Thread(target=self._place_jobs, name="lightmem-vllm-place", daemon=True),
             threading.Thread(target=self._settle_jobs, name="lightmem-vllm-settle", daemon=True),
@@ -88,17 +90,24 @@ class Background:
         """Wait until what was queued before is over and its results can be picked up."""
         deadline = None if timeout is None else time.monotonic() + timeout
         fence = Fence()
-        self.inbox.put(fence)
-        self.inbox.wake()
+        self.inbox.put(fence, urgent=True)
         with self._changed:
-            while not fence.passed or self._flying:
-                left = _left(deadline)
-                if left <= 0:
-                    return False
-                if not all(thread.is_alive() for thread in self._threads):
-                    return not self._flying
-                if not self._changed.wait(left) and deadline is None:
-                    log.warning("the vLLM tier waits for %d jobs", len(self._flying))
+            self._awaited += 1
+            self._changed.notify_all()
+            try:
+                return self._wait_for(fence, deadline)
+            finally:
+                self._awaited -= 1
+
+    def _wait_for(self, fence: Fence, deadline: float | None) -> bool:
+        while not fence.passed or self._flying:
+            left = _left(deadline)
+            if left <= 0:
+                return False
+            if not all(thread.is_alive() for thread in self._threads):
+                return not self._flying
+            if not self._changed.wait(left) and deadline is None:
+                log.warning("the vLLM tier waits for %d jobs", len(self._flying))
         return True
 
     def close(self) -> None:
@@ -175,7 +184,8 @@ class Background:
         # mark that the other thread waits on.
         with self._changed:
             self._flying[id(job)] = job
-            if not self._settle(job):
+            self._awaited += job.load
+            if not self._settle(job) and (job.load or len(self._flying) == 1):
                 self._changed.notify_all()
 
     # --- settling --------------------------------------------------------------------------------
@@ -187,11 +197,15 @@ class Background:
             with self._changed:
                 while not self._flying and not self.stopping:
                     self._changed.wait()
+                if not self._awaited and not self.stopping:
+                    self._changed.wait(_STORE_SECONDS)
+                awaited = self._awaited > 0
             if self.stopping:
                 return
             mark = service.ready_mark()
             more = self._look()
-            service.wait_ready(mark, _RESCAN_SECONDS if more else _LOOK_SECONDS)
+            if awaited:
+                service.wait_ready(mark, _RESCAN_SECONDS if more else _LOOK_SECONDS)
 
     def _look(self) -> bool:
         """Settle what is over among the first jobs; whether there are more than those."""
@@ -213,6 +227,7 @@ class Background:
             job.tasks.clear()
             self.finish(job)
         del self._flying[id(job)]
+        self._awaited -= job.load
         if not self._flying:
             self._changed.notify_all()
         return True
@@ -222,7 +237,7 @@ class Background:
         if late and not job.timed_out:
             job.timed_out = True
             self.limited.warning("a load takes longer than %g s", self._load_timeout)
-            self.inbox.put(Stop(job.tasks))
+            self.inbox.put(Stop(job.tasks), urgent=True)
 
     def finish(self, job: Job) -> None:
         """Make the result of a job whose tasks are all ready."""

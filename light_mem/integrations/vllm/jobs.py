@@ -16,7 +16,7 @@ from light_mem.task import CacheTask
 
 # Between two looks for stores while there are some now and then, and how long that goes on after
 # the last one. Then the thread sleeps until it is woken.
-_NAP_SECONDS = 0.005
+_NAP_SECONDS = 0.01
 _LINGER_SECONDS = 1.0
 
 
@@ -80,8 +80,8 @@ class Inbox:
 
     No lock is ever held while Python code runs, so whoever puts something in waits for nobody.
     To wake a sleeper is a system call that costs the caller its processor when another thread
-    wants it, and so up to some milliseconds: only what a user waits for does that. Stores are
-    found by the thread itself, within a nap.
+    wants it, and so up to some milliseconds: only what is urgent does that. The rest is found by
+    the thread itself, within a nap.
     """
 
     def __init__(self) -> None:
@@ -91,11 +91,10 @@ class Inbox:
         self._asleep = False
         self._busy_until = 0.0
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Item, urgent: bool = False) -> None:
         """Queue an item; returns at once. Any thread."""
-        line = _line(item)
-        self._lines[line].append(item)
-        if self._asleep or (self._napping and line in (0, 1)):
+        self._lines[_line(item)].append(item)
+        if self._asleep or (urgent and self._napping):
             self._wake.put(None)
 
     def wake(self) -> None:

@@ -95,13 +95,13 @@ class TierTransfers:
                 self._max_queued,
             )
         self._submitted += len(job.keys)
-        self._submit(job)
+        self._submit(job, urgent=2 * len(job.keys) > room)
 
     def load(
         self, job_id: int, keys: Collection[bytes], rows: npt.NDArray[np.int64], request: str
     ) -> None:
         """Queue a load. The primary tier bounds how many there are: each block has its own row."""
-        self._submit(Job(job_id, True, list(keys), np.asarray(rows), request))
+        self._submit(Job(job_id, True, list(keys), np.asarray(rows), request), urgent=True)
 
     def finished(self) -> list[Any]:
         """What `tell` made of the jobs that are over since the last call, each once."""
@@ -144,11 +144,11 @@ class TierTransfers:
         self._service = None
         self._background.close()
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: Job, urgent: bool) -> None:
         if self._service is None:
             self._background.finish(job)  # without tasks: over, without success
         else:
-            self._inbox.put(job)
+            self._inbox.put(job, urgent)
 
     def _note_missing(self, request: str, missing: Collection[bytes]) -> None:
         self._unloadable.setdefault(request, set()).update(missing)
