@@ -10,6 +10,7 @@ session.py   one process's tasks in the shared task table
 task.py      CacheTask: states, waiting
 blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor
 demo/        `light-mem demo`
+ranks.py     tensor-parallel ranks: keys, and lengths that all of them agree on
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
 errors.py    the error tree; filesystem.py: what lies below a store; closing.py: `with`;
              lazy.py: names imported when they are used

@@ -86,14 +86,14 @@ class CacheService(Closing, ABC):
         if keymath.is_hash(hashes):
             low, high = keymath.as_key(hashes)  # type: ignore[arg-type]
             found = self._engine.lookup.find_one(low, high) >= 0
-            self._count("queried", 1, "hits", int(found))
+            self._count_lookups(1, int(found))
             return found
         keys = keymath.as_keys(blocks.parse_hashes(hashes))  # type: ignore[arg-type]
         lengths = None
         if pages is not None:
             lengths = blocks.parse_lengths(pages, len(keys)) * self.page_size()
         found_all = self._engine.find(keys, nbytes=lengths)
-        self._count("queried", len(found_all), "hits", int(found_all.sum()))
+        self._count_lookups(len(found_all), int(found_all.sum()))
         return found_all.tolist()
 
     def match_prefix(self, hashes: Sequence[HashValue]) -> int:
@@ -104,7 +104,7 @@ class CacheService(Closing, ABC):
         length = len(found) if found.all() else int(found.argmin())
         if length:
             self._engine.find(keys[:length])
-        self._count("queried", len(keys), "hits", length)
+        self._count_lookups(len(keys), length)
         return length
 
     def touch(self, hashes: Sequence[HashValue]) -> None:
@@ -112,10 +112,10 @@ class CacheService(Closing, ABC):
         self._check()
         self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
 
-    def _count(self, name: str, n: int, other: str, m: int) -> None:
-        self._session.count(name, n)
-        self._session.count(other, m)
-        self._engine.count(n, m)
+    def _count_lookups(self, lookups: int, hits: int) -> None:
+        self._session.count("queried", lookups)
+        self._session.count("hits", hits)
+        self._engine.count(lookups, hits)
 
     # --- tasks -----------------------------------------------------------------------------------
 
@@ -198,21 +198,36 @@ class CacheService(Closing, ABC):
         session.submit(task, place, done, order, kind)
         return task
 
-    def abort(self, task: CacheTask) -> None:
+    def abort(self, task: CacheTask, timeout: float = _ABORT_SECONDS) -> None:
         """Stop a task. When this returns, its blocks are Finished or Aborted and no worker
         touches its pages any more.
 
         Blocks nobody has begun are Aborted at once; a worker that copies one stops at the next
         piece (some 100 us) and says so when it is through with its batch: this waits for it, with
         durability "flush" for a sync. Blocks that are Finished stay so. Raises LockTimeoutError
-        when a worker does not answer for 10 s (SIGSTOP, a sync): its pages are not safe then.
+        when a worker does not answer for `timeout` seconds (SIGSTOP, a sync): its pages are not
+        safe before the task is ready.
         """
         self._check()
+        timeout = blocks.seconds("timeout", timeout)
         if not isinstance(task, CacheTask):
             raise InvalidArgumentError(f"abort takes a CacheTask, not {reprlib.repr(task)}")
         if task.ready():
             return
-        task.abort(self._session.queue, _ABORT_SECONDS)
+        task.abort(self._session.queue, timeout)
+
+    def ready_mark(self) -> int:
+        """A number that changes whenever a task of the service, of any of its processes, becomes
+        ready, for who follows many tasks in one thread: take the mark, look at the tasks, then
+        `wait_ready(mark, timeout)`. A task that is ready when `create` returns changes nothing.
+        """
+        return int(self._session.table.header["done_seq"][0])
+
+    def wait_ready(self, mark: int, timeout: float) -> None:
+        """Sleep until a task becomes ready after `ready_mark` gave `mark`, at most `timeout`
+        seconds; may return early for no reason. Any thread; one that waits delays no other."""
+        table = self._session.table
+        table.futex.wait(table.done_word, mark, blocks.seconds("timeout", timeout))
 
     def active_create_count(self, mode: str) -> int:
         """Tasks of this mode, of all processes of the service, that are not ready."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from light_mem import State
+from light_mem import InvalidArgumentError, State
 from tests.service_rig import WAIT, Rig, rig
 
 
@@ -223,3 +225,21 @@ def test_a_write_of_another_length_replaces_what_is_stored(r: Rig) -> None:
     r.blank([8, 9, 10, 11])
     assert r.service.create("r", ["block"], [8, 9, 10, 11]).wait(WAIT)
     assert r.holds("longer", [8, 9, 10, 11])
+
+
+def test_one_thread_follows_many_tasks_by_the_mark_of_readiness(tmp_path: Path) -> None:
+    with rig(tmp_path, run=False) as waiting:
+        service = waiting.service
+        mark = service.ready_mark()
+        tasks = [service.create("w", [f"k{n}"], [n]) for n in range(8)]
+        service.wait_ready(mark, 0.01)  # nobody works: nothing happens
+        assert service.ready_mark() == mark
+        service.run()
+        deadline = time.monotonic() + WAIT
+        while not all(task.ready() for task in tasks):
+            mark = service.ready_mark()
+            if not all(task.ready() for task in tasks):
+                service.wait_ready(mark, 2 * WAIT)  # a change that was missed would make it late
+        assert time.monotonic() < deadline
+        with pytest.raises(InvalidArgumentError, match="timeout"):
+            service.wait_ready(mark, -1)

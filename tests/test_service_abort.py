@@ -124,12 +124,9 @@ def test_threads_that_abort_one_task_all_see_it_final(running: Rig) -> None:
         assert seen == [True] * 4
 
 
-def test_a_stopped_worker_makes_abort_say_that_the_pages_are_not_safe(
-    running: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_worker_makes_abort_say_that_the_pages_are_not_safe(running: Rig) -> None:
     r = running
     r.service.clear()
-    monkeypatch.setattr("light_mem.service._ABORT_SECONDS", 0.2)
     (worker,) = r.service.worker_pids
     keys, pages = blocks_of(0, 8)
     for _ in range(50):  # until it is stopped in the middle
@@ -141,7 +138,7 @@ def test_a_stopped_worker_makes_abort_say_that_the_pages_are_not_safe(
             if State.Working not in task.state():
                 continue
             with pytest.raises(LockTimeoutError, match="did not let go"):
-                r.service.abort(task)
+                r.service.abort(task, timeout=0.2)
             assert not task.ready()
             break
         finally:

@@ -12,9 +12,11 @@ import psutil
 import pytest
 
 from light_mem import InvalidArgumentError, LocalCacheService, TaskTableFullError, allocate_kvcache
+from light_mem.integrations.vllm.background import TASK_BLOCKS
+from light_mem.integrations.vllm.jobs import Fence, Finished, Inbox, Job, Stop
 from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.integrations.vllm.opening import rows_of
-from light_mem.integrations.vllm.transfers import TASK_BLOCKS, Finished, TierTransfers
+from light_mem.integrations.vllm.transfers import TierTransfers
 from tests.conftest import wait_until
 
 ROW = 4096
@@ -197,7 +199,8 @@ def test_after_closing_jobs_fail_and_nothing_is_found(
     transfers.close(20)
     transfers.store(2, KEYS[:2], rows(2), "r")
     transfers.touch(KEYS)
-    done = results(transfers, 2)
+    done = results(transfers, 1, 2)
+    assert done[1].success
     assert not done[2].success
     assert not transfers.lookup(KEYS[0], "r")
 
@@ -206,3 +209,99 @@ def test_a_view_that_is_no_primary_tier_is_refused() -> None:
     for view in (memoryview(bytearray(10)), memoryview(bytes(8)).cast("b", (2, 4))):
         with pytest.raises(InvalidArgumentError, match="num_chunks, row_bytes"):
             rows_of(view)
+
+
+def test_hundreds_of_jobs_under_way_all_come_to_an_end(
+    service: Gate, transfers: TierTransfers
+) -> None:
+    for n in range(300):  # more than one look at them takes in
+        transfers.store(n, [KEYS[n]], rows(1, n), "r")
+    assert not transfers.drain(timeout=0.05)  # no worker yet
+    assert transfers.finished() == []
+    assert transfers.queued() == 300
+    service.run()
+    assert transfers.drain(timeout=60)
+    done = transfers.finished()
+    assert sorted(job.job_id for job in done) == list(range(300))
+    assert all(job.success for job in done)
+    assert transfers.queued() == 0
+
+
+def test_a_stopped_worker_that_a_load_waits_for_delays_no_other_job(service: Gate) -> None:
+    hashes = transfers_hashes(KEYS[:2])
+    service.run()
+    assert service.create("write", hashes, [0, 1]).wait(20)
+    transfers = TierTransfers(service, Namespace({}), max_queued=64, load_timeout=0.0)
+    stop_workers(service, True)
+    try:
+        transfers.store(1, KEYS[2:3], rows(1, 2), "r")  # waits for a worker
+        transfers.load(2, KEYS[:1], rows(1, 10), "r")
+        assert not results(transfers, 2)[2].success
+        transfers.store(3, KEYS[:2], rows(2), "r")  # stored already
+        assert results(transfers, 3)[3].success
+    finally:
+        stop_workers(service, False)
+    assert results(transfers, 1)[1].success
+    transfers.close(5)
+
+
+def test_what_is_queued_when_the_tier_closes_has_a_result_too(
+    service: Gate, transfers: TierTransfers, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.run()
+    service.gate.clear()
+    for n in range(4):
+        transfers.store(n, [KEYS[n]], rows(1, n), "r")
+    closing = threading.Thread(target=transfers.close, args=(0.0,))
+    closing.start()
+    wait_until(lambda: "they are given up" in caplog.text)
+    service.gate.set()
+    closing.join()
+    assert sorted(job.job_id for job in transfers.finished()) == [0, 1, 2, 3]
+    assert transfers.queued() == 0
+
+
+def test_results_are_made_in_the_background(service: Gate) -> None:
+    service.run()
+    here = threading.get_ident()
+    transfers = TierTransfers(
+        service,
+        Namespace({}),
+        max_queued=64,
+        load_timeout=60,
+        tell=lambda job: (job.job_id, threading.get_ident() == here),
+    )
+    transfers.store(1, KEYS[:2], rows(2), "r")
+    assert transfers.drain(20)
+    assert transfers.finished() == [(1, False)]
+    transfers.close(5)
+
+
+def test_the_inbox_gives_what_is_urgent_first() -> None:
+    inbox = Inbox()
+    store, load = (Job(n, n == 2, [], rows(0), "r") for n in (1, 2))
+    for item in (fence := Fence(), store, load, stop := Stop(())):
+        inbox.put(item)
+    assert [inbox.get() for _ in range(4)] == [stop, load, store, fence]
+    assert inbox.pop() is None
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("load", [False, True])
+def test_who_waits_at_the_inbox_finds_what_comes(before: bool, load: bool) -> None:
+    inbox = Inbox()
+    got: list[Any] = []
+    if before:  # then it naps instead of sleeping until it is woken
+        inbox.put(Fence())
+        inbox.get()
+    thread = threading.Thread(target=lambda: got.append(inbox.get()))
+    thread.start()
+    job = Job(1, load, [], rows(0), "r")
+    inbox.put(job)
+    thread.join(20)
+    assert got == [job]
+    thread = threading.Thread(target=lambda: got.append(inbox.get()))
+    thread.start()
+    inbox.wake()
+    thread.join(20)
+    assert got == [job, None]

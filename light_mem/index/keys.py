@@ -69,6 +69,8 @@ def _one(value: object) -> bytes:
 
 def is_hash(value: object) -> bool:
     """Whether `value` is one hash rather than a sequence of them."""
+    if type(value) is int:  # the check below takes a microsecond
+        return True
     return isinstance(value, (str, bytes, bytearray, memoryview, int, np.integer))
 
 
@@ -99,6 +101,8 @@ def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
 
 def as_key(value: HashValue) -> tuple[int, int]:
     """(low, high) of one hash; raises InvalidArgumentError."""
+    if type(value) is int and 0 <= value < 1 << 128:
+        return value & _MASK, value >> 64
     raw = _one(value)
     return int.from_bytes(raw[8:], "big"), int.from_bytes(raw[:8], "big")
 

@@ -1,6 +1,6 @@
 """vLLM restarts, in order and by kill -9, and continues from LightMem: run end to end on a CPU.
 
-    python tools/integration/vllm_restart.py [--tokens 3000] [--keep]
+    python tools/integration/vllm_restart.py [--tokens 3000] [--only PART ...] [--keep]
 
 Needs an environment with vLLM for CPUs and LightMem: docs/vllm.md says how to make one. Real
 engines, each in processes of its own, with a tiny random model made here. Prints a line a check,
@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from light_mem import maintenance
+from light_mem import maintenance, monitor
 
 HERE = Path(__file__).resolve().parent
 BLOCK = 32  # tokens; vLLM on a CPU wants multiples of it
@@ -48,6 +48,7 @@ MODEL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+PARTS = ["restart", "kill", "mid_store", "others"]  # methods of Run, in this order
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -117,10 +118,15 @@ class Engines:
         self._lives = 0
 
     def life(
-        self, store: Path, when_done: Callable[[Path], None] | None = None, **tier: Any
+        self,
+        store: Path,
+        when_done: Callable[[Path], None] | None = None,
+        when_open: Callable[[Path], None] | None = None,
+        **tier: Any,
     ) -> dict[str, Any]:
         """One engine answers the prompts. It leaves in order, or is killed (SIGKILL, all of its
-        processes at once) when `when_done(store)` returns."""
+        processes at once) when `when_done(store)` returns. `when_open(store)` is called as soon as
+        its LightMem workers run."""
         self._lives += 1
         engine_id = f"lightmem-restart-{os.getpid()}-{self._lives}"
         name = self.directory / f"life-{self._lives}"
@@ -139,6 +145,9 @@ class Engines:
                 start_new_session=True,
             )
         try:
+            if when_open:
+                self._await_workers(process, log, store, int(tier.get("num_workers", 2)))
+                when_open(store)
             self._follow(process, answer, log, store, when_done)
         finally:
             _kill(process)
@@ -154,16 +163,24 @@ class Engines:
         store: Path,
         when_done: Callable[[Path], None] | None,
     ) -> None:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 1200
         while not (answer.exists() if when_done else process.poll() is not None):
             if process.poll() is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         if not answer.exists():
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            raise SystemExit(f"an engine did not answer, status {process.poll()}:\n{tail}")
+            _give_up("an engine did not answer", process, log)
         if when_done:
             when_done(store)
+
+    def _await_workers(
+        self, process: subprocess.Popen[bytes], log: Path, store: Path, wanted: int
+    ) -> None:
+        deadline = time.monotonic() + 600
+        while len(workers_of(store)) < wanted:
+            if process.poll() is not None or time.monotonic() > deadline:
+                _give_up("an engine did not open its store", process, log)
+            time.sleep(0.05)
 
     def _config(
         self, engine_id: str, store: Path, wait: bool, tier: dict[str, Any]
@@ -235,6 +252,48 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def _give_up(what: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+    raise SystemExit(f"{what}, status {process.poll()}:\n{tail}")
+
+
+def workers_of(store: Path) -> list[psutil.Process]:
+    """LightMem's workers of the engine that has the store open, once they all run."""
+    if not (store / "store.json").exists():
+        return []
+    for server in monitor.look(store, ages=False).servers:
+        if server.numbers.gauges["workers"] == server.workers:
+            children = psutil.Process(server.pid).children()
+            return [c for c in children if any("light_mem" in part for part in c.cmdline())]
+    return []
+
+
+class MidStore:
+    """Holds the workers of an engine until it has answered, lets them go, and returns, for the
+    engine to be killed, as soon as some of the chunks that wait are stored."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.stored = 0
+        self._held: list[psutil.Process] = []
+
+    def when_open(self, store: Path) -> None:
+        self._held = workers_of(store)
+        for worker in self._held:
+            worker.suspend()
+
+    def when_done(self, store: Path) -> None:
+        (server,) = monitor.look(store, ages=False).servers
+        self.waiting = server.numbers.gauges["write_queue"]
+        for worker in self._held:
+            worker.resume()
+        deadline = time.monotonic() + 60
+        while not self.stored:
+            self.stored = stored_blocks(store)
+            if time.monotonic() > deadline:
+                raise SystemExit("nothing was stored after the workers went on")
+
+
 def stored_blocks(store: Path) -> int:
     """Blocks in a store, looked up from outside."""
     return maintenance.inspect(store).blocks
@@ -253,77 +312,139 @@ def wait_for_blocks(wanted: int) -> Callable[[Path], None]:
     return wait
 
 
-def run(directory: Path, tokens: int, check: Checks) -> None:
-    rng = random.Random(0)
-    prompts = [[rng.randrange(3, 1024) for _ in range(n)] for n in (tokens, 700, 333)]
-    half = tokens // 2  # shows that the answer depends on what is loaded
-    prompts.append([rng.randrange(3, 1024) for _ in range(half)] + prompts[0][half:])
-    chunks = [len(p) // BLOCK for p in prompts]
-    # The chunk that holds the last token of a prompt is computed for its logits.
-    usable = [(len(p) - 1) // BLOCK for p in prompts]
-    engines = Engines(directory, prompts)
+class Run:
+    """The parts of the run. Each compares with what the cold engine answered."""
 
-    def answers(life: dict[str, Any]) -> list[list[int]]:
-        return [request["tokens"] for request in life["requests"]]
+    def __init__(self, directory: Path, tokens: int, check: Checks) -> None:
+        rng = random.Random(0)
+        prompts = [[rng.randrange(3, 1024) for _ in range(n)] for n in (tokens, 700, 333)]
+        half = tokens // 2  # shows that the answer depends on what is loaded
+        prompts.append([rng.randrange(3, 1024) for _ in range(half)] + prompts[0][half:])
+        self.prompts = prompts
+        self.chunks = sum(len(p) // BLOCK for p in prompts)
+        # The chunk that holds the last token of a prompt is computed for its logits.
+        self.usable = [(len(p) - 1) // BLOCK for p in prompts]
+        self.directory = directory
+        self.store = directory / "store"
+        self.check = check
+        self.engines = Engines(directory, prompts)
 
-    def loaded(life: dict[str, Any]) -> int:
-        return int(life["counters"].get("light_mem_loaded_blocks", 0))
-
-    def report(name: str, life: dict[str, Any]) -> None:
-        for request, prompt in zip(life["requests"], prompts, strict=True):
+    def report(self, name: str, life: dict[str, Any]) -> None:
+        for request, prompt in zip(life["requests"], self.prompts, strict=True):
             print(
                 f"      {name}: {len(prompt)} tokens, {request['cached']} from a cache, "
                 f"{request['seconds'] * 1000:.0f} ms"
             )
         print(f"      {name}: {json.dumps(life['counters'])}")
 
-    def hits(name: str, life: dict[str, Any]) -> None:
-        report(name, life)
-        cached = [request["cached"] for request in life["requests"]]
-        check(cached == [n * BLOCK for n in usable], f"{name}: all full chunks hit: {cached}")
-        check(loaded(life) == sum(usable), f"{name}: {loaded(life)} chunks loaded from LightMem")
-        check(answers(life) == answers(cold), f"{name}: same tokens as cold")
+    def cold(self) -> None:
+        cold = self.engines.life(self.store)
+        self.report("cold", cold)
+        self.answers = answers(cold)
+        check, stored = self.check, stored_blocks(self.store)
+        check(not any(cached(cold)), "cold: nothing from a cache")
+        check(loaded(cold) == 0, "cold: nothing loaded from LightMem")
+        check(self.answers[0] != self.answers[3], "cold: another first half gives other tokens")
+        check(stored == self.chunks, f"cold: {stored} chunks in the store")
+
+    def hits(self, name: str, life: dict[str, Any]) -> None:
+        self.report(name, life)
+        check = self.check
+        all_full = cached(life) == [n * BLOCK for n in self.usable]
+        check(all_full, f"{name}: all full chunks hit: {cached(life)}")
+        full = loaded(life) == sum(self.usable)
+        check(full, f"{name}: {loaded(life)} chunks loaded from LightMem")
+        self.same(name, life)
+
+    def same(self, name: str, life: dict[str, Any]) -> None:
+        self.check(answers(life) == self.answers, f"{name}: same tokens as cold")
         failed = life["counters"].get("light_mem_failed_load_blocks", 0)
-        check(not failed, f"{name}: no load failed")
+        self.check(not failed, f"{name}: no load failed")
 
-    store = directory / "store"
-    cold = engines.life(store)
-    report("cold", cold)
-    check(all(r["cached"] == 0 for r in cold["requests"]), "cold: nothing from a cache")
-    check(loaded(cold) == 0, "cold: nothing loaded from LightMem")
-    check(answers(cold)[0] != answers(cold)[3], "cold: another first half gives other tokens")
-    check(stored_blocks(store) == sum(chunks), f"cold: {stored_blocks(store)} chunks in the store")
-    hits("restart", engines.life(store))
+    def whole(self, store: Path) -> None:
+        maintenance.check(store)
+        self.check(True, f"the store {store.name} is whole: every byte fits its checksum")
 
-    killed = directory / "killed"
-    first = engines.life(killed, wait_for_blocks(sum(chunks)))
-    check(answers(first) == answers(cold), "before kill -9: same tokens as cold")
-    hits("restart after kill -9", engines.life(killed))
-    again = engines.life(killed, lambda store: None)
-    hits("before the second kill -9", again)
-    hits("restart after the second kill -9", engines.life(killed))
-    maintenance.check(killed)
-    check(True, "the store that saw kills is whole: every byte fits its checksum")
+    def restart(self) -> None:
+        self.hits("restart", self.engines.life(self.store))
 
-    other = engines.life(store, namespace="another")
-    check(loaded(other) == 0, "another namespace: nothing loaded")
-    check(all(r["cached"] == 0 for r in other["requests"]), "another namespace: no hit")
-    check(answers(other) == answers(cold), "another namespace: same tokens as cold")
-    make_model(engines.model, seed=1)
-    changed = engines.life(store)
-    check(loaded(changed) == 0, "other weights in the same place: nothing loaded")
-    check(answers(changed) != answers(cold), "other weights in the same place: other tokens")
+    def kill(self) -> None:
+        """Killed when all is stored, and once more when it has loaded."""
+        store = self.directory / "killed"
+        first = self.engines.life(store, wait_for_blocks(self.chunks))
+        self.check(answers(first) == self.answers, "before kill -9: same tokens as cold")
+        self.hits("restart after kill -9", self.engines.life(store))
+        self.hits("before the second kill -9", self.engines.life(store, lambda store: None))
+        self.hits("restart after the second kill -9", self.engines.life(store))
+        self.whole(store)
+
+    def mid_store(self) -> None:
+        """Killed while most chunks are on their way to the store."""
+        store = self.directory / "mid-store"
+        killer = MidStore()
+        life = self.engines.life(store, killer.when_done, killer.when_open, durability="flush")
+        left = stored_blocks(store)
+        name, check = "kill -9 in the middle of a store", self.check
+        check(answers(life) == self.answers, f"{name}: same tokens as cold")
+        check(killer.waiting > self.chunks // 2, f"{name}: {killer.waiting} chunks under way")
+        check(
+            killer.stored <= left < self.chunks,
+            f"{name}: {killer.stored} chunks stored at the kill, {left} of {self.chunks} after it",
+        )
+        self.whole(store)
+        name = "restart after it"
+        life = self.engines.life(store)
+        self.report(name, life)
+        self.same(name, life)
+        check(0 < loaded(life) <= left, f"{name}: {loaded(life)} chunks loaded from LightMem")
+        from_store = sum(cached(life)) // BLOCK >= loaded(life)
+        check(from_store, f"{name}: each of them saved its tokens: {cached(life)}")
+        stored = stored_blocks(store)
+        check(stored == self.chunks, f"{name}: {stored} chunks in the store")
+        self.whole(store)
+        self.hits("restart after that", self.engines.life(store))
+
+    def others(self) -> None:
+        """Another namespace, other weights: nothing in common."""
+        check = self.check
+        other = self.engines.life(self.store, namespace="another")
+        check(loaded(other) == 0, "another namespace: nothing loaded")
+        check(not any(cached(other)), "another namespace: no hit")
+        check(answers(other) == self.answers, "another namespace: same tokens as cold")
+        make_model(self.engines.model, seed=1)
+        changed = self.engines.life(self.store)
+        check(loaded(changed) == 0, "other weights in the same place: nothing loaded")
+        check(answers(changed) != self.answers, "other weights in the same place: other tokens")
+
+
+def answers(life: dict[str, Any]) -> list[list[int]]:
+    return [request["tokens"] for request in life["requests"]]
+
+
+def cached(life: dict[str, Any]) -> list[int]:
+    return [request["cached"] for request in life["requests"]]
+
+
+def loaded(life: dict[str, Any]) -> int:
+    return int(life["counters"].get("light_mem_loaded_blocks", 0))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=3000, help="of the longest prompt")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="parts, all by default"
+    )
     parser.add_argument("--keep", action="store_true", help="keep stores and logs")
     chosen = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="lightmem-vllm-"))
     check = Checks()
     try:
-        run(directory, chosen.tokens, check)
+        run = Run(directory, chosen.tokens, check)
+        run.cold()
+        for part in PARTS:
+            if part in chosen.only:
+                getattr(run, part)()
     finally:
         if chosen.keep:
             print(f"kept: {directory}")

@@ -2,6 +2,7 @@
 
 tier.py           LightMemTier: the class that vLLM makes, and all that touches vLLM's types
 transfers.py      TierTransfers: jobs on their way to and from the store, without blocking anyone
+background.py     the threads that do them; jobs.py: what passes between them and the scheduler
 opening.py        a service over the rows of the primary tier
 namespace.py      Namespace: what a key means besides the tokens it stands for
 engine_config.py  vLLM's configuration as plain data

@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from light_mem import __version__
 from light_mem.integrations.vllm import engine_config, weights
+from light_mem.integrations.vllm.jobs import Finished
 from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.integrations.vllm.opening import open_service
 from light_mem.integrations.vllm.options import TierOptions
@@ -92,6 +93,7 @@ class LightMemTier(SecondaryTierManager):
             namespace,
             max_queued=chosen.max_queued_blocks or max(1, len(primary_kv_view) // 2),
             load_timeout=chosen.load_timeout,
+            tell=_result,
         )
         self._told: dict[str, int] = {}
         stored = service.stats()
@@ -122,16 +124,8 @@ class LightMemTier(SecondaryTierManager):
         self._transfers.load(job.job_id, job.keys, job.chunk_ids, job.req_context.req_id)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
-        return [
-            JobResult(
-                job_id=job.job_id,
-                success=job.success,
-                successful_keys=job.done if job.load and not job.success and job.done else None,
-                transfer_time=job.seconds,
-                transfer_bytes=job.nbytes,
-            )
-            for job in self._transfers.finished()
-        ]
+        results: list[JobResult] = self._transfers.finished()
+        return results
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         self._transfers.touch(keys)
@@ -173,6 +167,17 @@ class LightMemTier(SecondaryTierManager):
             stats.set_gauge(METRIC_PREFIX + _QUEUED, queued)
             self._told[_QUEUED] = queued
         return None if stats.is_empty() else stats
+
+
+def _result(job: Finished) -> JobResult:
+    part = job.load and not job.success and job.done
+    return JobResult(
+        job_id=job.job_id,
+        success=job.success,
+        successful_keys=job.done if part else None,
+        transfer_time=job.seconds,
+        transfer_bytes=job.nbytes,
+    )
 
 
 def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> Namespace:
