@@ -88,7 +88,10 @@ def _facts(r: StoreReport) -> list[tuple[str, str]]:
         ("capacity", f"{output.bytes_text(r.capacity)}, {r.shards * r.slots:,} pages"),
         ("blocks", f"{r.blocks:,}, {output.bytes_text(r.block_bytes)}"),
         ("room used", f"{output.bytes_text(used)}, {full:.1%}"),
+        ("pinned", f"{r.pinned_blocks:,}, {output.bytes_text(r.pinned_slots * r.page_bytes)}"),
+        ("expired", output.count_text(r.expired_blocks, "block")),
         ("being written", output.count_text(r.writing_blocks, "block")),
+        ("held by views", output.count_text(r.held_blocks, "block")),
         ("last used", _ages(r.newest_use, r.median_use, r.oldest_use)),
         ("written", _ages(r.newest_write, None, r.oldest_write)),
     ]
