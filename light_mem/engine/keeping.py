@@ -169,7 +169,7 @@ def _checksum(
     file, left = engine.file(shard), nbytes
     for start, length in runs:
         part = file.read_only(start, length)[:left]
-        digest.update(memoryview(part))
+        digest.update(part.data)
         left -= len(part)
     return digest.intdigest()
 

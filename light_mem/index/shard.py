@@ -205,9 +205,10 @@ class ShardIndex:
         checksums: list[int],
         nbytes: list[int],
         now: int,
-        keeps: list[int],
+        keeps: list[int] | None = None,
     ) -> None:
         """`publish` for blocks of different keys, none of which is stored; by first slots."""
+        keeps = keeps or [0] * len(firsts)
         if len(firsts) <= FEW:
             for slot, (low, high), checksum, size, keep in zip(
                 firsts, keys, checksums, nbytes, keeps, strict=True

@@ -50,7 +50,9 @@ def evict(
 ) -> ChangeReport:
     """Take out the blocks that nobody has used for `older_than` seconds, and those that expired.
 
-    A block that is used meanwhile stays, and so do pinned and leased ones. Raises InvalidArgumentError for a negative time, and as opening does."""
+    A block that is used meanwhile stays, and so do pinned and leased ones. Raises
+    InvalidArgumentError for a negative time, and as opening does.
+    """
     older_than = seconds("older_than", older_than)
     started = time.monotonic()
     store = Store(directory)
@@ -101,8 +103,9 @@ def resize(
     """Give a store another `storage_size` (bytes of pages). Nobody else may have it open.
 
     A larger store keeps every block. In a smaller one the pinned and the most recently used
-    blocks that fit a shard's new size move to its front first; what is left behind the new end goes. Killed in the
-    middle, the store has its old size and all blocks that are not yet given up, or the new one.
+    blocks that fit a shard's new size move to its front first; what is left behind the new end
+    goes. Killed in the middle, the store has its old size and all blocks that are not yet given
+    up, or the new one.
     Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError.
     """
     storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)

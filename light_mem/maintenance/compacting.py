@@ -1,9 +1,9 @@
 """Moves a shard's blocks to its front, before the shard is made shorter.
 
 The most recently used block behind the new end moves first, before it the pinned ones: into free
-slots in front, else into those of blocks there that were used longer ago. A block is listed at its new place before it
-leaves the old one, its bytes and record before it is listed; so at every moment it is stored at
-least once, and whoever is killed leaves at most the same block twice.
+slots in front, else into those of blocks there that were used longer ago. A block is listed at its
+new place before it leaves the old one, its bytes and record before it is listed; so at every moment
+it is stored at least once, and whoever is killed leaves at most the same block twice.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class _Compaction:
 
 
 def worth_of(keeps: retention.Keeps) -> npt.NDArray[np.int64]:
-    """What blocks are worth before their last use counts: 0 expired, 2 pinned, else 1; shape [n]."""
+    """What counts before the last use: 0 expired, 2 pinned, else 1; shape [n]."""
     pinned = keeps >= fmt.KEEP_PINNED
     return np.asarray(1 + pinned.astype(np.int64) - retention.expired(keeps))
 
