@@ -86,9 +86,13 @@ class _Compaction:
         ]
         behind = {b.slot for b in blocks if any(a + n > slots for a, n in b.runs)}
         self._behind = sorted((b for b in blocks if b.slot in behind), reverse=True)
-        self._front = sorted(b for b in blocks if b.slot not in behind)  # victims, oldest first
+        # Victims, the oldest first: also those that reach over the new end, for what is in front.
+        self._front = sorted(b for b in blocks if _before(b.runs, slots))
         self._used = [b[:2] for b in self._front]
-        self._pages = [0, *accumulate(b.pages for b in self._front)]  # of those before each
+        sizes = (sum(n for _, n in _before(b.runs, slots)) for b in self._front)
+        self._pages = [0, *accumulate(sizes)]  # of those before each
+        self._evicted: set[int] = set()
+        self._slots = slots
         self._gone = 0  # how many of them have been evicted
         self._leased = index.leases.slots()
         self._free = _free_below(index, slots)
@@ -100,9 +104,11 @@ class _Compaction:
         for block in self._behind:
             if moved >= BATCH_BLOCKS or nbytes >= BATCH_BYTES:
                 return moved, True
-            runs = self._room(block)
+            runs = None if block.slot in self._evicted else self._room(block)
             if runs is not None:
                 self._move(block, runs)
+                for start, length in _before(block.runs, self._slots):
+                    self._free.add(start, length)
                 moved += 1
                 nbytes += block.pages * self._page_bytes
         return moved, False
@@ -123,7 +129,8 @@ class _Compaction:
             self._index.remove(victim.slot)
             self._file.clear_records([victim.slot])
             self._index.control["evictions"] += 1
-            for start, length in victim.runs:
+            self._evicted.add(victim.slot)
+            for start, length in _before(victim.runs, self._slots):
                 self._free.add(start, length)
         place = self._free.take(block.pages)
         return self._free.take_pieces(block.pages) if place is None else [(place, block.pages)]
@@ -147,6 +154,11 @@ class _Compaction:
         file.clear_records([block.slot])
         self._owner.intend([])
         index.control["inserts"] -= 1  # it was stored before
+
+
+def _before(runs: list[Run], end: int) -> list[Run]:
+    """The parts of runs that lie before slot `end`."""
+    return [(start, min(length, end - start)) for start, length in runs if start < end]
 
 
 def worth_of(keeps: retention.Keeps) -> npt.NDArray[np.int64]:
