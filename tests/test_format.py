@@ -74,8 +74,12 @@ def test_the_document_gives_the_values_of_the_constants() -> None:
     documented = {name: int(v) for name, v, _ in rows_after("## Sizes", "| name | value |")}
     documented |= {name: int(v) for name, v, _ in rows_after("## Index", "| state | value |")}
     assert documented == {name: getattr(fmt, name) for name in documented}
-    assert {"FORMAT_VERSION", "BLOCK_ALIGN", "FREE", "WRITING", "LIVE", "EXTENT"} <= set(documented)
-    assert {"JOURNAL_LENGTH", "MAX_OWNERS", "MAX_INTENTS"} <= set(documented)
+    assert {"FORMAT_VERSION", "BLOCK_ALIGN", "FREE", "WRITING", "LIVE", "EXTENT", "HELD"} <= set(
+        documented
+    )
+    assert {"JOURNAL_LENGTH", "MAX_OWNERS", "MAX_INTENTS", "MAX_LEASES", "KEEP_EPOCH"} <= set(
+        documented
+    )
 
 
 def test_the_document_gives_the_bits_of_a_tag() -> None:
@@ -92,6 +96,15 @@ def test_the_document_gives_the_bits_of_a_tag() -> None:
     assert fmt.make_tag(fmt.LIVE, 0xABCD, 0x1_2345_6789) == 0x2345_6789_00AB_CD02
     assert fmt.JOURNAL_FREED == 1 << 31
     assert fmt.JOURNAL_LENGTH_MASK == (1 << 31) - 1
+
+
+def test_the_document_gives_the_bits_of_keep() -> None:
+    section = DOCUMENT[DOCUMENT.index("### How long a block is kept") :]
+    for name, bits in (("KEEP_TIME_MASK", "0-30"), ("KEEP_PINNED", "31")):
+        assert f"| {bits} | `{name}` |" in section
+        first, _, last = bits.partition("-")
+        width = int(last or first) - int(first) + 1
+        assert getattr(fmt, name) == (1 << width) - 1 << int(first)
 
 
 def test_the_document_gives_the_magic_numbers() -> None:
@@ -134,16 +147,16 @@ def test_files_hold_what_the_document_says_beyond_storage_size(
         return -(-n // 4096) * 4096
 
     assert sizes.pop("store.json") < 1024
-    exact = storage_size + shards * 4096 + shards * (4096 + 64 * slots) + 1048576
+    exact = storage_size + shards * 4096 + shards * (4096 + 64 * slots) + 4194304
     exact += align(align(4096 + shards * 4096 + 4 * shards * buckets) + 64 * shards * slots)
     assert sum(sizes.values()) == exact
     bound = re.search(
-        r"(\d+) bytes a slot, (\d+) bytes a shard and 1 MiB \+ (\d+) KiB",
+        r"(\d+) bytes a slot, (\d+) bytes a shard and 4 MiB \+ (\d+) KiB",
         DOCUMENT.replace("\n", " "),
     )
     assert bound is not None
     slot, shard, rest = map(int, bound.groups())
-    most = storage_size + shards * slots * slot + shards * shard + (1 << 20) + (rest << 10)
+    most = storage_size + shards * slots * slot + shards * shard + (4 << 20) + (rest << 10)
     assert exact + 1024 <= most
 
 
@@ -168,7 +181,7 @@ def test_a_record_has_these_bytes(tmp_path: Path) -> None:
     assert geometry is not None
     file = shard_file.ShardFile(tmp_path / "store", geometry, 0)
     runs = [(1, 2), (5, 1)]
-    file.write_records([shard_file.Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788)])
+    file.write_records([shard_file.Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788, 0x80000009)])
     file.close()
     raw = (tmp_path / "store" / "shard-000.slots").read_bytes()[4096:]
     key_to_nbytes = "2211000000000000 4433000000000000 TAG_____00000000 6655000000000000"
@@ -201,7 +214,7 @@ def test_a_description_has_this_text(tmp_path: Path) -> None:
     assert (tmp_path / "store.json").read_text() == (
         "{\n"
         ' "format": "lightmem",\n'
-        ' "version": 1,\n'
+        ' "version": 2,\n'
         f' "store_id": "{IDENTITY}",\n'
         ' "page_bytes": 4096,\n'
         ' "shards": 4,\n'

@@ -122,10 +122,10 @@ def test_what_is_no_export_is_refused(tmp_path: Path, command: Command, content:
 def test_another_version_is_refused(exported: Path, tmp_path: Path) -> None:
     raw = bytearray(exported.read_bytes())
     header = np.frombuffer(raw, fmt.EXPORT_HEADER, 1)
-    header["version"] = 2
+    header["version"] = 3
     fmt.sealed(header)
     exported.write_bytes(raw)
-    with pytest.raises(StoreFormatError, match="version 2") as error:
+    with pytest.raises(StoreFormatError, match="version 3") as error:
         import_store(make_store(tmp_path / "target", []), exported)
     assert (error.value.found, error.value.expected) == ("2", "1")
 

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -212,11 +213,9 @@ def test_a_process_that_leaves_with_a_lease_it_cannot_end_leaves_as_the_dead_do(
     other.rig.delete(A)
     lock = PathLock(lock_path(tmp_path / "store", "shard-000"))
     with lock.hold(), pytest.MonkeyPatch.context() as patch:
-        real = viewer.engine.change
-        patch.setattr(viewer.engine, "change", lambda shard: real(shard, timeout=0))
+        patch.setattr(viewer.engine, "change", partial(viewer.engine.change, timeout=0))
         viewer.engine.end_lease(leased)
         viewer.engine.close()
-    del real
     viewer.close()
     assert other.states()[fmt.HELD - 1] == 1
     assert other.engine.reclaim() == 1
