@@ -163,7 +163,7 @@ def test_files_hold_what_the_document_says_beyond_storage_size(
 # --- literal bytes --------------------------------------------------------------------------------
 
 IDENTITY = "000102030405060708090a0b0c0d0e0f"
-DATA_HEADER = "4c4d444154410000 01000000 e7b87866" + IDENTITY + "0010000000000000 02000000 04000000"
+DATA_HEADER = "4c4d444154410000 02000000 96419599" + IDENTITY + "0010000000000000 02000000 04000000"
 
 
 def test_a_shard_header_has_these_bytes() -> None:
@@ -190,8 +190,8 @@ def test_a_record_has_these_bytes(tmp_path: Path) -> None:
     further = (key_to_nbytes + rest + "01000000 00000000").replace("TAG_____", "03000000")
     assert raw[64:120].hex() == first.replace(" ", "")
     assert raw[5 * 64 : 5 * 64 + 56].hex() == further.replace(" ", "")
-    assert raw[120:128].hex() == "ad13d89000000000"
-    assert raw[5 * 64 + 56 : 6 * 64].hex() == "8a4fc40600000000"
+    assert raw[120:128].hex() == "09000080b9559d10"
+    assert raw[5 * 64 + 56 : 6 * 64].hex() == "000000007a9e54c2"
     records = np.frombuffer(raw, fmt.RECORD)
     assert record_crc(records[1]) == int(records["crc"][1])
     assert not any(raw[:64] + raw[128 : 5 * 64] + raw[6 * 64 :])
@@ -202,7 +202,7 @@ def test_an_index_header_has_these_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     path = index_file.create(tmp_path, geometry_of(slots=100, shards=3, page_bytes=4096))
     raw = path.read_bytes()
     assert raw[:72].hex() == (
-        "4c4d494e44455800 01000000 d60ca282" + IDENTITY + "0010000000000000 03000000 64000000"
+        "4c4d494e44455800 02000000 19d25106" + IDENTITY + "0010000000000000 03000000 64000000"
         "80000000 00000000 101112131415161718191a1b1c1d1e1f"
     ).replace(" ", "")
     assert not any(raw[72:])
@@ -220,7 +220,7 @@ def test_a_description_has_this_text(tmp_path: Path) -> None:
         ' "shards": 4,\n'
         ' "slots": 10,\n'
         ' "storage_size": 163840,\n'
-        ' "crc": "e46f0d07e6eee192"\n'
+        ' "crc": "b6cceab7fd1b0fe2"\n'
         "}\n"
     )
 
