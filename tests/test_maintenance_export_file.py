@@ -156,7 +156,7 @@ def test_an_export_has_these_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     export_store(store, tmp_path / "x")
     raw = (tmp_path / "x").read_bytes()
     assert len(raw) == 3 * PART + PAGE
-    assert raw[:12].hex() == "4c4d4558504f5254" + "01000000"
+    assert raw[:12].hex() == "4c4d4558504f5254" + "02000000"
     assert (
         raw[32:64].hex()
         == (

@@ -22,6 +22,7 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.locks import PathLock, lock_path
 from tests.children import child, line
+from tests.deaths import interleave
 from tests.engine_helpers import Block, assert_consistent, let_go
 from tests.payload import block_bytes_of
 from tests.retention_helpers import Store
@@ -221,6 +222,58 @@ def test_a_process_that_leaves_with_a_lease_it_cannot_end_leaves_as_the_dead_do(
     assert other.engine.reclaim() == 1
     assert other.states()[fmt.HELD - 1] == 0
     other.close()
+
+
+@pytest.mark.parametrize("change", ["evict", "delete and write", "view as well"])
+def test_a_lease_is_of_the_right_bytes_whatever_happens_while_it_is_taken(
+    two: Two, change: str
+) -> None:
+    """Another process acts after each opcode of taking, and of ending, a lease; not while the
+    shard is locked, when it would have to wait."""
+    viewer, other = two
+    lock = PathLock(lock_path(viewer.engine.directory, "shard-000"))
+    fresh, count = Block(9, 8), 0
+
+    def act() -> None:
+        nonlocal count
+        try:
+            with lock.hold(timeout=0):
+                pass
+        except LockTimeoutError:
+            return
+        count += 1
+        if change == "evict":
+            other.write(fresh)
+        elif change == "delete and write":
+            other.rig.delete(A)
+            other.write(Block(7), Block(8), A)
+        else:
+            leased = other.engine.lease(*keymath.as_key(A.key))
+            if leased is not None:
+                other.engine.end_lease(leased)
+
+    def take_and_end() -> bool:
+        leased = viewer.engine.lease(*keymath.as_key(A.key))
+        if leased is None:
+            return False
+        good = holds(viewer, leased, A)
+        viewer.engine.end_lease(leased)
+        assert good
+        return True
+
+    at, reached, results = 1, True, []
+    while reached:
+        other.engine.clear()
+        other.write(A, B, C, D)
+        result, reached = interleave(take_and_end, act, at)
+        results.append(result)
+        assert viewer.engine.leases.open == other.engine.leases.open == 0
+        assert other.states()[fmt.HELD - 1] == 0
+        assert_consistent(other.engine._index)
+        at += 9
+    assert count > 10
+    assert True in results
+    assert (False in results) == (change == "evict")
 
 
 VIEWER = """

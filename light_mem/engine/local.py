@@ -95,7 +95,8 @@ class LocalStorageEngine(StorageEngine):
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
         self._copier = Copier()
-        self._closed = self._left = False
+        self._closed = False
+        self._leaving = [True]  # whoever takes it leaves: finalizers may come at any moment
         self._in_order = True  # nothing of ours was left behind
         self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
@@ -441,10 +442,12 @@ class LocalStorageEngine(StorageEngine):
     def _leave_unless_leased(self) -> None:
         """Leave the store. Who still looks at blocks in it stays a member, so that they stay what
         they are; leases that could not be ended end with the membership, as at a death."""
-        with self._files_guard:
-            if self._left or self.leases.open > len(self.leases.dropped):
-                return
-            self._left = True
+        if self.leases.open > len(self.leases.dropped):
+            return
+        try:
+            self._leaving.pop()
+        except IndexError:  # done, or another thread is at it
+            return
         if self._in_order and not self.leases.open:
             self._owner.leave()
         try:

@@ -33,7 +33,7 @@ class Leases:
         self.number = number
         self._words = owners.records["leases"][number]
         self._held: Counter[Lease] = Counter()  # several on one block are one word in the record
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a finalizer may end a lease while this thread has it
         # Of views that were dropped, not closed: their finalizers take no lock.
         self.dropped: deque[Lease] = deque()
 
