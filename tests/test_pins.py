@@ -249,4 +249,6 @@ def test_the_numbers_are_shown_everywhere(
         assert (report.pinned_blocks, report.pinned_slots) == (1, 1)
         assert main(["stats", str(tmp_path / "store")]) == 0
         assert "pinned" in capsys.readouterr().out
+        assert main(["dump", str(tmp_path / "store"), "a"]) == 0
+        assert "pinned; then until it is evicted" in capsys.readouterr().out
     assert issubclass(light_mem.PinLimitError, LightMemError)

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -189,4 +190,13 @@ def _block_facts(block: BlockReport, problem: str) -> list[tuple[str, str]]:
         ("checksum", f"{block.checksum}, {problem or 'the bytes fit it'}"),
         ("last used", f"{_when(block.used / 1e9)}, {output.age_text(block.used)}"),
         ("written", _when(block.written / 1e9) if block.written else "it has no record"),
+        ("kept", _kept(block)),
     ]
+
+
+def _kept(block: BlockReport) -> str:
+    until = "until it is evicted"
+    if block.expires is not None:
+        over = block.expires <= time.time_ns()
+        until = ("expired at " if over else "until ") + _when(block.expires / 1e9)
+    return f"pinned; then {until}" if block.pinned else until
