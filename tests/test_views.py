@@ -122,6 +122,24 @@ def test_a_block_deleted_under_a_lease_can_be_written_and_viewed_again(two: Two)
     viewer.engine.end_lease(new)
 
 
+@pytest.mark.parametrize("spoil", ["nothing", "entries"])
+def test_a_forced_rebuild_leaves_what_is_held(two: Two, tmp_path: Path, spoil: str) -> None:
+    viewer, other = two
+    gone, stays = lease(viewer, A), lease(viewer, C)
+    other.rig.delete(A)
+    if spoil == "entries":  # the records say where the others lie
+        slots = [n for n in range(8) if n not in (gone.slot, gone.slot + 1)]
+        other.engine._index.entries["low"][slots] += np.uint64(1000)
+    maintenance.rebuild(tmp_path / "store", force=True)
+    assert other.stored(A, B, C, D) == [2, 3, 4] or spoil == "entries"
+    for leased, block in ((gone, A), (stays, C)):
+        other.write(Block(7, 2), Block(8, 2), Block(9, 2))
+        assert holds(viewer, leased, block)
+        viewer.engine.end_lease(leased)
+    assert other.states()[fmt.HELD - 1] == 0
+    assert_consistent(other.engine._index)
+
+
 def test_half_of_a_shard_may_be_leased_and_each_block_counts_once(two: Two) -> None:
     viewer, other = two
     open_now = [(viewer, lease(viewer, A)), (viewer, lease(viewer, A)), (other, lease(other, A))]
