@@ -22,7 +22,6 @@ def nothing_wrong(counts: Counter[str]) -> None:
 def test_blocks_are_right_or_absent_after_kills_at_random_moments(tmp_path: Path) -> None:
     counts = kills.run(str(tmp_path / "store"), SEED, seconds=60, rounds=4)
     nothing_wrong(counts)
-    assert counts["looks at views"] > 0, counts
     assert counts["rounds"] == 4
     assert counts["workers killed"] + counts["servers killed"] + counts["killed at the end"] >= 4
 

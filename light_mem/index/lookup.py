@@ -28,11 +28,12 @@ RETRIES = 3
 SCALAR_LIMIT = 6  # up to here Python ints are faster than numpy calls; measured
 
 _W64 = {name: ENTRY.fields[name][1] // 8 for name in ("low", "high", "tag", "used")}  # type: ignore[index]
-_W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next", "keep")}  # type: ignore[index]
+_W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next")}  # type: ignore[index]
 _ENTRY64 = ENTRY.itemsize // 8
 _ENTRY32 = ENTRY.itemsize // 4
 LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
-RUN, NEXT_RUN, NEXT, KEEP = _W32["run"], _W32["next_run"], _W32["next"], _W32["keep"]
+RUN, NEXT_RUN, NEXT = _W32["run"], _W32["next_run"], _W32["next"]
+NEXT_KEEP = NEXT // 2  # `next` in the low half of this word, `keep` in the high half
 
 
 class Location(NamedTuple):
@@ -56,6 +57,7 @@ class Lookup:
         self._low, self._high, self._tag = e["low"], e["high"], e["tag"]
         self._next, self._used, self._keep = e["next"], e["used"], e["keep"]
         self._unlinks = file.control["unlinks"]
+        self._expires = file.control["expires"]
 
     def find(
         self, keys: KeyArray, touch: bool = True, expired: bool = False
@@ -81,16 +83,13 @@ class Lookup:
             todo = todo[moved[shards[todo]]]
             if not todo.size:
                 break
-        stored = found[found >= 0]
-        # After the walk: of an entry that was taken out meanwhile the tag tells its reader.
-        keeps = self._keep[stored]
-        if not expired and keeps.any():
-            gone = retention.expired(keeps)
-            if gone.any():
-                found[np.flatnonzero(found >= 0)[gone]] = -1
-                stored = stored[~gone]
+        if not expired and self._expires.any():  # else no block has a time to live
+            # After the walk: of an entry that was taken out meanwhile the tag tells its reader.
+            at = np.flatnonzero(found >= 0)
+            gone = retention.expired(self._keep[found[at]])
+            found[at[gone]] = -1
         if touch:
-            self._used[stored] = time.time_ns()
+            self._used[found[found >= 0]] = time.time_ns()
         return found
 
     def find_each(
@@ -156,7 +155,7 @@ class Lookup:
                     and tag & STATE_MASK == LIVE
                     and w64[word + TAG] == tag
                 ):
-                    keep = w32[f.entries_word32 + entry * _ENTRY32 + KEEP]
+                    keep = w64[word + NEXT_KEEP] >> 32
                     if keep and not expired and retention.has_expired(keep):
                         return -1
                     if touch:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
     writes: float = 0.5  # share of writes
     aborts: float = 0.03
     deletes: float = 0.01
-    pins: float = 0.02  # and unpins
-    views: float = 0.02
+    pins: float = 0.05  # and unpins
+    views: float = 0.1
     verify: bool = True
 
 
@@ -78,6 +78,7 @@ class Player:
         self._counts: Counter[str] = Counter()
         self._kv = light_mem.allocate_kvcache(LANES * LANE_PAGES, plan.page_bytes)
         self._bytes = self._kv.numpy()
+        self._recent: deque[int] = deque(maxlen=32)  # keys that were stored a moment ago
         self._views: list[tuple[int, light_mem.BlockView]] = []
         self._lanes = [Lane(n * LANE_PAGES) for n in range(LANES)]
 
@@ -128,16 +129,16 @@ class Player:
     def _retain(self, service: light_mem.LocalCacheService) -> None:
         """Pin, unpin, view; what is viewed is looked at again while others evict and delete."""
         dice = self._random.random
+        likely = self._random.choice(self._recent) if self._recent else self._key()
         try:
             if dice() < self._plan.pins:
-                self._counts["pinned"] += service.pin([self._key()])
+                self._counts["pinned"] += service.pin([likely])
             if dice() < self._plan.pins:
                 self._counts["unpinned"] += service.unpin([self._key() for _ in range(20)])
             if dice() < self._plan.views:
-                key = self._key()
-                view = service.view(key)
+                view = service.view(likely)
                 if view is not None:
-                    self._views.append((key, view))
+                    self._views.append((likely, view))
                     self._counts["views"] += 1
         except light_mem.PinLimitError:
             self._counts["pins refused"] += 1
@@ -197,7 +198,9 @@ class Player:
         for block, key in zip(task.blocks, lane.keys, strict=True):
             if block.state is State.Aborted:
                 self._counts["aborted reads" if lane.reading else "aborted writes"] += 1
-            elif lane.reading:
+                continue
+            self._recent.append(key)
+            if lane.reading:
                 self._counts["loaded"] += 1
                 if not np.array_equal(
                     self._bytes[list(block.pages)], payload(key, self._plan.page_bytes)
