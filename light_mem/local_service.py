@@ -53,6 +53,9 @@ class LocalCacheService(CacheService):
                     its memory it is moved to shared memory in place, or refused: see the README
     num_workers     worker processes, 1 to 127
     verify          check each block's checksum when it is read
+    time_to_live    seconds that blocks written by this service live, counted from the write: a use
+                    does not prolong it. Then they are a miss, and the first to be evicted. None:
+                    until they are evicted
     durability      "kernel": the kernel writes when it likes; what a power cut takes is a miss.
                     "flush": Finished means on the device
     page_cache      "keep": the kernel decides which blocks stay in its page cache. "drop": what
@@ -77,6 +80,7 @@ class LocalCacheService(CacheService):
         verify: bool = True,
         durability: str = "kernel",
         page_cache: str = "keep",
+        time_to_live: float | None = None,
         worker_cpus: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
@@ -93,6 +97,8 @@ class LocalCacheService(CacheService):
             )
         page_cache = cache_policy.choose(page_cache)
         cpus = place_workers(worker_cpus, num_workers)
+        if time_to_live is not None and not blocks.seconds("time_to_live", time_to_live):
+            raise InvalidArgumentError("time_to_live is more than 0 seconds, or None")
         directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
@@ -134,6 +140,7 @@ class LocalCacheService(CacheService):
                 verify=verify,
                 durability=durability,
                 page_cache=page_cache,
+                time_to_live=time_to_live,
                 cpus=cpus,
                 is_stored=engine.is_stored,
                 recover=engine.recover,
@@ -155,6 +162,7 @@ class LocalCacheService(CacheService):
                 verify=verify,
                 durability=durability,
                 page_cache=page_cache,
+                time_to_live=time_to_live,
                 cpus=cpus,
             )
             log.info("%s", line)
@@ -189,7 +197,8 @@ class LocalCacheService(CacheService):
     def close(self) -> None:
         """Stop the workers after the blocks in their hands, abort what waits, leave the store.
 
-        Nothing stays behind. Task objects keep their states. Also happens when the object goes
+        Nothing stays behind but what open views hold, until they are closed too. Task objects
+        keep their states. Also happens when the object goes
         and when the interpreter ends. Calling it again, or in a forked child, does nothing.
         """
         self._closed = True

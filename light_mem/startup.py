@@ -31,6 +31,7 @@ def start_line(
     verify: bool,
     durability: str,
     page_cache: str,
+    time_to_live: float | None,
     cpus: Sequence[Sequence[int]] | None,
 ) -> str:
     """Everything about a service in one line: versions, store, tensor, workers, settings."""
@@ -44,8 +45,9 @@ def start_line(
         f"{int(h['num_pages'])} pages of {int(h['page_bytes'])} bytes, {memory_text(source)}, "
         f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers on "
         f"{cpus_text(cpus)}, page_cache {page_cache}, "
-        f"durability {durability}, verify {verify}, max_blocks {table.sizes.cells}; pid "
-        f"{os.getpid()}, Python {platform.python_version()}, {versions}, {platform.platform()}"
+        f"durability {durability}, verify {verify}, time_to_live {time_to_live}, max_blocks "
+        f"{table.sizes.cells}; pid {os.getpid()}, Python {platform.python_version()}, {versions}, "
+        f"{platform.platform()}"
     )
 
 

@@ -53,6 +53,7 @@ class WorkerPool:
         verify: bool,
         durability: str,
         page_cache: str = "keep",
+        time_to_live: float | None = None,
         cpus: Sequence[Sequence[int]] | None = None,
         is_stored: Callable[[int, int, int], bool],
         recover: Callable[[], int],
@@ -61,7 +62,12 @@ class WorkerPool:
         self._queue = queue
         self._count = count
         self._memory = memory
-        self._settings = {"verify": verify, "durability": durability, "page_cache": page_cache}
+        self._settings = {
+            "verify": verify,
+            "durability": durability,
+            "page_cache": page_cache,
+            "time_to_live": time_to_live,
+        }
         self._cpus = cpus  # of each worker; who takes the place of a dead one has its CPUs
         self._is_stored = is_stored
         self._recover = recover

@@ -118,7 +118,7 @@ class Reader:
         if not self._lookup.is_unchanged(where):
             return Outcome.LOST
         if checksum is not None and checksum.intdigest() != where.checksum:
-            self._drop_damaged(where.shard, where.slot, where.tag, block)
+            self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high)
             return Outcome.DAMAGED
         return Outcome.LOADED
 
@@ -133,20 +133,5 @@ class Reader:
             listed = index.find(block.low, block.high) == slot and self._lookup.tag(entry) == tag
             if not listed or self._lookup.locate(entry, block.low, block.high) is not None:
                 return Outcome.MISSING
-        self._drop_damaged(shard, slot, tag, block)
+        self._engine.drop_damaged(shard, slot, tag, block.low, block.high)
         return Outcome.DAMAGED
-
-    def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
-        engine = self._engine
-        engine.limited.warning(
-            "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
-            "it is dropped",
-            keymath.key_text(block.low, block.high),
-            slot,
-            shard,
-            engine.directory,
-        )
-        try:
-            engine.drop_damaged(shard, slot, tag)
-        except LockTimeoutError as error:
-            engine.limited.warning("the damaged block stays listed: %s", str(error))

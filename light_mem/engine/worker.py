@@ -227,6 +227,7 @@ def main(config: dict[str, Any]) -> None:
         verify=config["verify"],
         durability=config["durability"],
         page_cache=config["page_cache"],
+        time_to_live=config["time_to_live"],
     )
     # A descriptor of its own: the inherited one shares its locks with the server and all workers.
     lock = RangeLock(config["table_path"] or f"/proc/self/fd/{config['table_fd']}")
