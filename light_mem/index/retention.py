@@ -46,7 +46,7 @@ def expires_at(keep: int) -> int | None:
 
 def has_expired(keep: int) -> bool:
     """Whether a block with this `keep` counts as absent. (A pinned one is beyond any time.)"""
-    return 0 < keep <= now()
+    return 0 < keep <= clock() - fmt.KEEP_EPOCH  # each look-up asks: no more calls than needed
 
 
 def expired(keeps: Keeps) -> npt.NDArray[np.bool_]:
