@@ -86,6 +86,24 @@ class StoreBusyError(_SystemError):
     default_errno = errno.EBUSY
 
 
+class PinLimitError(_SystemError):
+    """Half of a shard's slots may be pinned, and these hashes would be more; none of them was.
+
+    Attributes `shard`, `pinned`, `needed`, `limit` (slots).
+    """
+
+    default_errno = errno.EDQUOT
+
+
+class LeaseLimitError(_SystemError):
+    """Too many blocks are viewed: half of a shard's slots, or as many as one process may.
+
+    Attributes `shard`, `leased`, `needed`, `limit`; slots, or (`shard` -1) blocks of this process.
+    """
+
+    default_errno = errno.EDQUOT
+
+
 class StoreFormatError(LightMemError, ValueError):
     """The directory holds no store of this format, or one with another geometry.
 

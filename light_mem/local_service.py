@@ -50,6 +50,9 @@ class LocalCacheService(CacheService):
                     its memory it is moved to shared memory in place, or refused: see the README
     num_workers     worker processes, 1 to 127
     verify          check each block's checksum when it is read
+    time_to_live    seconds that blocks written by this service live, counted from the write: a use
+                    does not prolong it. Then they are a miss, and the first to be evicted. None:
+                    until they are evicted
     durability      "kernel": the kernel writes when it likes; what a power cut takes is a miss.
                     "flush": Finished means on the device
     max_blocks      capacity of the task table: blocks that each process may have in tasks
@@ -68,6 +71,7 @@ class LocalCacheService(CacheService):
         *,
         verify: bool = True,
         durability: str = "kernel",
+        time_to_live: float | None = None,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
@@ -81,6 +85,8 @@ class LocalCacheService(CacheService):
             raise InvalidArgumentError(
                 f'durability is "kernel" or "flush", not {durability!r}', durability=durability
             )
+        if time_to_live is not None and not blocks.seconds("time_to_live", time_to_live):
+            raise InvalidArgumentError("time_to_live is more than 0 seconds, or None")
         directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
@@ -121,6 +127,7 @@ class LocalCacheService(CacheService):
                 source,
                 verify=verify,
                 durability=durability,
+                time_to_live=time_to_live,
                 is_stored=engine.is_stored,
                 recover=engine.recover,
             )
@@ -134,7 +141,13 @@ class LocalCacheService(CacheService):
         )
         if log.isEnabledFor(logging.INFO):
             line = start_line(
-                directory, engine.geometry, table, source, verify=verify, durability=durability
+                directory,
+                engine.geometry,
+                table,
+                source,
+                verify=verify,
+                durability=durability,
+                time_to_live=time_to_live,
             )
             log.info("%s", line)
 
@@ -168,7 +181,8 @@ class LocalCacheService(CacheService):
     def close(self) -> None:
         """Stop the workers after the blocks in their hands, abort what waits, leave the store.
 
-        Nothing stays behind. Task objects keep their states. Also happens when the object goes
+        Nothing stays behind but what open views hold, until they are closed too. Task objects
+        keep their states. Also happens when the object goes
         and when the interpreter ends. Calling it again, or in a forked child, does nothing.
         """
         self._closed = True

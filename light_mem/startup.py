@@ -28,6 +28,7 @@ def start_line(
     *,
     verify: bool,
     durability: str,
+    time_to_live: float | None,
 ) -> str:
     """Everything about a service in one line: versions, store, tensor, workers, settings."""
     h, g = table.header[0], geometry
@@ -39,8 +40,9 @@ def start_line(
         f"of {g.slots} slots of {g.page_bytes} bytes, storage_size {g.storage_size}; KV tensor "
         f"{int(h['num_pages'])} pages of {int(h['page_bytes'])} bytes, {memory_text(source)}, "
         f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers, "
-        f"durability {durability}, verify {verify}, max_blocks {table.sizes.cells}; pid "
-        f"{os.getpid()}, Python {platform.python_version()}, {versions}, {platform.platform()}"
+        f"durability {durability}, verify {verify}, time_to_live {time_to_live}, max_blocks "
+        f"{table.sizes.cells}; pid {os.getpid()}, Python {platform.python_version()}, {versions}, "
+        f"{platform.platform()}"
     )
 
 

@@ -74,8 +74,12 @@ def test_the_document_gives_the_values_of_the_constants() -> None:
     documented = {name: int(v) for name, v, _ in rows_after("## Sizes", "| name | value |")}
     documented |= {name: int(v) for name, v, _ in rows_after("## Index", "| state | value |")}
     assert documented == {name: getattr(fmt, name) for name in documented}
-    assert {"FORMAT_VERSION", "BLOCK_ALIGN", "FREE", "WRITING", "LIVE", "EXTENT"} <= set(documented)
-    assert {"JOURNAL_LENGTH", "MAX_OWNERS", "MAX_INTENTS"} <= set(documented)
+    assert {"FORMAT_VERSION", "BLOCK_ALIGN", "FREE", "WRITING", "LIVE", "EXTENT", "HELD"} <= set(
+        documented
+    )
+    assert {"JOURNAL_LENGTH", "MAX_OWNERS", "MAX_INTENTS", "MAX_LEASES", "KEEP_EPOCH"} <= set(
+        documented
+    )
 
 
 def test_the_document_gives_the_bits_of_a_tag() -> None:
@@ -92,6 +96,15 @@ def test_the_document_gives_the_bits_of_a_tag() -> None:
     assert fmt.make_tag(fmt.LIVE, 0xABCD, 0x1_2345_6789) == 0x2345_6789_00AB_CD02
     assert fmt.JOURNAL_FREED == 1 << 31
     assert fmt.JOURNAL_LENGTH_MASK == (1 << 31) - 1
+
+
+def test_the_document_gives_the_bits_of_keep() -> None:
+    section = DOCUMENT[DOCUMENT.index("### How long a block is kept") :]
+    for name, bits in (("KEEP_TIME_MASK", "0-30"), ("KEEP_PINNED", "31")):
+        assert f"| {bits} | `{name}` |" in section
+        first, _, last = bits.partition("-")
+        width = int(last or first) - int(first) + 1
+        assert getattr(fmt, name) == (1 << width) - 1 << int(first)
 
 
 def test_the_document_gives_the_magic_numbers() -> None:
@@ -134,23 +147,23 @@ def test_files_hold_what_the_document_says_beyond_storage_size(
         return -(-n // 4096) * 4096
 
     assert sizes.pop("store.json") < 1024
-    exact = storage_size + shards * 4096 + shards * (4096 + 64 * slots) + 1048576
+    exact = storage_size + shards * 4096 + shards * (4096 + 64 * slots) + 4194304
     exact += align(align(4096 + shards * 4096 + 4 * shards * buckets) + 64 * shards * slots)
     assert sum(sizes.values()) == exact
     bound = re.search(
-        r"(\d+) bytes a slot, (\d+) bytes a shard and 1 MiB \+ (\d+) KiB",
+        r"(\d+) bytes a slot, (\d+) bytes a shard and 4 MiB \+ (\d+) KiB",
         DOCUMENT.replace("\n", " "),
     )
     assert bound is not None
     slot, shard, rest = map(int, bound.groups())
-    most = storage_size + shards * slots * slot + shards * shard + (1 << 20) + (rest << 10)
+    most = storage_size + shards * slots * slot + shards * shard + (4 << 20) + (rest << 10)
     assert exact + 1024 <= most
 
 
 # --- literal bytes --------------------------------------------------------------------------------
 
 IDENTITY = "000102030405060708090a0b0c0d0e0f"
-DATA_HEADER = "4c4d444154410000 01000000 e7b87866" + IDENTITY + "0010000000000000 02000000 04000000"
+DATA_HEADER = "4c4d444154410000 02000000 96419599" + IDENTITY + "0010000000000000 02000000 04000000"
 
 
 def test_a_shard_header_has_these_bytes() -> None:
@@ -168,7 +181,7 @@ def test_a_record_has_these_bytes(tmp_path: Path) -> None:
     assert geometry is not None
     file = shard_file.ShardFile(tmp_path / "store", geometry, 0)
     runs = [(1, 2), (5, 1)]
-    file.write_records([shard_file.Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788)])
+    file.write_records([shard_file.Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788, 0x80000009)])
     file.close()
     raw = (tmp_path / "store" / "shard-000.slots").read_bytes()[4096:]
     key_to_nbytes = "2211000000000000 4433000000000000 TAG_____00000000 6655000000000000"
@@ -177,8 +190,8 @@ def test_a_record_has_these_bytes(tmp_path: Path) -> None:
     further = (key_to_nbytes + rest + "01000000 00000000").replace("TAG_____", "03000000")
     assert raw[64:120].hex() == first.replace(" ", "")
     assert raw[5 * 64 : 5 * 64 + 56].hex() == further.replace(" ", "")
-    assert raw[120:128].hex() == "ad13d89000000000"
-    assert raw[5 * 64 + 56 : 6 * 64].hex() == "8a4fc40600000000"
+    assert raw[120:128].hex() == "09000080b9559d10"
+    assert raw[5 * 64 + 56 : 6 * 64].hex() == "000000007a9e54c2"
     records = np.frombuffer(raw, fmt.RECORD)
     assert record_crc(records[1]) == int(records["crc"][1])
     assert not any(raw[:64] + raw[128 : 5 * 64] + raw[6 * 64 :])
@@ -189,7 +202,7 @@ def test_an_index_header_has_these_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     path = index_file.create(tmp_path, geometry_of(slots=100, shards=3, page_bytes=4096))
     raw = path.read_bytes()
     assert raw[:72].hex() == (
-        "4c4d494e44455800 01000000 d60ca282" + IDENTITY + "0010000000000000 03000000 64000000"
+        "4c4d494e44455800 02000000 19d25106" + IDENTITY + "0010000000000000 03000000 64000000"
         "80000000 00000000 101112131415161718191a1b1c1d1e1f"
     ).replace(" ", "")
     assert not any(raw[72:])
@@ -201,13 +214,13 @@ def test_a_description_has_this_text(tmp_path: Path) -> None:
     assert (tmp_path / "store.json").read_text() == (
         "{\n"
         ' "format": "lightmem",\n'
-        ' "version": 1,\n'
+        ' "version": 2,\n'
         f' "store_id": "{IDENTITY}",\n'
         ' "page_bytes": 4096,\n'
         ' "shards": 4,\n'
         ' "slots": 10,\n'
         ' "storage_size": 163840,\n'
-        ' "crc": "e46f0d07e6eee192"\n'
+        ' "crc": "b6cceab7fd1b0fe2"\n'
         "}\n"
     )
 

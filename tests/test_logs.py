@@ -117,9 +117,10 @@ def test_the_line_at_start_has_what_a_bug_report_needs(
         [line] = lines
         assert "\n" not in line
         for part in (
-            light_mem.__version__, str(tmp_path / "store"), "format 1", "2 shards of 128 slots",
+            light_mem.__version__, str(tmp_path / "store"), "format 2", "2 shards of 128 slots",
             "32 pages of 4096 bytes", "64 pages a block", "3 workers", "durability flush",
-            "verify False", "max_blocks 65536", "memfd", f"Python {platform.python_version()}",
+            "verify False", "time_to_live None", "max_blocks 65536", "memfd",
+            f"Python {platform.python_version()}",
             f"numpy {numpy.__version__}", f"torch {torch.__version__}", platform.release(),
         ):  # fmt: skip
             assert part in line

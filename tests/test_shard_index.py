@@ -11,10 +11,11 @@ import pytest
 from light_mem.errors import LockTimeoutError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
+from light_mem.index.allocation import MAX_PIECES
 from light_mem.index.file import IndexFile
 from light_mem.index.recovery import states_of
 from light_mem.index.replica import SpaceReplica
-from light_mem.index.shard import MAX_PIECES, ShardIndex
+from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import (
     PAGE,
     assert_consistent,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from light_mem.engine import keeping
 from light_mem.engine.base import (
     BlockIO,
     Outcome,
@@ -33,13 +34,14 @@ from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
-from light_mem.index import description
+from light_mem.index import description, retention
 from light_mem.index import file as index_file
 from light_mem.index import keys as keymath
 from light_mem.index.ages import AgeBucket, by_age
 from light_mem.index.file import IndexFile
 from light_mem.index.format import CHANGING, RELINKING
 from light_mem.index.keys import KeyArray
+from light_mem.index.leases import Leases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Location, Lookup
 from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
@@ -69,8 +71,12 @@ class LocalStorageEngine(StorageEngine):
         kind: str,
         verify: bool = True,
         durability: str = "kernel",
+        time_to_live: float | None = None,
     ) -> None:
-        """Open a store that `open_store` has prepared; `kind` names this process to operators."""
+        """Open a store that `open_store` has prepared; `kind` names this process to operators.
+
+        `time_to_live`: seconds after which what this engine writes counts as absent.
+        """
         self.directory = Path(directory)
         geometry = description.load(self.directory)
         if geometry is None:
@@ -82,19 +88,26 @@ class LocalStorageEngine(StorageEngine):
                 expected="a description",
             )
         self.geometry = geometry
-        self._verify = verify
+        self.verify = verify
+        self.time_to_live = time_to_live
+        self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
         self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._files_guard = threading.Lock()
         self._copier = Copier()
         self._closed = False
+        self._leaving = [True]  # whoever takes it leaves: finalizers may come at any moment
+        self._in_order = True  # nothing of ours was left behind
         self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
         self._owners = Owners(self.directory)
         try:
             self._index = IndexFile(self.directory / index_file.NAME, geometry)
             self.lookup = Lookup(self._index)
+            # Before joining, which may reclaim: that changes shards. Of owner 0, who is nobody.
+            self.leases = Leases(self._owners, 0)
             self._owner = self._join(kind)
+            self.leases = Leases(self._owners, self._owner.number)
         except BaseException:
             self._owners.close()
             raise
@@ -112,6 +125,7 @@ class LocalStorageEngine(StorageEngine):
         kind: str = "server",
         verify: bool = True,
         durability: str = "kernel",
+        time_to_live: float | None = None,
         recover: bool = True,
     ) -> LocalStorageEngine:
         """Make or open the store in `directory`; see `opening.prepare` for the errors.
@@ -126,12 +140,15 @@ class LocalStorageEngine(StorageEngine):
         opening.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
         opening.make_directory(path)
         with PathLock(lock_path(path, "open")).hold(timeout=60):
+            opening.refuse_other_version(path)
             owners = Owners(path)
             try:
                 opening.prepare(path, page_bytes, num_of_shard, storage_size, owners)
             finally:
                 owners.close()
-            engine = cls(path, kind=kind, verify=verify, durability=durability)
+            engine = cls(
+                path, kind=kind, verify=verify, durability=durability, time_to_live=time_to_live
+            )
             engine._index.mark_open()
         try:
             if recover:
@@ -205,7 +222,7 @@ class LocalStorageEngine(StorageEngine):
             )
             return Outcome.MISSING
         file = self.file(where.shard)
-        checksum = new_checksum(block.low, block.high) if self._verify else None
+        checksum = new_checksum(block.low, block.high) if self.verify else None
         single = len(where.runs) == 1
         done = 0
         try:
@@ -224,7 +241,7 @@ class LocalStorageEngine(StorageEngine):
         if not self.lookup.is_unchanged(where):
             return Outcome.LOST
         if checksum is not None and checksum.intdigest() != where.checksum:
-            self._drop_damaged(where.shard, where.slot, where.tag, block)
+            self.drop_damaged(where.shard, where.slot, where.tag, block.low, block.high)
             return Outcome.DAMAGED
         return Outcome.LOADED
 
@@ -239,14 +256,15 @@ class LocalStorageEngine(StorageEngine):
             listed = index.find(block.low, block.high) == slot and self.lookup.tag(entry) == tag
             if not listed or self.lookup.locate(entry, block.low, block.high) is not None:
                 return Outcome.MISSING
-        self._drop_damaged(shard, slot, tag, block)
+        self.drop_damaged(shard, slot, tag, block.low, block.high)
         return Outcome.DAMAGED
 
-    def _drop_damaged(self, shard: int, slot: int, tag: int, block: BlockIO) -> None:
+    def drop_damaged(self, shard: int, slot: int, tag: int, low: int, high: int) -> None:
+        """Take out a block that was found damaged, if its tag is still this one."""
         self.limited.warning(
             "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
             "it is dropped",
-            keymath.key_text(block.low, block.high),
+            keymath.key_text(low, high),
             slot,
             shard,
             self.directory,
@@ -261,6 +279,25 @@ class LocalStorageEngine(StorageEngine):
         except LockTimeoutError as error:
             self.limited.warning("the damaged block stays listed: %s", str(error))
 
+    # --- keeping blocks --------------------------------------------------------------------------
+
+    def keep_for(self, key: tuple[int, int]) -> int:
+        """The `keep` with which a block is written now."""
+        keep = self.keeps.get(key)
+        return retention.keep_for(self.time_to_live) if keep is None else keep
+
+    def pin(self, keys: KeyArray) -> int:
+        """Pin blocks, so that they are not evicted; see `keeping.pin`. Any thread."""
+        return keeping.pin(self, keys)
+
+    def unpin(self, keys: KeyArray) -> int:
+        """Take pins away; returns how many of the keys were pinned. Any thread."""
+        return keeping.unpin(self, keys)
+
+    def lease(self, low: int, high: int) -> keeping.Leased | None:
+        """Keep a block where it lies until `end_lease`; see `keeping.lease`. Any thread."""
+        return keeping.lease(self, low, high)
+
     # --- taking blocks out -----------------------------------------------------------------------
 
     def delete(self, keys: KeyArray) -> int:
@@ -271,10 +308,11 @@ class LocalStorageEngine(StorageEngine):
                 for low, high in keys[shards == shard].tolist():
                     slot = index.find(low, high)
                     if slot is not None:
+                        expired = index.retention.has_expired(slot)
                         index.remove(slot)
                         file.clear_records([slot])
                         self._index.control["removals"][shard] += 1
-                        deleted += 1
+                        deleted += not expired
         return deleted
 
     def clear(self) -> int:
@@ -287,9 +325,16 @@ class LocalStorageEngine(StorageEngine):
         return cleared
 
     def reclaim(self) -> int:
-        """Give back the slots that dead processes were filling; returns how many were dead."""
+        """Give back the slots that dead processes were filling, and those taken out that only they
+        had leased; returns how many were dead."""
 
         def take_back(owner: int, intents: list[Intent]) -> None:
+            for shard, slot in self.leases.of_owner(owner):
+                if shard >= self.geometry.shards or slot >= self.geometry.slots:
+                    continue
+                with self.change(shard) as (index, _):
+                    index.release(slot, self.leases.of_shard(shard, but=owner))
+                    self.leases.forget(owner, shard, slot)
             for shard, slot in intents:
                 if shard >= self.geometry.shards or slot >= self.geometry.slots:
                     continue
@@ -349,8 +394,10 @@ class LocalStorageEngine(StorageEngine):
             "inserts",
             "removals",
             "damaged",
+            "pinned_slots",
         )
         numbers = {name: int(control[name].sum()) for name in names}
+        numbers["pinned_blocks"] = int(control["pinned"].sum())
         numbers["slots"] = self.geometry.slots * self.geometry.shards
         numbers["page_bytes"] = self.geometry.page_bytes
         numbers["shards"] = self.geometry.shards
@@ -361,18 +408,48 @@ class LocalStorageEngine(StorageEngine):
         return by_age(self._index.entries, time.time_ns())
 
     def close(self) -> None:
-        """Leave the store; the last one to leave syncs the index. Calling it again does nothing."""
+        """Leave the store; the last one to leave syncs the index. Calling it again does nothing.
+
+        While blocks are leased the process stays a member, until the last lease has ended.
+        """
         if self._closed:
             return
         self._closed = True
         try:
             self._writer.close()
-            self._owner.leave()
         except (LockTimeoutError, OSError, StoreFormatError) as error:
+            self._in_order = False
             # Our record stays, without its lock: whoever opens the store next gives them back.
             log.warning(
                 "store %s is left with slots of failed writes: %s", self.directory, str(error)
             )
+        keeping.end_dropped(self)
+        self._leave_unless_leased()
+
+    def end_lease(self, leased: keeping.Leased) -> None:
+        """End a lease of `lease`; the last one of a closed engine ends its membership too."""
+        keeping.end_lease(self, leased.shard, leased.slot)
+        if self._closed:
+            self._leave_unless_leased()
+
+    def drop_lease(self, leased: keeping.Leased) -> None:
+        """As `end_lease`, from a finalizer, which takes no lock while the engine is open."""
+        self.leases.dropped.append((leased.shard, leased.slot))
+        if self._closed:
+            keeping.end_dropped(self)
+            self._leave_unless_leased()
+
+    def _leave_unless_leased(self) -> None:
+        """Leave the store. Who still looks at blocks in it stays a member, so that they stay what
+        they are; leases that could not be ended end with the membership, as at a death."""
+        if self.leases.open > len(self.leases.dropped):
+            return
+        try:
+            self._leaving.pop()
+        except IndexError:  # done, or another thread is at it
+            return
+        if self._in_order and not self.leases.open:
+            self._owner.leave()
         try:
             with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
                 if not self._owners.others():
@@ -397,7 +474,8 @@ class LocalStorageEngine(StorageEngine):
             if recovered:
                 # The holder that died may have taken blocks out and not cleared their records:
                 # an index made anew from them must not list what others have written over.
-                file.clear_records(index.free_slots())
+                file.clear_records(index.unlisted_slots())
+                file.follow_keeps(index.entries)
             yield index, file
 
     def _shard(self, shard: int) -> ShardIndex:
@@ -405,8 +483,9 @@ class LocalStorageEngine(StorageEngine):
         if index is None:
             from light_mem.index.shard import open_shard  # 15 ms: not before the first change
 
+            leased = partial(self.leases.of_shard, shard)
             index = self._shards[shard] = open_shard(
-                self.directory, self._index, shard, self.lookup
+                self.directory, self._index, shard, self.lookup, leased
             )
         return index
 

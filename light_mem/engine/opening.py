@@ -34,8 +34,8 @@ from light_mem.index.room import allocate
 log = logging.getLogger("light_mem")
 
 MAX_SHARDS = 1000
-# The data file, what its mapping and that of the records keep, and the lock.
-DESCRIPTORS_PER_SHARD = 4
+# The data file, what its two mappings (one is for views) and that of the records keep, the lock.
+DESCRIPTORS_PER_SHARD = 5
 
 
 def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
@@ -47,6 +47,14 @@ def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_
         slots = description.slots_for(storage_size, shards, page_bytes)
         a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
         _require_room(there, shards * a_shard)
+
+
+def refuse_other_version(directory: Path) -> None:
+    """Raise StoreFormatError for a store of another format version, before any of its files is
+    opened to be used: another version's `owners` may have another size."""
+    if description.load(directory) is None:
+        for path in directory.glob("shard-*.data"):
+            shard_file.read_header(path)
 
 
 def make_directory(directory: Path) -> None:

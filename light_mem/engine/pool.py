@@ -52,6 +52,7 @@ class WorkerPool:
         *,
         verify: bool,
         durability: str,
+        time_to_live: float | None,
         is_stored: Callable[[int, int, int], bool],
         recover: Callable[[], int],
     ) -> None:
@@ -59,7 +60,11 @@ class WorkerPool:
         self._queue = queue
         self._count = count
         self._memory = memory
-        self._settings = {"verify": verify, "durability": durability}
+        self._settings = {
+            "verify": verify,
+            "durability": durability,
+            "time_to_live": time_to_live,
+        }
         self._is_stored = is_stored
         self._recover = recover
         self._processes: dict[int, subprocess.Popen[bytes]] = {}

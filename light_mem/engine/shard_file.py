@@ -24,7 +24,7 @@ from light_mem.engine.places import Bytes1D, Place
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.recovery import record_crcs
+from light_mem.index.recovery import record_crcs, states_of
 
 
 def data_path(directory: Path, shard: int) -> Path:
@@ -98,6 +98,8 @@ def is_foreign(path: Path) -> bool:
         os.close(descriptor)
 
 
+_KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc
+
 # How long slots are taken to be dirty: the kernel looks for pages to write every 5 s
 # (dirty_writeback_centisecs) and leaves none for longer than 30 s (dirty_expire_centisecs).
 DIRTY_SECONDS = 5.0
@@ -112,6 +114,7 @@ class Written(NamedTuple):
     nbytes: int
     runs: list[tuple[int, int]]
     used: int  # ns since 1970
+    keep: int = 0  # time to live and pin, see `index/format.py`
 
 
 class ShardFile:
@@ -139,6 +142,9 @@ class ShardFile:
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
+        self._words = self.records.view("<u8").reshape(geometry.slots, -1)[:, _KEEP_WORD]
+        self._geometry = geometry
+        self._read_only: Bytes1D | None = None
 
     def gather(
         self,
@@ -165,6 +171,14 @@ class ShardFile:
             copier.gather(place, FileSink(self._data_fd, at), checksum, stopped)
         written[:] = now
 
+    def read_only(self, start: int, length: int) -> Bytes1D:
+        """`bytes` through a mapping that cannot be written through: a store is SIGSEGV."""
+        if self._read_only is None:
+            size = fmt.data_file_bytes(self._geometry.slots, self.page_bytes)
+            mapped = mmap.mmap(self._data_fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            self._read_only = np.frombuffer(mapped, np.uint8, offset=fmt.SHARD_HEADER_BYTES)
+        return self._read_only[start * self.page_bytes : (start + length) * self.page_bytes]
+
     def bytes(self, start: int, length: int) -> Bytes1D:
         """The mapped bytes of a run of slots, uint8 [length * page_bytes]."""
         return self._bytes[start * self.page_bytes : (start + length) * self.page_bytes]
@@ -174,7 +188,7 @@ class ShardFile:
         after those of its further runs."""
         heads = np.array(
             [
-                (b.low, b.high, fmt.LIVE, b.checksum, b.nbytes, b.used, b.runs[0][1], 0, 0, 0)
+                (b.low, b.high, fmt.LIVE, b.checksum, b.nbytes, b.used, b.runs[0][1], 0, b.keep, 0)
                 for b in blocks
             ],
             fmt.RECORD,
@@ -191,8 +205,27 @@ class ShardFile:
             record = np.array([head], fmt.RECORD)
             record["tag"], record["run"] = fmt.EXTENT, runs[at][1]
             record["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
+            record["keep"] = 0
             record["crc"] = record_crcs(record)
             self.records[runs[at][0]] = record[0]
+
+    def set_keep(self, slot: int, keep: int) -> None:
+        """The stored block at `slot` is kept otherwise: one store, so that no kill tears it."""
+        record = self.records[slot : slot + 1].copy()
+        if record_crcs(record) != [int(record["crc"][0])]:
+            return  # damaged: a fitting crc would make it believed
+        record["keep"] = keep
+        record["crc"] = record_crcs(record)
+        self._words[slot] = record.view("<u8")[_KEEP_WORD]
+
+    def follow_keeps(self, entries: npt.NDArray[np.void]) -> None:
+        """Make the records say what the entries, ENTRY [slots], do: a holder of the shard's lock
+        may have died between the two."""
+        records = self.records
+        differ = (records["keep"] != entries["keep"]) & (states_of(records) == fmt.LIVE)
+        differ &= states_of(entries) == fmt.LIVE
+        for slot in np.flatnonzero(differ).tolist():
+            self.set_keep(slot, int(entries["keep"][slot]))
 
     def clear_records(self, starts: Sequence[int] | npt.NDArray[np.intp]) -> None:
         """The blocks that began at these slots are gone."""

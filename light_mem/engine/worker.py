@@ -192,6 +192,7 @@ def main(config: dict[str, Any]) -> None:
         kind="worker",
         verify=config["verify"],
         durability=config["durability"],
+        time_to_live=config["time_to_live"],
     )
     # A descriptor of its own: the inherited one shares its locks with the server and all workers.
     lock = RangeLock(config["table_path"] or f"/proc/self/fd/{config['table_fd']}")

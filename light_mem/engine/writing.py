@@ -28,7 +28,8 @@ from light_mem.index.owners import Owner
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.shard_file import ShardFile
-    from light_mem.index.shard import Allocation, ShardIndex
+    from light_mem.index.allocation import Allocation
+    from light_mem.index.shard import ShardIndex
 
 # How long a write waits for slots that others are filling. A shard whose every slot is being
 # written is a store far too small for its workers.
@@ -128,7 +129,7 @@ class Writer:
             for at, stored in zip(positions, index.find_many(keys), strict=True):
                 nbytes = batch[at].nbytes
                 slots = self._geometry.slots_of(nbytes)
-                if stored >= 0 and index.entries["nbytes"][stored] == nbytes:
+                if self._is_present(index, stored, nbytes):
                     outcomes.append((at, Outcome.PRESENT))
                 elif slots > self._geometry.slots:
                     outcomes.append((at, Outcome.NO_ROOM))
@@ -175,7 +176,13 @@ class Writer:
                 continue
             report(at, Outcome.COPIED)
             written[at] = Written(
-                low, high, checksum.intdigest(), place.nbytes, where.runs, time.time_ns()
+                low,
+                high,
+                checksum.intdigest(),
+                place.nbytes,
+                where.runs,
+                time.time_ns(),
+                self._engine.keep_for((low, high)),
             )
         if written:
             file.write_records(list(written.values()))
@@ -222,11 +229,11 @@ class Writer:
             left = []
             for n, slot in enumerate(stored):
                 at, block = blocks[n]
-                if slot >= 0 and index.entries["nbytes"][slot] == block.nbytes:
+                if self._is_present(index, slot, block.nbytes):
                     self._withdraw(index, file, block.runs[0][0])
                     outcomes[n] = at, Outcome.PRESENT
                     continue
-                if slot >= 0:  # of another length: with other settings, by another
+                if slot >= 0:  # expired, or of another length: with other settings, by another
                     index.remove(slot)
                     file.clear_records([slot])
                 left.append(n)
@@ -238,8 +245,18 @@ class Writer:
             [block.checksum for block in written],
             [block.nbytes for block in written],
             time.time_ns(),
+            [block.keep for block in written],
         )
         return outcomes
+
+    @staticmethod
+    def _is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
+        """Whether a block of this length is stored at `slot` (-1: no) and has not expired."""
+        return (
+            slot >= 0
+            and int(index.entries["nbytes"][slot]) == nbytes
+            and not index.retention.has_expired(slot)
+        )
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:

@@ -6,12 +6,16 @@ description.py  the description of a store (`store.json`): geometry, identity
 room.py         room for files, allocated before they are mapped
 locks.py        file locks: one per shard, byte ranges for owners; kept_lock.py: on an open file
 owners.py       who has the store open, and which slots each was filling
+leases.py       blocks that processes look at in place
 file.py         the mapped index file: arrays over its sections
 lookup.py       look-ups without a lock
 space.py        free runs of slots of one shard
 replica.py      one process's copy of them, kept true by the shard's journal
 order.py        order of use: which block goes first; ages.py: how long ago
+retention.py    times to live and pins
 chains.py       the chains of a shard: put in, cut out
-shard.py        changes under the shard's lock: allocate, publish, remove
+shard.py        changes under the shard's lock: find, mark, publish
+allocation.py   its room: free, or that of blocks which go
+taking.py       how blocks leave it, and how it is put in order after a death
 recovery.py     a shard's index made anew from slot records
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_ALIGN = 4096  # sections start on a page of the kernel, so that they can be mapped and synced
 
 # --- slot state: the low byte of a tag ---------------------------------------------------------
@@ -16,6 +16,7 @@ FREE = 0  # no block starts here (inner slots of a run are FREE too)
 WRITING = 1  # first slot of a block that is being copied; invisible
 LIVE = 2  # first slot of a stored block
 EXTENT = 3  # first slot of a further run of a block that is not contiguous
+HELD = 4  # first slot of a block that was taken out while it was leased: neither stored nor free
 
 # A tag is one aligned 64-bit number, so that one store changes state and generation together:
 # bits 0-7 state, 8-23 owner (index in the owners file), 32-63 generation.
@@ -42,10 +43,16 @@ _COMMON = [
     ("run", "<u4"),  # slots in this run
     ("next_run", "<u4"),  # first slot + 1 of the next run of the block, 0: none
 ]
-ENTRY = np.dtype([*_COMMON, ("next", "<u4"), ("pad", "<u4")])  # next: slot + 1 in the chain, 0: end
-RECORD = np.dtype([*_COMMON, ("crc", "<u4"), ("pad", "<u4")])  # crc: low half of xxh3-64 of 0..55
-RECORD_CRC_BYTES = 56
+ENTRY = np.dtype([*_COMMON, ("next", "<u4"), ("keep", "<u4")])  # next: slot + 1 in the chain
+RECORD = np.dtype([*_COMMON, ("keep", "<u4"), ("crc", "<u4")])  # crc: low half of xxh3-64 of 0..59
+RECORD_CRC_BYTES = 60
 assert ENTRY.itemsize == RECORD.itemsize == 64
+
+# How long a block is kept: bit 31 set while it is pinned; bits 0-30 the second since 2020 (UTC)
+# from which on it counts as absent when it is not pinned, 0: none. A pin leaves the time alone.
+KEEP_PINNED = 1 << 31
+KEEP_TIME_MASK = KEEP_PINNED - 1
+KEEP_EPOCH = 1577836800  # 2020-01-01T00:00:00Z in seconds since 1970
 
 # --- index file: header, one control page a shard, heads, entries --------------------------------
 INDEX_MAGIC = b"LMINDEX\x00"
@@ -79,7 +86,14 @@ CONTROL = np.dtype(
         ("inserts", "<u8"),
         ("removals", "<u8"),  # deleted, cleared or found damaged; evictions not among them
         ("damaged", "<u8"),  # blocks whose bytes did not fit their checksum
-        ("spare", "<u8", (55,)),
+        ("pinned", "<u8"),  # pinned blocks
+        ("pinned_slots", "<u8"),  # ... and their slots
+        (
+            "expires",
+            "<u8",
+        ),  # no stored block's time is up before this second of `keep`; 0: none has
+        ("leased", "<u8"),  # 1: blocks may be leased: look into the owners file; 0: none is
+        ("spare", "<u8", (51,)),
         ("journal", "<u8", (JOURNAL_LENGTH,)),  # last changes of free space: see `JOURNAL_FREE`
     ]
 )
@@ -111,6 +125,7 @@ SHARD_HEADER_BYTES = BLOCK_ALIGN  # slots and records start here
 # --- owners file: one record a process that has the store open ------------------------------------
 MAX_OWNERS = 1024
 MAX_INTENTS = 112  # blocks that one process may be filling at a time
+MAX_LEASES = 384  # blocks that one process may be looking at in place at a time
 OWNER = np.dtype(
     [
         ("pid", "<u8"),  # 0: the process left in order
@@ -119,9 +134,10 @@ OWNER = np.dtype(
         ("joined", "<u8"),  # ns since 1970
         ("spare", "<u8", (11,)),
         ("intents", "<u8", (MAX_INTENTS,)),  # 1 + (shard << 32 | first slot), 0: none
+        ("leases", "<u8", (MAX_LEASES,)),  # the same, of blocks whose slots are not given away
     ]
 )
-assert OWNER.itemsize == 1024
+assert OWNER.itemsize == BLOCK_ALIGN
 
 
 def align(n: int) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index import keys as keymath
+from light_mem.index import retention
 from light_mem.index.file import IndexFile
 from light_mem.index.format import ENTRY, EXTENT, LIVE, STATE_MASK
 from light_mem.index.keys import KeyArray
@@ -32,6 +33,7 @@ _ENTRY64 = ENTRY.itemsize // 8
 _ENTRY32 = ENTRY.itemsize // 4
 LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
 RUN, NEXT_RUN, NEXT = _W32["run"], _W32["next_run"], _W32["next"]
+NEXT_KEEP = NEXT // 2  # `next` in the low half of this word, `keep` in the high half
 
 
 class Location(NamedTuple):
@@ -53,16 +55,20 @@ class Lookup:
         self._f = file
         e = file.entries
         self._low, self._high, self._tag = e["low"], e["high"], e["tag"]
-        self._next, self._used = e["next"], e["used"]
+        self._next, self._used, self._keep = e["next"], e["used"], e["keep"]
         self._unlinks = file.control["unlinks"]
+        self._expires = file.control["expires"]
 
-    def find(self, keys: KeyArray, touch: bool = True) -> npt.NDArray[np.int64]:
+    def find(
+        self, keys: KeyArray, touch: bool = True, expired: bool = False
+    ) -> npt.NDArray[np.int64]:
         """Entries of the keys, -1 for a key that is not stored; shape [n].
 
-        `touch` counts it as use for eviction.
+        `touch` counts it as use for eviction. `expired`: those too whose time is up, for whoever
+        is going to take them out.
         """
         if len(keys) <= SCALAR_LIMIT:
-            return np.array(self.find_each(keys.tolist(), touch), np.int64)
+            return np.array(self.find_each(keys.tolist(), touch, expired), np.int64)
         mixed = keymath.mix(keys)
         shards = keymath.shards_of(mixed, self._f.shards)
         found = np.full(len(keys), -1, np.int64)
@@ -77,15 +83,21 @@ class Lookup:
             todo = todo[moved[shards[todo]]]
             if not todo.size:
                 break
+        if not expired and self._expires.any():  # else no block has a time to live
+            # After the walk: of an entry that was taken out meanwhile the tag tells its reader. What
+            # was not found is looked up at the end, -1, and stays so whatever is there.
+            found[retention.expired(self._keep[found])] = -1
         if touch:
             self._used[found[found >= 0]] = time.time_ns()
         return found
 
-    def find_each(self, keys: Sequence[tuple[int, int]], touch: bool = True) -> list[int]:
+    def find_each(
+        self, keys: Sequence[tuple[int, int]], touch: bool = True, expired: bool = False
+    ) -> list[int]:
         """`find` for keys as Python ints: (low, high) each."""
         if len(keys) <= SCALAR_LIMIT:
-            return [self.find_one(low, high, touch) for low, high in keys]
-        entries: list[int] = self.find(np.array(keys, np.uint64), touch).tolist()
+            return [self.find_one(low, high, touch, expired) for low, high in keys]
+        entries: list[int] = self.find(np.array(keys, np.uint64), touch, expired).tolist()
         return entries
 
     def _walk(
@@ -119,7 +131,7 @@ class Lookup:
             active, at = active[go_on], at[go_on]
         return found
 
-    def find_one(self, low: int, high: int, touch: bool = True) -> int:
+    def find_one(self, low: int, high: int, touch: bool = True, expired: bool = False) -> int:
         """The entry of one key, or -1."""
         f = self._f
         mixed = keymath.mix_one(low, high)
@@ -142,6 +154,9 @@ class Lookup:
                     and tag & STATE_MASK == LIVE
                     and w64[word + TAG] == tag
                 ):
+                    keep = w64[word + NEXT_KEEP] >> 32
+                    if keep and not expired and retention.has_expired(keep):
+                        return -1
                     if touch:
                         w64[word + USED] = time.time_ns()
                     return entry

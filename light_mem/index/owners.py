@@ -4,7 +4,8 @@ The file `owners` holds a record a process; a process that joins takes the lock 
 which the kernel frees when the process dies, however it dies and in whatever container. The
 record says what people want to know (pid, start time, kind) and lists the process's *intents*:
 the first slots of the blocks that it is copying into. An intent is written before its slot is
-marked, so the slots of a dead process are found without a scan.
+marked, so the slots of a dead process are found without a scan. Its leases, on blocks that it
+looks at in place, are listed too (`leases.py`).
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Owners:
         )
 
     def reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
-        """Call `take_back(owner, intents)` for each dead owner; returns how many there were.
+        """Call `take_back(owner, intents)` for each dead owner, whose leases are ended there as
+        well; returns how many there were.
 
         One thread at a time: the loser of two would empty the record of a new owner.
         """
@@ -147,6 +149,10 @@ class Owners:
             for number in np.flatnonzero(self.records["pid"].copy()).tolist()
             if number and self.locks.locked_by_another(number)
         ]
+
+    def is_alive(self, number: int) -> bool:
+        """Whether an owner lives: this process, or one that holds the lock of its byte."""
+        return number in self._joined or self.locks.locked_by_another(number)
 
     def others(self) -> bool:
         """Whether any other process has the store open."""

@@ -16,6 +16,7 @@ import xxhash
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
+from light_mem.index.retention import Retention
 
 Table = npt.NDArray[np.void]  # of ENTRY or RECORD
 Ints = npt.NDArray[np.int64]
@@ -41,7 +42,7 @@ def sound_blocks(table: Table, page_bytes: int) -> Ints:
     """
     slots = len(table)
     states = states_of(table)
-    heads = np.flatnonzero((states == fmt.WRITING) | (states == fmt.LIVE))
+    heads = np.flatnonzero(np.isin(states, (fmt.WRITING, fmt.LIVE, fmt.HELD)))
     run = table["run"][heads].astype(np.int64)
     follow = table["next_run"][heads].astype(np.int64)
     live = states[heads] == fmt.LIVE
@@ -194,7 +195,7 @@ def entries_of(records: Table, page_bytes: int) -> Table:
     sound = sound_blocks(records, page_bytes)
     entries = np.zeros(len(records), fmt.ENTRY)
     for name in fmt.ENTRY.names or ():
-        if name in (fmt.RECORD.names or ()) and name != "pad":
+        if name in (fmt.RECORD.names or ()):
             entries[name][sound] = records[name][sound]
     _drop_older_twins(entries)
     states = states_of(entries)
@@ -215,6 +216,7 @@ def fill_shard(file: IndexFile, shard: int, entries: Table) -> int:
     control = file.control[shard : shard + 1]
     control["blocks"] = np.count_nonzero(states == fmt.LIVE)
     control["used_slots"] = int(into["run"][states != fmt.FREE].sum())
+    Retention(control, into, file.geometry.page_bytes).recount()
     return int(control["blocks"][0])
 
 

@@ -1,0 +1,199 @@
+"""Pins and leases of blocks in an engine's store: what eviction leaves alone, and for how long.
+
+Kill points: a pin is in the entry, then in the record; a holder who died in between is followed by
+one who makes the record say what the entry does. A lease is announced in the shard's control page,
+then noted in the owner's record; at its end the slots that only it kept go back first, then it goes
+from the record. A lease whose holder died does not count, and `reclaim` does the same for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from light_mem.engine.copy import new_checksum
+from light_mem.errors import LeaseLimitError, LockTimeoutError, PinLimitError, StoreFormatError
+from light_mem.index import keys as keymath
+from light_mem.index.format import MAX_LEASES
+from light_mem.index.keys import KeyArray
+
+if TYPE_CHECKING:
+    from light_mem.engine.local import LocalStorageEngine
+    from light_mem.index.replica import Run
+    from light_mem.index.shard import ShardIndex
+
+log = logging.getLogger("light_mem")
+
+Key = tuple[int, int]  # low, high
+
+
+def pin(engine: LocalStorageEngine, keys: KeyArray) -> int:
+    """Pin the stored blocks among these keys; returns how many are pinned now.
+
+    Raises PinLimitError: then none of them is pinned that was not before.
+    """
+    done: list[tuple[int, list[Key]]] = []
+    count = 0
+    for shard, part in _by_shard(engine, keys):
+        fresh: list[Key] = []
+        with engine.change(shard) as (index, file):
+            slots = dict(_stored(index, part))
+            excess = index.retention.excess(list(slots.values()))
+            if not excess:
+                for key, slot in slots.items():
+                    if not index.retention.is_pinned(slot):
+                        fresh.append(key)
+                        file.set_keep(slot, index.retention.pin(slot))
+            pinned, limit = int(index.control["pinned_slots"][0]), index.retention.limit
+        if excess:
+            for other, keys_there in done:
+                _unpin(engine, other, keys_there)
+            needed = excess + limit - pinned
+            raise PinLimitError(
+                f"{pinned} slots of shard {shard} are pinned and {needed} more would be; at most "
+                f"{limit} may be, half of them: nothing was pinned",
+                shard=shard,
+                pinned=pinned,
+                needed=needed,
+                limit=limit,
+            )
+        done.append((shard, fresh))
+        count += len(slots)
+    return count
+
+
+def unpin(engine: LocalStorageEngine, keys: KeyArray) -> int:
+    """Take the pins of these keys away; returns how many were pinned."""
+    return sum(_unpin(engine, shard, part) for shard, part in _by_shard(engine, keys))
+
+
+def _unpin(engine: LocalStorageEngine, shard: int, keys: list[Key]) -> int:
+    count = 0
+    with engine.change(shard) as (index, file):
+        for slot in index.find_many(keys):
+            if slot >= 0 and index.retention.is_pinned(slot):
+                file.set_keep(slot, index.retention.unpin(slot))
+                count += 1
+    return count
+
+
+def _by_shard(engine: LocalStorageEngine, keys: KeyArray) -> list[tuple[int, list[Key]]]:
+    shards = keymath.shards_of(keymath.mix(keys), engine.geometry.shards)
+    return [
+        (shard, list(dict.fromkeys(map(tuple, keys[shards == shard].tolist()))))
+        for shard in np.unique(shards).tolist()
+    ]
+
+
+def _stored(index: ShardIndex, keys: list[Key]) -> list[tuple[Key, int]]:
+    """Those of these keys that are stored and have not expired, with their first slots."""
+    found = zip(keys, index.find_many(keys), strict=True)
+    return [(k, slot) for k, slot in found if slot >= 0 and not index.retention.has_expired(slot)]
+
+
+# --- leases ---------------------------------------------------------------------------------------
+
+
+class Leased(NamedTuple):
+    """A block whose slots nobody gets before `end_lease`."""
+
+    shard: int
+    slot: int
+    nbytes: int
+    runs: list[Run]
+
+
+def lease(engine: LocalStorageEngine, low: int, high: int) -> Leased | None:
+    """Lease the stored block of a key, and verify its bytes; None: not stored, or damaged.
+
+    Raises LeaseLimitError, LockTimeoutError. Any thread.
+    """
+    end_dropped(engine)
+    shard = keymath.shard_of(keymath.mix_one(low, high), engine.geometry.shards)
+    problem: LeaseLimitError | None = None
+    with engine.change(shard) as (index, _):
+        found = _stored(index, [(low, high)])
+        if not found:
+            return None
+        slot = found[0][1]
+        entry = index.entries[slot]
+        nbytes, checksum, tag = (int(entry[name]) for name in ("nbytes", "checksum", "tag"))
+        runs = engine.lookup.runs(shard, slot, nbytes)
+        if runs is not None:
+            problem = _take(engine, index, slot)
+    if problem is not None:
+        raise problem
+    if runs is None:
+        engine.drop_damaged(shard, slot, tag, low, high)
+        return None
+    if engine.verify and _checksum(engine, shard, runs, nbytes, low, high) != checksum:
+        end_lease(engine, shard, slot)
+        engine.drop_damaged(shard, slot, tag, low, high)
+        return None
+    engine.lookup.find_one(low, high)  # a use
+    return Leased(shard, slot, nbytes, runs)
+
+
+def _take(engine: LocalStorageEngine, index: ShardIndex, slot: int) -> LeaseLimitError | None:
+    shard, retention = index.shard, index.retention
+    leased = engine.leases.of_shard(shard)
+    slots = sum(retention.slots_of(each) for each in leased)
+    needed = 0 if slot in leased else retention.slots_of(slot)
+    if slots + needed > retention.limit:
+        return LeaseLimitError(
+            f"{slots} slots of shard {shard} are leased and {needed} more would be; at most "
+            f"{retention.limit} may be, half of them",
+            shard=shard,
+            leased=slots,
+            needed=needed,
+            limit=retention.limit,
+        )
+    index.leases.announce()
+    if not engine.leases.take(shard, slot):
+        return LeaseLimitError(
+            f"this process has {MAX_LEASES} blocks leased, the most it may",
+            shard=-1,
+            leased=MAX_LEASES,
+            needed=1,
+            limit=MAX_LEASES,
+        )
+    return None
+
+
+def _checksum(
+    engine: LocalStorageEngine, shard: int, runs: list[Run], nbytes: int, low: int, high: int
+) -> int:
+    digest = new_checksum(low, high)
+    file, left = engine.file(shard), nbytes
+    for start, length in runs:
+        part = file.read_only(start, length)[:left]
+        digest.update(part.data)
+        left -= len(part)
+    return digest.intdigest()
+
+
+def end_lease(engine: LocalStorageEngine, shard: int, slot: int) -> None:
+    """End a lease that was given. Any thread. A shard that is not to be had now is tried again at
+    the next lease or close; until then the block stays leased."""
+    try:
+        with engine.change(shard) as (index, _):
+            if engine.leases.ends(shard, slot):
+                index.release(slot, engine.leases.of_shard(shard, but=engine.leases.number))
+                engine.leases.forget_own(shard, slot)
+            index.retention.uses(slot)
+    except (LockTimeoutError, OSError, StoreFormatError) as error:
+        engine.leases.dropped.append((shard, slot))
+        engine.limited.warning("a lease in %s has not ended yet: %s", engine.directory, str(error))
+
+
+def end_dropped(engine: LocalStorageEngine) -> None:
+    """End the leases of views that nobody closed and nobody has any more."""
+    dropped = engine.leases.dropped
+    for _ in range(len(dropped)):
+        try:
+            shard, slot = dropped.popleft()
+        except IndexError:  # another thread was faster
+            return
+        end_lease(engine, shard, slot)

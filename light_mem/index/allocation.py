@@ -1,0 +1,192 @@
+"""Room for blocks in one shard: free slots, else those of blocks that expired or were used
+longest ago.
+
+Used under the shard's lock. What is allocated is the caller's only after it was marked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.index import format as fmt
+from light_mem.index.chains import FEW, Chains, next_generations, tags_of
+from light_mem.index.order import EvictionOrder
+from light_mem.index.replica import Run, SpaceReplica
+from light_mem.index.retention import Retention
+from light_mem.index.taking import Taking
+
+# A block in more runs than this costs its reader more than evicting one block further does.
+MAX_PIECES = 8
+
+
+class Allocation(NamedTuple):
+    """Slots taken for one block: WRITING until published or given back."""
+
+    slot: int
+    runs: list[Run]
+
+
+class Allocator:
+    """Finds room in one shard, under its lock."""
+
+    def __init__(
+        self,
+        control: npt.NDArray[np.void],
+        entries: npt.NDArray[np.void],
+        page_bytes: int,
+        chains: Chains,
+        space: SpaceReplica,
+        order: EvictionOrder,
+        taking: Taking,
+        retention: Retention,
+    ) -> None:
+        self._control = control
+        self._entries = entries
+        self._tags = entries["tag"]
+        self._page_bytes = page_bytes
+        self._chains = chains
+        self._space = space
+        self._order = order
+        self._taking = taking
+        self._retention = retention
+        self._swept = 0  # expired blocks among those that this hold evicted
+
+    def begin(self) -> None:
+        """A hold of the lock begins."""
+        self._swept = 0
+
+    def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
+        """Take room for one block, evicting where needed: expired blocks, then the least recently
+        used ones, never pinned or leased ones.
+
+        `evict=False`: only free room, in as many pieces as it takes; None when there is too little.
+
+        The first slots of evicted blocks are appended to `evicted`: the caller clears their
+        records before anything is copied. None: what is not free is being written, or the block
+        is larger than the shard. The room is the caller's only after `mark`.
+        """
+        if slots > len(self._entries):
+            return None
+        while True:
+            space = self._space.runs  # evicting a damaged block reads it anew
+            start = space.take(slots)
+            if start is not None:
+                runs = [(start, slots)]
+                break
+            pieces = space.take_pieces(slots)
+            if not evict:
+                if pieces is None:
+                    return None
+                runs = pieces
+                break
+            few = len(evicted) - self._swept < 2 * MAX_PIECES
+            if pieces is not None and len(pieces) > MAX_PIECES and few:
+                self._space.put_back(pieces)
+                pieces = None
+            if pieces is not None:
+                runs = pieces
+                break
+            if self._sweep(evicted):
+                continue
+            victim = self._order.oldest()
+            if victim is None:
+                pieces = space.take_pieces(slots)
+                if pieces is None:
+                    return None
+                runs = pieces
+                break
+            evicted.append(victim)
+            self._control["evictions"] += 1
+            left = self._taking.take_out(victim)
+            if left == [(victim, slots)]:
+                # The usual case of a full store: the free slots stay what they were for everyone.
+                self._space.unmarked += left
+                return Allocation(victim, left)
+            if left is not None:
+                self._taking.free_runs(left)
+        self._space.taken(runs)
+        return Allocation(runs[0][0], runs)
+
+    def allocate_many(
+        self, lengths: list[int], evicted: list[int], evict: bool = True
+    ) -> list[Allocation]:
+        """`allocate` for blocks of `lengths` slots, in this order, up to the first without room.
+
+        Blocks of one length follow each other on neighbouring slots where there is room, and take
+        the slots of evicted blocks of that length as they are.
+        """
+        given: list[Allocation] = []
+        uniform = len(set(lengths)) == 1
+        while len(given) < len(lengths):
+            length = lengths[len(given)]
+            alike = len(lengths) - len(given) if uniform else 1
+            space = self._space.runs
+            count = min(alike, space.longest // length)
+            start = space.take(count * length) if count else None
+            if start is not None:
+                self._space.taken([(start, count * length)])
+                given += [
+                    Allocation(at, [(at, length)])
+                    for at in range(start, start + count * length, length)
+                ]
+                continue
+            if evict and alike > FEW and space.total < length and not self._sweep(evicted):
+                victims = self._evict_alike(alike, length)
+                if victims:
+                    evicted += victims
+                    given += [Allocation(slot, [(slot, length)]) for slot in victims]
+                    continue
+            where = self.allocate(length, evicted, evict)
+            if where is None:
+                break
+            given.append(where)
+        return given
+
+    def _sweep(self, evicted: list[int]) -> int:
+        """Take out blocks that have expired; returns how many."""
+        slots = self._retention.take_expired()
+        for slot in slots:
+            self._taking.remove(slot)
+        evicted += slots
+        self._swept += len(slots)
+        self._control["evictions"] += len(slots)
+        return len(slots)
+
+    def _evict_alike(self, count: int, length: int) -> list[int]:
+        """Evict up to `count` blocks, the oldest ones, as long as each is one run of `length`
+        slots; its slots are taken, not free. Empty: the oldest is another kind of block."""
+        oldest = self._order.oldest_many(count)
+        if not oldest:
+            return []
+        entries = self._entries[oldest]
+        pages = -(-entries["nbytes"].astype(np.int64) // self._page_bytes)
+        fits = (entries["run"] == length) & (entries["next_run"] == 0) & (pages == length)
+        fits &= np.array(oldest) + length <= len(self._entries)
+        good = len(oldest) if fits.all() else int(fits.argmin())
+        self._order.put_back(oldest[good:])
+        victims = oldest[:good]
+        if not victims:
+            return []
+        slots = np.array(victims, np.int64)
+        self._control["evictions"] += good
+        self._tags[slots] = tags_of(fmt.FREE, 0, next_generations(self._tags[slots]))
+        self._chains.cut_out_many(slots)
+        self._control["unlinks"] += good
+        self._control["blocks"] -= good
+        self._space.unmarked += [(slot, length) for slot in victims]
+        return victims
+
+    def take(self, runs: list[Run]) -> Allocation:
+        """Take exactly these free slots for one block, as `allocate` would.
+
+        Raises ValueError when they are not free: nothing was taken.
+        """
+        for at, (start, length) in enumerate(runs):
+            if not self._space.runs.remove(start, length):
+                self._space.put_back(runs[:at])
+                raise ValueError(f"slots {start} to {start + length - 1} are not free")
+        self._space.taken(runs)
+        return Allocation(runs[0][0], runs)

@@ -1,0 +1,136 @@
+"""Leases: blocks that a process looks at in place, and whose slots nobody gets meanwhile.
+
+A lease is a number in its holder's record in the `owners` file, so it ends with the process, by
+whatever it dies: a record whose byte is not locked is that of a dead process, and its leases do
+not count. Leases are taken and given back under the lock of the block's shard.
+
+    evictor      passes leased blocks over
+    taking out   (delete, clear, replacement, damage) unlists a leased block at once; its slots stay
+                 HELD until the last lease of a living process has ended
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Set
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.index.owners import Owners
+
+Lease = tuple[int, int]  # shard, first slot of the block
+_NONE: frozenset[int] = frozenset()
+
+
+class Leases:
+    """The leases of one process, and who else has some. Any thread."""
+
+    def __init__(self, owners: Owners, number: int) -> None:
+        """`number` is the process's own among the owners."""
+        self._owners = owners
+        self.number = number
+        self._words = owners.records["leases"][number]
+        self._held: Counter[Lease] = Counter()  # several on one block are one word in the record
+        self._guard = threading.RLock()  # a finalizer may end a lease while this thread has it
+        # Of views that were dropped, not closed: their finalizers take no lock.
+        self.dropped: deque[Lease] = deque()
+
+    @property
+    def open(self) -> int:
+        """How many leases this process holds."""
+        return sum(self._held.values())
+
+    def of_shard(self, shard: int, but: int = 0) -> set[int]:
+        """First slots that living processes, this one too, have leased; under the shard's lock.
+        `but`: an owner whose leases do not count."""
+        records = self._owners.records
+        numbers = np.flatnonzero(records["pid"].copy())
+        numbers = numbers[numbers != but]
+        words = records["leases"][numbers]
+        mine = (words - np.uint64(1)) >> np.uint64(32) == shard  # an empty word is of no shard
+        found: set[int] = set()
+        for at in np.flatnonzero(mine.any(axis=1)).tolist():
+            if self._owners.is_alive(int(numbers[at])):
+                found.update(((words[at][mine[at]] - np.uint64(1)) & np.uint64(2**32 - 1)).tolist())
+        return found
+
+    def take(self, shard: int, slot: int) -> bool:
+        """Note a lease, under the shard's lock; False: this process has MAX_LEASES already."""
+        with self._guard:
+            if not self._held[shard, slot]:
+                free = np.flatnonzero(self._words == 0)
+                if not free.size:
+                    del self._held[shard, slot]
+                    return False
+                self._words[free[0]] = _word(shard, slot)
+            self._held[shard, slot] += 1
+        return True
+
+    def ends(self, shard: int, slot: int) -> bool:
+        """One of this process's leases on a block ends: whether it was its last one, and so
+        `forget_own` must follow in this hold of the shard's lock."""
+        with self._guard:
+            self._held[shard, slot] -= 1
+            last = self._held[shard, slot] <= 0
+            if last:
+                del self._held[shard, slot]
+        return last
+
+    def forget_own(self, shard: int, slot: int) -> None:
+        """This process's record names the lease no more; its slots, if HELD, have been given back
+        before: a kill in between leaves a lease too many, not slots that nobody gives back."""
+        with self._guard:
+            self._words[self._words == _word(shard, slot)] = 0
+
+    def of_owner(self, number: int) -> list[Lease]:
+        """The leases of an owner, dead or alive."""
+        words = self._owners.records["leases"][number]
+        return [lease_of(word) for word in words[words != 0].tolist()]
+
+    def forget(self, number: int, shard: int, slot: int) -> None:
+        """A lease of a dead owner, whose byte the caller has locked, is no more. Under the shard's
+        lock: to others that owner lives while its byte is locked, and so does its lease."""
+        words = self._owners.records["leases"][number]
+        words[words == _word(shard, slot)] = 0
+
+
+def _word(shard: int, slot: int) -> int:
+    return 1 + (shard << 32 | slot)
+
+
+def lease_of(word: int) -> Lease:
+    """The block that a word of an owner's record names."""
+    return word - 1 >> 32, word - 1 & 0xFFFFFFFF
+
+
+class ShardLeases:
+    """Which blocks of one shard are leased, as its evictors and removers see it in one hold.
+
+    The shard's control page says whether any may be; where it says no, nothing is looked at.
+    """
+
+    def __init__(self, control: npt.NDArray[np.void], read: Callable[[], set[int]] | None) -> None:
+        self._control = control
+        self._read = read
+        self._known: Set[int] | None = None
+
+    def forget(self) -> None:
+        """A hold of the lock begins, or leases have changed in this one."""
+        self._known = None
+
+    def announce(self) -> None:
+        """A lease is about to be taken."""
+        self._control["leased"] = 1
+        self._known = None
+
+    def slots(self) -> Set[int]:
+        """First slots of leased blocks."""
+        if self._known is None:
+            self._known = _NONE
+            if self._read is not None and self._control["leased"][0]:
+                self._known = self._read()
+                if not self._known:
+                    self._control["leased"] = 0
+        return self._known

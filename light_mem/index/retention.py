@@ -1,0 +1,169 @@
+"""How long blocks stay: their times to live, and pins that eviction leaves alone.
+
+Both are one number in a block's entry and record, its `keep` (see `format.py`). An expired block
+is a miss for every look-up from that second on; its slots go when room is needed next, before
+those of any other block. Times are whole seconds, rounded up: a block may live a second longer
+than it was given, never shorter.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.index import format as fmt
+
+Keeps = npt.NDArray[np.uint32]
+
+clock = time.time  # seconds since 1970
+
+# A sweep holds the shard's lock for some 10 us a block.
+SWEEP_BLOCKS = 1024
+
+
+def now() -> int:
+    """The second that `keep` is compared with."""
+    return max(0, int(clock()) - fmt.KEEP_EPOCH)
+
+
+def keep_for(time_to_live: float | None) -> int:
+    """The `keep` of a block that is written now, to live so many seconds; None: for good."""
+    if time_to_live is None:
+        return 0
+    until = clock() + time_to_live - fmt.KEEP_EPOCH
+    return max(1, math.ceil(min(until, fmt.KEEP_TIME_MASK)))
+
+
+def expires_at(keep: int) -> int | None:
+    """When a block with this `keep` expires, or would if it were not pinned: seconds since 1970;
+    None: never."""
+    second = keep & fmt.KEEP_TIME_MASK
+    return second + fmt.KEEP_EPOCH if second else None
+
+
+def has_expired(keep: int) -> bool:
+    """Whether a block with this `keep` counts as absent. (A pinned one is beyond any time.)"""
+    return 0 < keep <= clock() - fmt.KEEP_EPOCH  # each look-up asks: no more calls than needed
+
+
+def expired(keeps: Keeps) -> npt.NDArray[np.bool_]:
+    """`has_expired` of many, shape [n]."""
+    return np.asarray(keeps - np.uint32(1) < np.uint32(now()))  # 0 becomes the largest number
+
+
+class Retention:
+    """Pins and expiry of one shard, and what its control page says of them.
+
+    Changed under the shard's lock. All counts follow from the entries: `recount` makes them anew
+    after a death.
+    """
+
+    def __init__(
+        self, control: npt.NDArray[np.void], entries: npt.NDArray[np.void], page_bytes: int
+    ) -> None:
+        self._control = control
+        self._tags = entries["tag"]
+        self._keeps: Keeps = entries["keep"]
+        self._nbytes = entries["nbytes"]
+        self._used = entries["used"]
+        self._page_bytes = page_bytes
+        self.limit = len(entries) // 2  # slots that may be pinned: writes always find the others
+
+    def slots_of(self, slot: int) -> int:
+        """Slots of the block that begins at `slot`."""
+        return -(-int(self._nbytes[slot]) // self._page_bytes)
+
+    def is_pinned(self, slot: int) -> bool:
+        """Whether the block at `slot` is pinned."""
+        return int(self._keeps[slot]) >= fmt.KEEP_PINNED
+
+    def has_expired(self, slot: int) -> bool:
+        """Whether the block that is listed at `slot` counts as absent."""
+        return has_expired(int(self._keeps[slot]))
+
+    def excess(self, slots: list[int]) -> int:
+        """Slots by which the limit would be exceeded if these blocks were pinned too; 0: none."""
+        needed = sum(self.slots_of(slot) for slot in slots if not self.is_pinned(slot))
+        return max(0, int(self._control["pinned_slots"][0]) + needed - self.limit)
+
+    def pin(self, slot: int) -> int:
+        """Pin the stored block at `slot`; returns its new `keep`, for its record."""
+        keep = int(self._keeps[slot])
+        if keep < fmt.KEEP_PINNED:
+            self._count(slot, 1)
+            keep |= fmt.KEEP_PINNED
+            self._keeps[slot] = keep
+        return keep
+
+    def unpin(self, slot: int) -> int:
+        """Take the pin away; returns the block's new `keep`. Counts as a use: while it was pinned
+        the block had no place in the order of use, so it begins at the end."""
+        keep = int(self._keeps[slot])
+        if keep >= fmt.KEEP_PINNED:
+            self._count(slot, -1)
+            keep &= fmt.KEEP_TIME_MASK
+            self._used[slot] = time.time_ns()
+            self._expects(keep)
+            self._keeps[slot] = keep
+        return keep
+
+    def uses(self, slot: int) -> None:
+        """Count the listed block at `slot`, if there is one, as used now."""
+        if int(self._tags[slot]) & fmt.STATE_MASK == fmt.LIVE:
+            self._used[slot] = time.time_ns()
+
+    def arrives(self, slot: int) -> None:
+        """A block whose entry says all but LIVE is about to be listed."""
+        if self.is_pinned(slot):
+            self._count(slot, 1)
+        self._expects(int(self._keeps[slot]))
+
+    def _expects(self, keep: int) -> None:
+        if 0 < keep < fmt.KEEP_PINNED:
+            first = int(self._control["expires"][0])
+            if not first or keep < first:
+                self._control["expires"] = keep
+
+    def leaves(self, slot: int) -> None:
+        """The block at `slot` has been taken out."""
+        if self.is_pinned(slot):
+            self._count(slot, -1)
+
+    def _count(self, slot: int, sign: int) -> None:
+        for name, change in (("pinned", sign), ("pinned_slots", sign * self.slots_of(slot))):
+            self._control[name] = max(0, int(self._control[name][0]) + change)
+
+    def recount(self) -> None:
+        """What the control page says of pins and expiry, from the entries."""
+        live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
+        keeps = self._keeps[live]
+        pinned = keeps >= fmt.KEEP_PINNED
+        pages = -(-self._nbytes[live][pinned].astype(np.int64) // self._page_bytes)
+        self._control["pinned"] = np.count_nonzero(pinned)
+        self._control["pinned_slots"] = int(pages.sum())
+        self._control["expires"] = _first(keeps)
+
+    def take_expired(self) -> list[int]:
+        """First slots of blocks whose time is up, at most SWEEP_BLOCKS, to be taken out at once.
+
+        Costs nothing before the time of the first one is up, then a walk over the entries.
+        """
+        first = int(self._control["expires"][0])
+        if not first or first > now():
+            return []
+        live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
+        gone = live & expired(self._keeps)
+        found = np.flatnonzero(gone)
+        if found.size <= SWEEP_BLOCKS:
+            self._control["expires"] = _first(self._keeps[live & ~gone])
+        slots: list[int] = found[:SWEEP_BLOCKS].tolist()
+        return slots
+
+
+def _first(keeps: Keeps) -> int:
+    """The earliest second at which one of these blocks expires, 0: none does."""
+    timed = keeps[(keeps > 0) & (keeps < fmt.KEEP_PINNED)]
+    return int(timed.min()) if timed.size else 0

@@ -1,0 +1,146 @@
+"""How blocks leave a shard, and how a shard is put in order after a death.
+
+remove  tag FREE with a new generation -> cut from the chain -> slots may be used again: a reader
+        that copied from the slots sees another tag
+hold    what is leased becomes HELD instead of FREE: unlisted all the same, its slots stay taken
+        until its last lease has ended
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.index import format as fmt
+from light_mem.index.chains import Chains
+from light_mem.index.file import IndexFile
+from light_mem.index.leases import ShardLeases
+from light_mem.index.lookup import Lookup
+from light_mem.index.recovery import link_chains, sound_blocks
+from light_mem.index.replica import Run, SpaceReplica
+from light_mem.index.retention import Retention
+
+
+class Taking:
+    """Takes blocks out of one shard, under its lock."""
+
+    def __init__(
+        self,
+        file: IndexFile,
+        shard: int,
+        lookup: Lookup,
+        chains: Chains,
+        space: SpaceReplica,
+        retention: Retention,
+        leases: ShardLeases,
+    ) -> None:
+        self._shard = shard
+        self._lookup = lookup
+        self._chains = chains
+        self._space = space
+        self._retention = retention
+        self._leases = leases
+        self._page_bytes = file.geometry.page_bytes
+        self._control = file.control[shard : shard + 1]
+        self._heads: npt.NDArray[np.uint32] = file.heads[
+            shard * file.buckets : (shard + 1) * file.buckets
+        ]
+        self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
+        self._tags = self._entries["tag"]
+
+    def remove(self, slot: int) -> None:
+        """Take out the stored block at `slot`; its slots are free, or HELD while it is leased."""
+        if slot in self._leases.slots() and self._hold(slot):
+            self._cut(slot)
+            return
+        runs = self.take_out(slot)
+        if runs is not None:
+            self.free_runs(runs)
+
+    def take_out(self, slot: int) -> list[Run] | None:
+        """Make a stored block invisible; returns its runs, which are not among the free ones yet.
+        None: its entry was damaged, and the shard has been put in order."""
+        runs = self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot]))
+        self.free_tags([slot] if runs is None else [start for start, _ in runs])
+        self._cut(slot)
+        if runs is None:
+            self.put_in_order()  # what it held is what no other block holds
+        return runs
+
+    def _cut(self, slot: int) -> None:
+        self._retention.leaves(slot)
+        self._chains.cut_out(slot)
+        self._control["unlinks"] += 1
+        self._control["blocks"] -= 1
+
+    def _hold(self, slot: int) -> bool:
+        """Whether the block at `slot` makes sense, and so is HELD now."""
+        if self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot])) is None:
+            return False
+        generation = (int(self._tags[slot]) >> fmt.GENERATION_SHIFT) + 1
+        self._tags[slot] = fmt.make_tag(fmt.HELD, 0, generation)
+        return True
+
+    def release(self, slot: int, leased: Set[int]) -> None:
+        """A lease on the block at `slot` ends; `leased` are those that go on. The slots are free
+        when it has been taken out and that was the last one."""
+        self._leases.forget()
+        if int(self._tags[slot]) & fmt.STATE_MASK == fmt.HELD and slot not in leased:
+            self.give_back(slot)
+
+    def give_back(self, slot: int) -> None:
+        """Free the slots of a block that is not visible: it was being written, or is HELD."""
+        runs = self._lookup.runs(self._shard, slot)
+        self.free_tags([slot] if runs is None else [start for start, _ in runs])
+        if runs is None:
+            self.put_in_order()
+        else:
+            self.free_runs(runs)
+
+    def free_tags(self, starts: list[int]) -> None:
+        """Nothing begins at these slots any more."""
+        for start in starts:
+            generation = (int(self._tags[start]) >> fmt.GENERATION_SHIFT) + 1
+            self._tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
+
+    def free_runs(self, runs: list[Run]) -> None:
+        """These runs may be used again."""
+        if not self._space.free(runs):
+            self.put_in_order()  # damaged entries: two blocks in the same slots
+
+    def clear(self) -> list[int]:
+        """Take out all stored blocks; returns their first slots. Blocks being written stay so."""
+        live = np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE)
+        self._control["removals"] += live.size
+        leased = self._leases.slots()
+        starts: list[int] = []
+        for slot in live.tolist():
+            if slot in leased and self._hold(slot):
+                continue
+            runs = self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot]))
+            starts += [slot] if runs is None else [start for start, _ in runs]
+        self.free_tags(starts)
+        self.put_in_order()
+        return [int(slot) for slot in live]
+
+    def put_in_order(self) -> None:
+        """Chains, counts and free space anew from the entries; what makes no sense is freed."""
+        self._control["dirty"] = fmt.RELINKING  # before the first chain is touched
+        sound = sound_blocks(self._entries, self._page_bytes)
+        wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
+        self.free_tags(wrong.tolist())
+        link_chains(self._entries, self._heads, len(self._heads))
+        states = self._tags & np.uint64(fmt.STATE_MASK)
+        self._control["blocks"] = np.count_nonzero(states == fmt.LIVE)
+        used = int(self._entries["run"][states != fmt.FREE].sum())
+        used += sum(length for _, length in self._space.unmarked)
+        self._control["used_slots"] = used
+        self._retention.recount()
+        self._leases.announce()  # a control page made anew does not know
+        self._control["unlinks"] += 1
+        # Further than the journal reaches: every replica reads the entries.
+        self._control["epoch"] += fmt.JOURNAL_LENGTH + 1
+        self._space.read()
+        self._control["dirty"] = fmt.CHANGING
