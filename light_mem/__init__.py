@@ -7,7 +7,7 @@
 service.py   CacheService: look up, create, abort, delete; local_service.py and client.py: in the
              server's process, and in its other processes
 session.py   one process's tasks in the shared task table
-task.py      CacheTask: states, waiting
+task.py      CacheTask: states, waiting; views.py: BlockView, a block looked at in place
 blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor
 demo/        `light-mem demo`
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
@@ -41,9 +41,11 @@ if TYPE_CHECKING:
         ForkedProcessError,
         InvalidArgumentError,
         KVCacheMemoryError,
+        LeaseLimitError,
         LightMemError,
         LockTimeoutError,
         PageIndexError,
+        PinLimitError,
         ServiceClosedError,
         SharedMemoryFullError,
         StoreBusyError,
@@ -57,8 +59,10 @@ if TYPE_CHECKING:
     from light_mem.local_service import LocalCacheService
     from light_mem.service import CacheService
     from light_mem.task import CacheBlock, CacheTask, State
+    from light_mem.views import BlockView
 
 _HOMES = {  # of the names in __all__; the others are errors
+    "BlockView": "views",
     "CacheBlock": "task",
     "CacheTask": "task",
     "State": "task",
@@ -81,6 +85,7 @@ __all__ = [  # noqa: RUF022 - by topic
     "CacheClient",
     "CacheTask",
     "CacheBlock",
+    "BlockView",
     "State",
     "allocate_kvcache",
     "StorageEngine",
@@ -92,9 +97,11 @@ __all__ = [  # noqa: RUF022 - by topic
     "ForkedProcessError",
     "InvalidArgumentError",
     "KVCacheMemoryError",
+    "LeaseLimitError",
     "LightMemError",
     "LockTimeoutError",
     "PageIndexError",
+    "PinLimitError",
     "ServiceClosedError",
     "SharedMemoryFullError",
     "StoreBusyError",

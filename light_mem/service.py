@@ -22,6 +22,7 @@ from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout, PageLayout, parse_regions
 from light_mem.session import Session
 from light_mem.task import CacheTask
+from light_mem.views import BlockView, open_view
 
 if TYPE_CHECKING:
     import torch
@@ -221,15 +222,44 @@ class CacheService(Closing, ABC):
         self._check_open()
         return self._session.table.active_tasks(blocks.parse_mode(mode))
 
+    # --- keeping blocks, and looking at them in place --------------------------------------------
+
+    def pin(self, hashes: HashValue | Sequence[HashValue]) -> int:
+        """Keep blocks from eviction and expiry until `unpin`; returns how many are pinned now.
+
+        What is not stored, or has expired, is not pinned and not counted. A pin belongs to the
+        store: it outlives services, and is the same for all of them. `delete` and `clear` take
+        pinned blocks out all the same. Raises PinLimitError when more than half of a shard's slots
+        would be pinned: then none of these hashes is that was not before.
+        """
+        self._check()
+        return self._engine.pin(_keys(hashes))
+
+    def unpin(self, hashes: HashValue | Sequence[HashValue]) -> int:
+        """Take pins away; returns how many of the hashes were pinned. Counts as use for eviction; a
+        block whose time to live has passed meanwhile is gone."""
+        self._check()
+        return self._engine.unpin(_keys(hashes))
+
+    def view(self, hash_value: HashValue) -> BlockView | None:
+        """A stored block as a read-only tensor on the store's own memory, without a copy; None when
+        it is not stored, or found damaged.
+
+        The checksum is verified once, here. Eviction passes the block over until the view is
+        closed. See `BlockView` for what it holds and what a write does. Counts as use, when it is
+        taken and when it is closed. Takes the shard's lock. Raises LeaseLimitError when more than
+        half of a shard's slots would be viewed, or 384 blocks by this process; LockTimeoutError.
+        """
+        self._check()
+        low, high = keymath.as_key(blocks.parse_hashes([hash_value])[0])
+        return open_view(self._engine, low, high)
+
     # --- taking blocks out -----------------------------------------------------------------------
 
     def delete(self, hashes: HashValue | Sequence[HashValue]) -> int:
         """Take blocks out of the store; returns how many of them were stored."""
         self._check()
-        one = keymath.is_hash(hashes)
-        return self._engine.delete(
-            keymath.as_keys([hashes] if one else blocks.parse_hashes(hashes))  # type: ignore[list-item, arg-type]
-        )
+        return self._engine.delete(_keys(hashes))
 
     def clear(self) -> int:
         """Take all blocks out of the store, other services' too; returns how many there were."""
@@ -285,3 +315,8 @@ class CacheService(Closing, ABC):
     def close(self) -> None:
         """Let go of the cache; calling it again does nothing."""
         raise NotImplementedError
+
+
+def _keys(hashes: HashValue | Sequence[HashValue]) -> keymath.KeyArray:
+    one = keymath.is_hash(hashes)
+    return keymath.as_keys([hashes] if one else blocks.parse_hashes(hashes))  # type: ignore[list-item, arg-type]
