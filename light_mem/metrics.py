@@ -61,6 +61,12 @@ _STORE_GAUGES: tuple[_Gauge, ...] = (
         "Room that stored blocks, and blocks being written, take.",
         lambda s: None if s.used_slots is None else s.used_slots * s.page_bytes,
     ),
+    ("lightmem_store_pinned_blocks", "Pinned blocks.", lambda s: s.pinned_blocks),
+    (
+        "lightmem_store_pinned_bytes",
+        "Room that pinned blocks take.",
+        lambda s: None if s.pinned_slots is None else s.pinned_slots * s.page_bytes,
+    ),
     (
         "lightmem_store_capacity_bytes",
         "Room for blocks.",

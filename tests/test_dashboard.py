@@ -65,6 +65,7 @@ def test_every_metric_is_on_it() -> None:
             "lightmem_store_hits_total",
             "lightmem_store_damaged_blocks_total",
             "lightmem_copied_blocks_total",
+            "lightmem_store_pinned_blocks",
             "lightmem_unseen_services",
         }
     }

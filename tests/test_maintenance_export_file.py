@@ -122,12 +122,12 @@ def test_what_is_no_export_is_refused(tmp_path: Path, command: Command, content:
 def test_another_version_is_refused(exported: Path, tmp_path: Path) -> None:
     raw = bytearray(exported.read_bytes())
     header = np.frombuffer(raw, fmt.EXPORT_HEADER, 1)
-    header["version"] = 2
+    header["version"] = 3
     fmt.sealed(header)
     exported.write_bytes(raw)
-    with pytest.raises(StoreFormatError, match="version 2") as error:
+    with pytest.raises(StoreFormatError, match="version 3") as error:
         import_store(make_store(tmp_path / "target", []), exported)
-    assert (error.value.found, error.value.expected) == ("2", "1")
+    assert (error.value.found, error.value.expected) == ("3", "1 or 2")
 
 
 # --- the format -----------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_an_export_has_these_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     export_store(store, tmp_path / "x")
     raw = (tmp_path / "x").read_bytes()
     assert len(raw) == 3 * PART + PAGE
-    assert raw[:12].hex() == "4c4d4558504f5254" + "01000000"
+    assert raw[:12].hex() == "4c4d4558504f5254" + "02000000"
     assert (
         raw[32:64].hex()
         == (

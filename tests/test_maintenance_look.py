@@ -44,7 +44,7 @@ def test_inspect_shows_the_numbers(store: Path, command: Command) -> None:
     code, report = command.json("inspect", store)
     assert code == 0
     pages = sum(b.pages for b in BLOCKS)
-    assert report["format_version"] == 1
+    assert report["format_version"] == 2
     assert (report["shards"], report["slots"], report["page_bytes"]) == (SHARDS, SLOTS, PAGE)
     assert report["capacity"] == SHARDS * SLOTS * PAGE
     assert (report["blocks"], report["block_bytes"]) == (len(BLOCKS), pages * PAGE)

@@ -112,6 +112,33 @@ def used_slots(store: Path, shard: int, slot: int) -> None:
     index_of(store).control["used_slots"][shard] -= 1
 
 
+def pinned(store: Path, shard: int, slot: int) -> None:
+    index_of(store).control["pinned"][shard] += 1
+
+
+def expires(store: Path, shard: int, slot: int) -> None:
+    """A time to live, in entry and record, that no eviction would look for."""
+    entries_of(store, shard)["keep"][slot] = fmt.KEEP_TIME_MASK
+    records = records_of(store, shard)
+    records["keep"][slot] = fmt.KEEP_TIME_MASK
+    reseal(records, slot)
+
+
+def keep(store: Path, shard: int, slot: int) -> None:
+    """A pin that only the record knows."""
+    records = records_of(store, shard)
+    records["keep"][slot] = fmt.KEEP_PINNED
+    reseal(records, slot)
+
+
+def held(store: Path, shard: int, slot: int) -> None:
+    """A block taken out for whose lease nobody is there."""
+    entries = entries_of(store, shard)
+    free = int(np.flatnonzero(entries["run"] == 0)[-3])
+    entries["tag"][free], entries["run"][free] = fmt.make_tag(fmt.HELD, 0, 5), 2
+    index_of(store).control["used_slots"][shard] += 2
+
+
 def record(store: Path, shard: int, slot: int) -> None:
     records_of(store, shard)["tag"][slot] = fmt.FREE
 
@@ -153,6 +180,10 @@ SPOILS: dict[Spoil, tuple[str, int]] = {  # the kind it must show, and how many 
     twin: ("twin", 0),
     count: ("count", 0),
     used_slots: ("count", 0),
+    pinned: ("count", 0),
+    expires: ("count", 0),
+    keep: ("record", 0),
+    held: ("leak", 0),
     record: ("record", 0),
     torn_record: ("record", 0),
     other_record: ("record", 0),

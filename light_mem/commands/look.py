@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -88,7 +89,10 @@ def _facts(r: StoreReport) -> list[tuple[str, str]]:
         ("capacity", f"{output.bytes_text(r.capacity)}, {r.shards * r.slots:,} pages"),
         ("blocks", f"{r.blocks:,}, {output.bytes_text(r.block_bytes)}"),
         ("room used", f"{output.bytes_text(used)}, {full:.1%}"),
+        ("pinned", f"{r.pinned_blocks:,}, {output.bytes_text(r.pinned_slots * r.page_bytes)}"),
+        ("expired", output.count_text(r.expired_blocks, "block")),
         ("being written", output.count_text(r.writing_blocks, "block")),
+        ("held by views", output.count_text(r.held_blocks, "block")),
         ("last used", _ages(r.newest_use, r.median_use, r.oldest_use)),
         ("written", _ages(r.newest_write, None, r.oldest_write)),
     ]
@@ -186,4 +190,13 @@ def _block_facts(block: BlockReport, problem: str) -> list[tuple[str, str]]:
         ("checksum", f"{block.checksum}, {problem or 'the bytes fit it'}"),
         ("last used", f"{_when(block.used / 1e9)}, {output.age_text(block.used)}"),
         ("written", _when(block.written / 1e9) if block.written else "it has no record"),
+        ("kept", _kept(block)),
     ]
+
+
+def _kept(block: BlockReport) -> str:
+    until = "until it is evicted"
+    if block.expires is not None:
+        over = block.expires <= time.time_ns()
+        until = ("expired at " if over else "until ") + _when(block.expires / 1e9)
+    return f"pinned; then {until}" if block.pinned else until

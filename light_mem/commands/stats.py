@@ -135,6 +135,8 @@ def _store_table(store: StoreLook, since: Rates | None) -> Table:
     full = f", {held / room:.1%} of {bytes_text(room)}" if room else ""
     _row(table, "blocks", f"{store.blocks:,}", None, rates)
     _row(table, "room used", f"{bytes_text(held)}{full}", None, rates)
+    pinned = (store.pinned_slots or 0) * store.page_bytes
+    _row(table, "pinned", f"{store.pinned_blocks or 0:,}, {bytes_text(pinned)}", None, rates)
     for name, what in (
         ("lookups", "hashes asked for, ever"),
         ("hits", "hits, ever"),

@@ -17,8 +17,9 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import check_sizes
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
+from light_mem.index import retention
 from light_mem.index.recovery import Ints
-from light_mem.maintenance.compacting import compact
+from light_mem.maintenance.compacting import compact, worth_of
 from light_mem.maintenance.inspecting import listed
 from light_mem.maintenance.opening import open_tool
 from light_mem.maintenance.owners import Ownership, listing, require_alone
@@ -47,8 +48,11 @@ def clear(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Change
 def evict(
     directory: str | os.PathLike[str], older_than: float, *, dry_run: bool = False
 ) -> ChangeReport:
-    """Take out the blocks that nobody has used for `older_than` seconds. A block that is used
-    meanwhile stays. Raises InvalidArgumentError for a negative time, and as opening does."""
+    """Take out the blocks that nobody has used for `older_than` seconds, and those that expired.
+
+    A block that is used meanwhile stays, and so do pinned and leased ones. Raises
+    InvalidArgumentError for a negative time, and as opening does.
+    """
     older_than = seconds("older_than", older_than)
     started = time.monotonic()
     store = Store(directory)
@@ -58,6 +62,8 @@ def evict(
     try:
         for part in listed(store):
             is_old = part.rows["used"] < np.uint64(max(0, before))
+            is_old &= part.rows["keep"] < fmt.KEEP_PINNED
+            is_old |= retention.expired(part.rows["keep"])
             old = part.heads[is_old]
             if engine is None:
                 removed += len(old)
@@ -78,8 +84,11 @@ def _evict(engine: LocalStorageEngine, shard: int, slots: Ints, before: int) -> 
     with engine.change(shard) as (index, file):
         for slot in slots.tolist():
             entry = index.entries[slot]
+            if int(entry["tag"]) & fmt.STATE_MASK != fmt.LIVE or slot in index.leases.slots():
+                continue
             # Whatever is stored there now: what counts is that nobody has used it for so long.
-            if int(entry["tag"]) & fmt.STATE_MASK == fmt.LIVE and int(entry["used"]) < before:
+            old = int(entry["used"]) < before and not index.retention.is_pinned(slot)
+            if old or index.retention.has_expired(slot):
                 nbytes += int(entry["nbytes"])
                 removed += 1
                 index.remove(slot)
@@ -93,9 +102,10 @@ def resize(
 ) -> ChangeReport:
     """Give a store another `storage_size` (bytes of pages). Nobody else may have it open.
 
-    A larger store keeps every block. In a smaller one the most recently used blocks that fit a
-    shard's new size move to its front first; what is left behind the new end goes. Killed in the
-    middle, the store has its old size and all blocks that are not yet given up, or the new one.
+    A larger store keeps every block. In a smaller one the pinned and the most recently used
+    blocks that fit a shard's new size move to its front first; what is left behind the new end
+    goes. Killed in the middle, the store has its old size and all blocks that are not yet given
+    up, or the new one.
     Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError.
     """
     storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
@@ -146,7 +156,8 @@ def _would_keep(store: Store, slots: int) -> tuple[int, int]:
     """Blocks, and their bytes, that fit `slots` a shard when the last used come first."""
     count = nbytes = 0
     for part in listed(store):
-        sizes = part.rows["nbytes"][np.argsort(part.rows["used"])[::-1]].astype(np.int64)
+        order = np.lexsort((part.rows["used"], worth_of(part.rows["keep"])))[::-1]
+        sizes = part.rows["nbytes"][order].astype(np.int64)
         fits = np.cumsum(-(-sizes // store.geometry.page_bytes)) <= slots
         count += int(np.count_nonzero(fits))
         nbytes += int(sizes[fits].sum())

@@ -1,9 +1,9 @@
 """Moves a shard's blocks to its front, before the shard is made shorter.
 
-The most recently used block behind the new end moves first: into free slots in front, else into
-those of blocks there that were used longer ago. A block is listed at its new place before it
-leaves the old one, its bytes and record before it is listed; so at every moment it is stored at
-least once, and whoever is killed leaves at most the same block twice.
+The most recently used block behind the new end moves first, before it the pinned ones: into free
+slots in front, else into those of blocks there that were used longer ago. A block is listed at its
+new place before it leaves the old one, its bytes and record before it is listed; so at every moment
+it is stored at least once, and whoever is killed leaves at most the same block twice.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile, Written
-from light_mem.index import recovery
+from light_mem.index import format as fmt
+from light_mem.index import recovery, retention
 from light_mem.index.owners import Owner, Owners
 from light_mem.index.replica import Run
 from light_mem.index.shard import ShardIndex
@@ -28,6 +30,7 @@ BATCH_BLOCKS = 1024
 
 
 class _Block(NamedTuple):
+    worth: int  # 0: expired, 1, 2: pinned
     used: int
     slot: int
     runs: list[Run]
@@ -76,16 +79,22 @@ class _Compaction:
         heads, several = blocks_in(index.entries, engine.geometry.page_bytes)
         used = index.entries["used"][heads].tolist()
         run = index.entries["run"][heads].tolist()
+        worth = worth_of(index.entries["keep"][heads]).tolist()
         blocks = [
-            _Block(when, slot, several.get(slot) or [(slot, length)])
-            for when, slot, length in zip(used, heads.tolist(), run, strict=True)
+            _Block(much, when, slot, several.get(slot) or [(slot, length)])
+            for much, when, slot, length in zip(worth, used, heads.tolist(), run, strict=True)
         ]
         behind = {b.slot for b in blocks if any(a + n > slots for a, n in b.runs)}
         self._behind = sorted((b for b in blocks if b.slot in behind), reverse=True)
-        self._front = sorted(b for b in blocks if b.slot not in behind)  # victims, oldest first
-        self._used = [b.used for b in self._front]
-        self._pages = [0, *accumulate(b.pages for b in self._front)]  # of those before each
+        # Victims, the oldest first: also those that reach over the new end, for what is in front.
+        self._front = sorted(b for b in blocks if _before(b.runs, slots))
+        self._used = [b[:2] for b in self._front]
+        sizes = (sum(n for _, n in _before(b.runs, slots)) for b in self._front)
+        self._pages = [0, *accumulate(sizes)]  # of those before each
+        self._evicted: set[int] = set()
+        self._slots = slots
         self._gone = 0  # how many of them have been evicted
+        self._leased = index.leases.slots()
         self._free = _free_below(index, slots)
         self._page_bytes = engine.geometry.page_bytes
 
@@ -95,26 +104,33 @@ class _Compaction:
         for block in self._behind:
             if moved >= BATCH_BLOCKS or nbytes >= BATCH_BYTES:
                 return moved, True
-            runs = self._room(block)
+            runs = None if block.slot in self._evicted else self._room(block)
             if runs is not None:
                 self._move(block, runs)
+                for start, length in _before(block.runs, self._slots):
+                    self._free.add(start, length)
                 moved += 1
                 nbytes += block.pages * self._page_bytes
         return moved, False
 
     def _room(self, block: _Block) -> list[Run] | None:
         """Free slots in front for a block; for want of them, those of blocks used before it."""
-        older = bisect_left(self._used, block.used)
+        older = bisect_left(self._used, block[:2])
         evictable = self._pages[max(older, self._gone)] - self._pages[self._gone]
         if self._free.total + evictable < block.pages:
             return None
         while self._free.total < block.pages:
+            if self._gone == len(self._front):
+                return None  # what was counted on is leased
             victim = self._front[self._gone]
             self._gone += 1
+            if victim.slot in self._leased:  # its slots would stay taken
+                continue
             self._index.remove(victim.slot)
             self._file.clear_records([victim.slot])
             self._index.control["evictions"] += 1
-            for start, length in victim.runs:
+            self._evicted.add(victim.slot)
+            for start, length in _before(victim.runs, self._slots):
                 self._free.add(start, length)
         place = self._free.take(block.pages)
         return self._free.take_pieces(block.pages) if place is None else [(place, block.pages)]
@@ -122,8 +138,8 @@ class _Compaction:
     def _move(self, block: _Block, runs: list[Run]) -> None:
         index, file = self._index, self._file
         entry = index.entries[block.slot].copy()
-        names = ("low", "high", "checksum", "nbytes")
-        low, high, checksum, nbytes = (int(entry[name]) for name in names)
+        names = ("low", "high", "checksum", "nbytes", "keep")
+        low, high, checksum, nbytes, keep = (int(entry[name]) for name in names)
         written = int(file.records["used"][block.slot])
         index.take(runs)
         self._owner.intend([(index.shard, runs[0][0])])
@@ -132,12 +148,23 @@ class _Compaction:
         target = np.concatenate([np.arange(a, a + n) for a, n in runs])
         for a, b in zip(source.tolist(), target.tolist(), strict=True):
             file.bytes(b, 1)[:] = file.bytes(a, 1)
-        file.write_records([Written(low, high, checksum, nbytes, runs, written)])
-        index.publish(runs[0][0], low, high, checksum, nbytes, block.used)
+        file.write_records([Written(low, high, checksum, nbytes, runs, written, keep)])
+        index.publish(runs[0][0], low, high, checksum, nbytes, block.used, keep)
         index.remove(block.slot)
         file.clear_records([block.slot])
         self._owner.intend([])
         index.control["inserts"] -= 1  # it was stored before
+
+
+def _before(runs: list[Run], end: int) -> list[Run]:
+    """The parts of runs that lie before slot `end`."""
+    return [(start, min(length, end - start)) for start, length in runs if start < end]
+
+
+def worth_of(keeps: retention.Keeps) -> npt.NDArray[np.int64]:
+    """What counts before the last use: 0 expired, 2 pinned, else 1; shape [n]."""
+    pinned = keeps >= fmt.KEEP_PINNED
+    return np.asarray(1 + pinned.astype(np.int64) - retention.expired(keeps))
 
 
 def _free_below(index: ShardIndex, slots: int) -> FreeRuns:

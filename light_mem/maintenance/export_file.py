@@ -29,6 +29,7 @@ class ExportedBlock(NamedTuple):
     low: int
     high: int
     used: int
+    keep: int
     data: bytes
     end: int  # offset in the file behind it
 
@@ -58,9 +59,9 @@ class ExportFile:
         if not sound or bytes(header["magic"]) != fmt.EXPORT_MAGIC:
             found, expected = "other bytes", "the header of an export"
             what = "is no export, or its header is damaged"
-        elif version != fmt.EXPORT_VERSION:
-            found, expected = str(version), str(fmt.EXPORT_VERSION)
-            what = f"has format version {version}, this library reads {fmt.EXPORT_VERSION}"
+        elif version not in fmt.READABLE_VERSIONS:
+            found, expected = str(version), " or ".join(map(str, fmt.READABLE_VERSIONS))
+            what = f"has format version {version}, this library reads {expected}"
         else:
             whole: np.void = header
             return whole
@@ -94,7 +95,8 @@ class ExportFile:
                     key = keymath.key_text(low, high)
                     self.damaged.append(DamagedBlock(key, -1, -1, size, problem))
                 else:
-                    yield ExportedBlock(low, high, int(header["used"]), data, end)
+                    used, keep = int(header["used"]), int(header["keep"])
+                    yield ExportedBlock(low, high, used, keep, data, end)
                 at = end
             elif fmt.is_sealed(raw, fmt.TRAILER) and _magic(raw) == fmt.TRAILER_MAGIC:
                 trailer = np.frombuffer(raw, fmt.TRAILER)[0]

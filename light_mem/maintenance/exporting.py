@@ -19,6 +19,7 @@ import xxhash
 
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import keys as keymath
+from light_mem.index import retention
 from light_mem.index.description import sync_directory
 from light_mem.index.keys import HashValue
 from light_mem.maintenance import transfer_format as fmt
@@ -38,7 +39,8 @@ def export_store(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> TransferReport:
-    """Write all blocks of a store, or those of `hashes`, to `file`, the last used first.
+    """Write all blocks of a store, or those of `hashes`, to `file`, the last used first. Pins and
+    times to live go along; what has expired does not.
 
     Raises StoreFormatError (no store), FileExistsError (`file` is there and not `overwrite`),
     InvalidArgumentError (a value that is no hash), OSError (no room). An export that fails leaves
@@ -52,7 +54,7 @@ def export_store(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already")
     keys = None if hashes is None else keymath.as_keys(hashes)
-    parts = list(listed(store, keys))
+    parts = [_unexpired(part) for part in listed(store, keys)]
     missing: list[str] = []
     if keys is not None:
         found = {key for part in parts for key in _keys(part)}
@@ -85,6 +87,11 @@ def export_store(
         (),
         time.monotonic() - started,
     )
+
+
+def _unexpired(part: Listed) -> Listed:
+    stays = ~retention.expired(part.rows["keep"])
+    return part._replace(heads=part.heads[stays], rows=part.rows[stays])
 
 
 @contextmanager
@@ -182,6 +189,6 @@ class _Export:
 def _header(entry: np.void) -> bytes:
     header = np.zeros(1, fmt.BLOCK_HEADER)
     header["magic"] = fmt.BLOCK_MAGIC
-    for name in ("low", "high", "nbytes", "checksum", "used"):
+    for name in ("low", "high", "nbytes", "checksum", "used", "keep"):
         header[name] = entry[name]
     return fmt.sealed(header)

@@ -3,11 +3,14 @@
 The store may be in use, and may have another number of shards; its pages must be of the same size.
 Nothing is evicted: a block for which there is no free room is left out and reported. What is
 stored already is passed over, so an import that was interrupted is simply run again. The order of
-use goes over: blocks take their place among the store's own by the time of their last use.
+use goes over: blocks take their place among the store's own by the time of their last use. So do
+times to live (what has expired meanwhile is left out), and pins, as far as the store's limit for
+them goes; a stored block that is pinned in the file is pinned as well.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import defaultdict
@@ -19,14 +22,18 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import describe
 from light_mem.engine.places import Regions
-from light_mem.errors import StoreFormatError
+from light_mem.errors import PinLimitError, StoreFormatError
+from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
+from light_mem.index import retention
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
 from light_mem.maintenance.inspecting import listed
 from light_mem.maintenance.opening import open_tool
 from light_mem.maintenance.report import TransferReport
 from light_mem.maintenance.store import Store
+
+log = logging.getLogger("light_mem")
 
 BATCH_BYTES = 8 << 20
 BATCH_BLOCKS = 64
@@ -72,7 +79,7 @@ def import_store(
         importing.nbytes,
         importing.present,
         (),
-        0,
+        importing.expired,
         importing.no_room,
         tuple(source.damaged),
         tuple(source.problems),
@@ -117,7 +124,8 @@ class _Import:
         self._source = source
         self._progress = progress
         self._batch_slots: defaultdict[int, int] = defaultdict(int)  # a shard, of this batch
-        self.blocks = self.nbytes = self.present = self.no_room = 0
+        self._pins: list[tuple[int, int]] = []
+        self.blocks = self.nbytes = self.present = self.no_room = self.expired = 0
 
     def check(self, directory: str | os.PathLike[str]) -> None:
         """Read the file; count what an import would store, room not considered."""
@@ -132,7 +140,9 @@ class _Import:
                 for key in zip(part.rows["low"].tolist(), part.rows["high"].tolist(), strict=True)
             }
         for block in self._source.blocks():
-            if (block.low, block.high) in stored:
+            if retention.has_expired(block.keep):
+                self.expired += 1
+            elif (block.low, block.high) in stored:
                 self.present += 1
             else:
                 self.blocks += 1
@@ -157,6 +167,11 @@ class _Import:
     def _fits(self, engine: LocalStorageEngine, block: ExportedBlock) -> bool:
         """Whether a block is to be stored: it is not there, and there may be room. Asked before
         it is tried, because a write would wait some time for room."""
+        if retention.has_expired(block.keep):
+            self.expired += 1
+            return False
+        if block.keep & fmt.KEEP_PINNED:
+            self._pins.append((block.low, block.high))
         if engine.lookup.find_one(block.low, block.high, touch=False) >= 0:
             self.present += 1
             return False
@@ -187,8 +202,26 @@ class _Import:
             elif outcome is not Outcome.COPIED:
                 raise OSError(f"block {blocks[at].low:x} could not be stored: {outcome.name}")
 
+        # Not pinned from the start: that there may be no more pins is known under the lock only.
+        engine.keeps = {(b.low, b.high): b.keep & fmt.KEEP_TIME_MASK for b in blocks}
         engine.write(batch, report)
         self._batch_slots.clear()
+        self._pin(engine)
+
+    def _pin(self, engine: LocalStorageEngine) -> None:
+        pins, self._pins = self._pins, []
+        refused = 0
+        for key in pins:
+            try:
+                engine.pin(np.array([key], np.uint64))
+            except PinLimitError:
+                refused += 1
+        if refused:
+            log.warning(
+                "%d pinned blocks of %s are not pinned here: as many are as may be",
+                refused,
+                self._source.path,
+            )
 
     def _tell(self, block: ExportedBlock) -> None:
         if self._progress is not None:

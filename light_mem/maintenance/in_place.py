@@ -106,10 +106,11 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
     """Make one shard list what its records describe; returns blocks taken out and put in."""
     index.put_in_order()
     entries = index.entries
-    writing = _writing(entries)
+    writing = _not_stored(entries)
     plan = reindex.plan_shard(store.directory, store.geometry, index.shard, None).entries
     heads, several = blocks_in(plan, store.geometry.page_bytes)
     same = reindex.same_block(plan[heads], entries[heads])
+    entries["keep"][heads[same]] = plan["keep"][heads[same]]
     new: list[list[tuple[int, int]]] = []
     wanted = np.zeros(len(entries), bool)
     for head in heads[~same].tolist():
@@ -127,22 +128,25 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
             index.remove(slot)
             removed += 1
     put_in = 0
+    writing = _not_stored(entries)  # what was leased has become HELD
     for runs in new:
         slot = runs[0][0]
+        if any(writing[start : start + length].any() for start, length in runs):
+            continue
         # A key that is stored elsewhere stays there: its bytes may be in use at the moment.
         if index.find(int(plan["low"][slot]), int(plan["high"][slot])) is None:
             _list(index, plan, runs)
             put_in += 1
     index.put_in_order()
-    file.clear_records(index.free_slots())
+    file.clear_records(index.unlisted_slots())
     return removed, put_in
 
 
-def _writing(entries: Table) -> npt.NDArray[np.bool_]:
-    """Slots of blocks that are being written."""
+def _not_stored(entries: Table) -> npt.NDArray[np.bool_]:
+    """Slots of blocks that are being written, or HELD for a lease."""
     states = recovery.states_of(entries)
     taken = np.zeros(len(entries), bool)
-    for slot in np.flatnonzero(states == fmt.WRITING).tolist():
+    for slot in np.flatnonzero((states == fmt.WRITING) | (states == fmt.HELD)).tolist():
         for start, length in recovery.follow_runs(entries, states, slot) or []:
             taken[start : start + length] = True
     return taken
@@ -154,7 +158,7 @@ def _list(index: ShardIndex, plan: Table, runs: list[tuple[int, int]]) -> None:
         slot = runs[at][0]
         generation = (int(entries["tag"][slot]) >> fmt.GENERATION_SHIFT) + 1
         entries["tag"][slot] = fmt.make_tag(fmt.FREE, 0, generation)
-        for name in ("low", "high", "checksum", "nbytes", "used", "run", "next_run"):
+        for name in ("low", "high", "checksum", "nbytes", "used", "run", "next_run", "keep"):
             entries[name][slot] = plan[name][slot]
         entries["next"][slot] = 0
         state = fmt.LIVE if at == 0 else fmt.EXTENT

@@ -15,7 +15,7 @@ import numpy as np
 from light_mem.engine.reindex import read_records
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
-from light_mem.index import recovery
+from light_mem.index import recovery, retention
 from light_mem.index.keys import HashValue, KeyArray, U64Array
 from light_mem.index.recovery import Table
 from light_mem.maintenance.owners import Ownership
@@ -33,7 +33,7 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
     shards: list[ShardReport] = []
     used: list[U64Array] = []
     written: list[U64Array] = []
-    writing = 0
+    pinned = pinned_slots = expired = writing = held = 0
     for shard in range(g.shards):
         snapshot = store.snapshot(shard)
         table = snapshot.entries if store.usable else store.table(shard)
@@ -43,7 +43,13 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
         listed = np.flatnonzero(recovery.states_of(records) == fmt.LIVE)
         written.append(records["used"][listed])
         used.append(table["used"][live])
+        is_pinned = table["keep"][live] >= fmt.KEEP_PINNED
+        pinned += int(np.count_nonzero(is_pinned))
+        pages = -(-table["nbytes"][live][is_pinned].astype(np.int64) // g.page_bytes)
+        pinned_slots += int(pages.sum())
+        expired += int(np.count_nonzero(retention.expired(table["keep"][live])))
         writing += int(np.count_nonzero(states == fmt.WRITING))
+        held += int(np.count_nonzero(states == fmt.HELD))
         counters = [int(snapshot.control[n][0]) if store.usable else 0 for n in COUNTERS]
         slots = int(table["run"][states != fmt.FREE].sum())
         shards.append(
@@ -69,7 +75,11 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
         blocks=sum(s.blocks for s in shards),
         block_bytes=sum(s.block_bytes for s in shards),
         used_slots=sum(s.used_slots for s in shards),
+        pinned_blocks=pinned,
+        pinned_slots=pinned_slots,
+        expired_blocks=expired,
         writing_blocks=writing,
+        held_blocks=held,
         oldest_use=int(uses.min()) if known else None,
         newest_use=int(uses.max()) if known else None,
         median_use=int(np.partition(uses, uses.size // 2)[uses.size // 2]) if known else None,
@@ -137,6 +147,7 @@ def _report(part: Listed, records: Table, n: int) -> BlockReport:
     record, runs = records[slot], part.runs(n)
     mine = all(int(record[n]) == int(entry[n]) for n in ("low", "high", "checksum"))
     recorded = mine and int(record["tag"]) & fmt.STATE_MASK == fmt.LIVE
+    expires = retention.expires_at(int(entry["keep"]))
     return BlockReport(
         key=keymath.key_text(int(entry["low"]), int(entry["high"])),
         shard=part.shard,
@@ -147,4 +158,6 @@ def _report(part: Listed, records: Table, n: int) -> BlockReport:
         checksum=f"{int(entry['checksum']):016x}",
         used=int(entry["used"]),
         written=int(record["used"]) if recorded else None,
+        pinned=int(entry["keep"]) >= fmt.KEEP_PINNED,
+        expires=None if expires is None else expires * 10**9,
     )

@@ -10,16 +10,25 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from light_mem.errors import StoreBusyError
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
+from light_mem.index.leases import lease_of
 from light_mem.index.owners import NAME, Owners, process_start
 from light_mem.maintenance.report import OwnerReport
 
-Intents = dict[int, set[tuple[int, int]]]  # owner -> (shard, first slot) of blocks being written
+Blocks = set[tuple[int, int]]  # (shard, first slot)
+
+
+class Named(NamedTuple):
+    """The blocks that the records of owners, dead ones too, name."""
+
+    intents: dict[int, Blocks]  # by owner: being written
+    leases: Blocks  # leased by any of them
 
 
 class Ownership:
@@ -32,13 +41,17 @@ class Ownership:
         self.dead = tuple(r for number, r in reports.items() if number not in living)
 
 
-def intents_of(directory: Path) -> Intents:
-    """The blocks that each owner, dead ones too, says it is writing."""
-    found: Intents = {}
+def named_by_owners(directory: Path) -> Named:
+    """The blocks that owners say they are writing, or have leased."""
+    named = Named({}, set())
     for number, record in _read(directory)[0].items():
-        listed = record["intents"][record["intents"] != 0]
-        found[number] = {(int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF) for i in listed.tolist()}
-    return found
+        named.intents[number] = _blocks(record["intents"])
+        named.leases.update(_blocks(record["leases"]))
+    return named
+
+
+def _blocks(words: np.ndarray[Any, Any]) -> Blocks:
+    return {lease_of(word) for word in words[words != 0].tolist()}
 
 
 def _read(directory: Path) -> tuple[dict[int, np.void], set[int]]:

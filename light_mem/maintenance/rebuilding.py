@@ -184,9 +184,11 @@ def _complete(store: Store, sums: _Sums) -> None:
         file = shard_file.ShardFile(store.directory, geometry, shard)
         try:
             for _, entry, runs in rows:
-                names = ("low", "high", "checksum", "nbytes", "used")
-                low, high, checksum, nbytes, used = (int(entry[name][0]) for name in names)
-                file.write_records([shard_file.Written(low, high, checksum, nbytes, runs, used)])
+                names = ("low", "high", "checksum", "nbytes", "used", "keep")
+                low, high, checksum, nbytes, used, keep = (int(entry[n][0]) for n in names)
+                file.write_records(
+                    [shard_file.Written(low, high, checksum, nbytes, runs, used, keep)]
+                )
             file.sync()
         finally:
             file.close()

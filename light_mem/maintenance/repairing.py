@@ -20,7 +20,7 @@ from light_mem.index.shard import ShardIndex
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.opening import open_tool
-from light_mem.maintenance.owners import intents_of
+from light_mem.maintenance.owners import named_by_owners
 from light_mem.maintenance.rebuilding import rebuild
 from light_mem.maintenance.report import DamagedBlock, Finding
 from light_mem.maintenance.store import Snapshot, Store
@@ -79,7 +79,7 @@ class Repair(Closing):
         store = Store(self._directory)
         snapshot = store.snapshot(index.shard)
         snapshot = Snapshot(index.shard, index.entries, snapshot.heads, index.control, file.records)
-        return StructureCheck(snapshot, store.geometry, intents_of(self._directory))
+        return StructureCheck(snapshot, store.geometry, named_by_owners(self._directory))
 
     def _drop_damaged(self, index: ShardIndex, file: ShardFile, block: DamagedBlock) -> None:
         """Drop a block if it is still the one that was found damaged, and still is."""
@@ -120,7 +120,7 @@ class Repair(Closing):
         ]
         for finding in wrong:
             state = int(index.entries["tag"][finding.slot]) & fmt.STATE_MASK
-            if finding.kind == "leak" and state == fmt.WRITING:
+            if finding.kind == "leak" and state in (fmt.WRITING, fmt.HELD):
                 index.give_back(finding.slot)
             elif finding.kind in ("twin", "place") and state == fmt.LIVE:
                 self._remove(index, file, finding.slot)
@@ -134,5 +134,5 @@ class Repair(Closing):
         if runs is not None:
             # When it was written nobody knows any more: not after its last use.
             used = int(entry["used"])
-            checksum = int(entry["checksum"])
-            file.write_records([Written(low, high, checksum, nbytes, runs, used)])
+            checksum, keep = int(entry["checksum"]), int(entry["keep"])
+            file.write_records([Written(low, high, checksum, nbytes, runs, used, keep)])

@@ -38,7 +38,11 @@ class StoreReport(NamedTuple):
     blocks: int
     block_bytes: int
     used_slots: int
+    pinned_blocks: int
+    pinned_slots: int
+    expired_blocks: int  # listed until their room is needed, and found by no look-up
     writing_blocks: int
+    held_blocks: int  # taken out while they were viewed: their slots are not free yet
     oldest_use: int | None  # None: no blocks, or no index that knows
     newest_use: int | None
     median_use: int | None
@@ -159,7 +163,7 @@ class TransferReport(NamedTuple):
     nbytes: int
     present: int  # import: stored before
     missing: tuple[str, ...]  # export: asked for, not stored
-    changed: int  # export: taken out while they were read
+    changed: int  # export: taken out while they were read; import: expired meanwhile
     no_room: int  # import: blocks that did not fit
     damaged: tuple[DamagedBlock, ...]
     problems: tuple[str, ...]  # what is wrong with the file as a whole
@@ -196,6 +200,8 @@ class BlockReport(NamedTuple):
     checksum: str  # 16 hex digits
     used: int
     written: int | None  # None: it has no record
+    pinned: bool
+    expires: int | None  # when it counts as absent, unless it is pinned; None: never
 
 
 def plain(value: Any) -> Any:

@@ -17,7 +17,8 @@ from light_mem.index import keys as keymath
 from light_mem.index import recovery
 from light_mem.index.description import Geometry
 from light_mem.index.recovery import Ints
-from light_mem.maintenance.owners import Intents
+from light_mem.index.retention import Retention
+from light_mem.maintenance.owners import Named
 from light_mem.maintenance.report import Finding
 from light_mem.maintenance.store import Snapshot, as_words, blocks_in
 
@@ -27,8 +28,11 @@ Bools = npt.NDArray[np.bool_]
 # and the next one in one word.
 _AT = {name: fmt.RECORD.fields[name][1] // 8 for name in fmt.RECORD.names or ()}  # type: ignore[index]
 _TAG, _RUNS = _AT["tag"], _AT["run"]
+_RETENTION = ("pinned", "pinned_slots", "expires")
 _ROWS = 1 << 13  # looked at together: what stays in a core's cache
 _BLOCK = [_AT[name] for name in ("low", "high", "checksum", "nbytes")]
+_KEEP_IN_RECORD = _AT["keep"]  # its low half; the high half of that word in an entry
+_TAKEN = (fmt.WRITING, fmt.HELD)  # states of what is not stored and has slots
 
 
 class StructureCheck:
@@ -36,11 +40,11 @@ class StructureCheck:
     change, so chains, counters and free space are whatever they are until the next one."""
 
     def __init__(
-        self, snapshot: Snapshot, geometry: Geometry, intents: Intents, settled: bool = True
+        self, snapshot: Snapshot, geometry: Geometry, named: Named, settled: bool = True
     ) -> None:
         self._s = snapshot
         self._g = geometry
-        self._intents = intents
+        self._named = named
         self._settled = settled
         self._entries = snapshot.entries
         self._states = recovery.states_of(snapshot.entries)
@@ -66,7 +70,7 @@ class StructureCheck:
     # --- blocks ----------------------------------------------------------------------------------
 
     def _senseless(self) -> Iterator[Finding]:
-        for slot in np.flatnonzero(self._states > fmt.EXTENT).tolist():
+        for slot in np.flatnonzero(self._states > fmt.HELD).tolist():
             yield self._say("state", slot, f"entry {slot} has state {int(self._states[slot])}")
         sound = np.zeros(len(self._states), bool)
         sound[self._heads] = True
@@ -114,11 +118,11 @@ class StructureCheck:
             )
 
     def _extents(self) -> Iterator[Finding]:
-        """EXTENT slots must be led to by a block that is stored or being written."""
+        """EXTENT slots must be led to by a block that is stored, being written, or HELD."""
         led = np.zeros(len(self._states), bool)
         for runs in self._several.values():
             led[[start for start, _ in runs]] = True
-        for slot in np.flatnonzero(self._states == fmt.WRITING).tolist():
+        for slot in np.flatnonzero(np.isin(self._states, _TAKEN)).tolist():
             runs_ = recovery.follow_runs(self._entries, self._states, slot)
             led[[start for start, _ in runs_ or []]] = True
         for slot in np.flatnonzero((self._states == fmt.EXTENT) & ~led).tolist():
@@ -127,17 +131,25 @@ class StructureCheck:
     def _leaks(self) -> Iterator[Finding]:
         for slot in np.flatnonzero(self._states == fmt.WRITING).tolist():
             owner = int(self._entries["tag"][slot]) >> fmt.OWNER_SHIFT & fmt.OWNER_MASK
-            if (self._s.shard, slot) not in self._intents.get(owner, set()):
+            if (self._s.shard, slot) not in self._named.intents.get(owner, set()):
                 problem = f"slot {slot} is marked as being written by owner {owner}, who is not"
                 yield self._say("leak", slot, problem)
+        for slot in np.flatnonzero(self._states == fmt.HELD).tolist():
+            if (self._s.shard, slot) not in self._named.leases:
+                yield self._say("leak", slot, f"slot {slot} is held for a lease that nobody has")
 
     def _counts(self) -> Iterator[Finding]:
-        control = self._s.control
-        used = int(self._entries["run"][self._states != fmt.FREE].sum())
-        for name, found in (("blocks", int(self._live.sum())), ("used_slots", used)):
-            said = int(control[name][0])
-            if said != found:
-                yield self._say("count", -1, f"{name} says {said}, the entries say {found}")
+        control = self._s.control.copy()
+        said = {name: int(control[name][0]) for name in ("blocks", "used_slots", *_RETENTION)}
+        Retention(control, self._entries, self._g.page_bytes).recount()
+        found = {name: int(control[name][0]) for name in _RETENTION}
+        found["blocks"] = int(self._live.sum())
+        found["used_slots"] = int(self._entries["run"][self._states != fmt.FREE].sum())
+        if said["expires"] and (said["expires"] <= found["expires"] or not found["expires"]):
+            del said["expires"]  # it may be too early: then the next sweep finds nothing
+        for name, number in said.items():
+            if number != found[name]:
+                yield self._say("count", -1, f"{name} says {number}, the entries say {found[name]}")
 
     # --- chains ----------------------------------------------------------------------------------
 
@@ -204,6 +216,9 @@ class StructureCheck:
         for word in _BLOCK:
             fits &= records[:, word] == told[:, word]
         fits &= records[:, _RUNS] == entries[slots, _RUNS]
+        if state == fmt.LIVE and self._settled:  # else a pin may be in one and not the other yet
+            keep = records[:, _KEEP_IN_RECORD] & np.uint64(2**32 - 1)
+            fits &= keep == told[:, _KEEP_IN_RECORD] >> np.uint64(32)
         fits &= recovery.crc_fits(records.view(fmt.RECORD).reshape(-1))
         return np.asarray(fits)
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # the first has no `keep`: there its bytes are zeros
 ALIGN = 64
 
 EXPORT_MAGIC = b"LMEXPORT"
@@ -40,7 +41,9 @@ BLOCK_HEADER = np.dtype(
         ("nbytes", "<u8"),  # that follow, then zeros up to a multiple of 64
         ("checksum", "<u8"),  # xxh3-64 over the 16 key bytes, then the block's bytes
         ("used", "<u8"),  # last use, ns since 1970
-        ("spare", "<u8", (2,)),
+        ("keep", "<u4"),  # time to live and pin, as in the store (docs/format.md)
+        ("pad", "<u4"),
+        ("spare", "<u8"),
     ]
 )
 

@@ -19,7 +19,7 @@ from light_mem.errors import (
     StoreFullError,
 )
 from light_mem.maintenance.data import DataCheck, Progress
-from light_mem.maintenance.owners import Ownership, intents_of
+from light_mem.maintenance.owners import Ownership, named_by_owners
 from light_mem.maintenance.repairing import Repair, prepare_files
 from light_mem.maintenance.report import Finding, VerifyReport
 from light_mem.maintenance.store import Snapshot, Store
@@ -97,15 +97,15 @@ def check_structure(store: Store, shard: int) -> tuple[Snapshot, list[Finding], 
     """
     snapshot = store.snapshot(shard)
     if not snapshot.dirty:
-        intents = intents_of(store.directory)
-        if not StructureCheck(snapshot, store.geometry, intents).findings():
+        named = named_by_owners(store.directory)
+        if not StructureCheck(snapshot, store.geometry, named).findings():
             return snapshot, [], ""
     with store.held(shard):
         snapshot = store.snapshot(shard)
-        intents = intents_of(store.directory)
+        named = named_by_owners(store.directory)
     store.require_unchanged()
     # Nobody was at work, so a dirty mark is that of a holder who died; the next one sees to it.
-    findings = StructureCheck(snapshot, store.geometry, intents, not snapshot.dirty).findings()
+    findings = StructureCheck(snapshot, store.geometry, named, not snapshot.dirty).findings()
     interrupted = f"shard {shard}: its holder died while changing it" if snapshot.dirty else ""
     return snapshot, findings, interrupted
 

@@ -24,6 +24,8 @@ class StoreLook(NamedTuple):
     index_state: str  # "ok", or why it cannot be used
     blocks: int | None
     used_slots: int | None
+    pinned_blocks: int | None
+    pinned_slots: int | None
     lookups: int | None  # hashes asked for, by all servers ever
     hits: int | None
     inserts: int | None
@@ -72,14 +74,16 @@ def look(directory: str | os.PathLike[str], ages: bool = True) -> Look:
 def _store(store: Store, ages: bool) -> StoreLook:
     g = store.geometry
     numbers: dict[str, int | None] = dict.fromkeys(
-        ("blocks", "used_slots", "inserts", "evictions", "removals", "damaged")
+        ("blocks", "used_slots", "pinned_slots", "inserts", "evictions", "removals", "damaged")
     )
+    pinned: int | None = None
     lookups: int | None = None
     hits: int | None = None
     buckets: tuple[AgeBucket, ...] | None = None
     if store.usable:
         control = store.control()
         numbers = {name: int(control[name].sum()) for name in numbers}
+        pinned = int(control["pinned"].sum())
         lookups, hits = store.looked_up
         if ages:
             now = time.time_ns()
@@ -92,6 +96,7 @@ def _store(store: Store, ages: bool) -> StoreLook:
         shards=g.shards,
         slots=g.shards * g.slots,
         index_state=store.index_problem or "ok",
+        pinned_blocks=pinned,
         lookups=lookups,
         hits=hits,
         ages=buckets,
