@@ -30,6 +30,8 @@ def test_readers_against_eviction_never_get_wrong_bytes(tmp_path: Path) -> None:
     counts = eviction.run(str(tmp_path / "store"), SEED, seconds=3, players=2)
     nothing_wrong(counts)
     assert counts["evictions"] > 100
+    assert counts["looks at views"] > 0, counts
+    assert counts["pinned"] > 0, counts
 
 
 def test_blocks_that_are_evicted_while_they_are_read_are_never_believed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from light_mem import LightMemError, State
 
 WRONG = 3  # exit status
 BLOCK_PAGES = (1, 2, 7, 64)  # by key
+VIEWS = 4  # open at a time
 LANES = 6  # tasks in flight, each on pages of its own
 LANE_PAGES = 64
 _SCRIBBLE = 0xA5
@@ -38,6 +39,8 @@ class Plan(NamedTuple):
     writes: float = 0.5  # share of writes
     aborts: float = 0.03
     deletes: float = 0.01
+    pins: float = 0.05  # and unpins
+    views: float = 0.1
     verify: bool = True
 
 
@@ -75,6 +78,8 @@ class Player:
         self._counts: Counter[str] = Counter()
         self._kv = light_mem.allocate_kvcache(LANES * LANE_PAGES, plan.page_bytes)
         self._bytes = self._kv.numpy()
+        self._recent: deque[int] = deque(maxlen=32)  # keys that were stored a moment ago
+        self._views: list[tuple[int, light_mem.BlockView]] = []
         self._lanes = [Lane(n * LANE_PAGES) for n in range(LANES)]
 
     def play(self, seconds: float) -> None:
@@ -94,6 +99,8 @@ class Player:
                     self._say(workers=service.worker_pids)
             for lane in self._lanes:
                 self._finish(lane)
+            while self._views:
+                self._end_view()
             self._say(stats=service.stats(), done=True)
 
     def _say(self, **more: object) -> None:
@@ -112,11 +119,46 @@ class Player:
             return
         if dice() < self._plan.deletes:
             self._counts["deleted"] += service.delete([self._key()])
+        self._retain(service)
         keys = self._some_keys()
         if dice() < 0.1:
             self._counts["queried"] += len(service.query(keys))
             self._counts["matched"] += service.match_prefix(keys)
         self._start(service, lane, keys, reading=dice() >= self._plan.writes)
+
+    def _retain(self, service: light_mem.LocalCacheService) -> None:
+        """Pin, unpin, view; what is viewed is looked at again while others evict and delete."""
+        dice = self._random.random
+        likely = self._random.choice(self._recent) if self._recent else self._key()
+        try:
+            if dice() < self._plan.pins:
+                self._counts["pinned"] += service.pin([likely])
+            if dice() < self._plan.pins:
+                self._counts["unpinned"] += service.unpin([self._key() for _ in range(20)])
+            if dice() < self._plan.views:
+                view = service.view(likely)
+                if view is not None:
+                    self._views.append((likely, view))
+                    self._counts["views"] += 1
+        except light_mem.PinLimitError:
+            self._counts["pins refused"] += 1
+        except light_mem.LeaseLimitError:
+            self._counts["views refused"] += 1
+        if self._views:
+            self._look(*self._random.choice(self._views))
+        if len(self._views) > VIEWS or dice() < self._plan.views / 2:
+            self._end_view()
+
+    def _look(self, key: int, view: light_mem.BlockView) -> None:
+        self._counts["copies viewed" if view.copied else "looks at views"] += 1
+        if not np.array_equal(view.tensor.numpy(), payload(key, self._plan.page_bytes)):
+            self._wrong(f"a view of key {key} shows other bytes")
+
+    def _end_view(self) -> None:
+        if self._views:
+            key, view = self._views.pop(self._random.randrange(len(self._views)))
+            self._look(key, view)
+            view.close()
 
     def _key(self) -> int:
         return self._random.randrange(self._plan.keys)
@@ -156,7 +198,9 @@ class Player:
         for block, key in zip(task.blocks, lane.keys, strict=True):
             if block.state is State.Aborted:
                 self._counts["aborted reads" if lane.reading else "aborted writes"] += 1
-            elif lane.reading:
+                continue
+            self._recent.append(key)
+            if lane.reading:
                 self._counts["loaded"] += 1
                 if not np.array_equal(
                     self._bytes[list(block.pages)], payload(key, self._plan.page_bytes)
