@@ -309,7 +309,7 @@ def test_a_pool_that_workers_cannot_map_is_an_error_that_tells_what_to_do(
     private = fakes.PrivatePool(POOL)
     params = {"file": str(tmp_path / "s"), "storage_size": 1 << 20, "slot_bytes": SLOT}
     params |= {"num_of_shard": 1}
-    with pytest.raises(KVCacheMemoryError, match="--no-l1-use-lazy"):
+    with pytest.raises(KVCacheMemoryError, match="--no-l1-use-lazy and --shm-name"):
         module.LightMemL2Adapter(params, l1_memory_desc=private.description)
     with pytest.raises(InvalidArgumentError, match="L1 pool"):
         module.LightMemL2Adapter(params)

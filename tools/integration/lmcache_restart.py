@@ -12,7 +12,6 @@ one failed.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import shutil
@@ -31,8 +30,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 sys.path.insert(0, str(HERE))
 
+from lmcache_types import check_types  # noqa: E402
+
 from light_mem import maintenance  # noqa: E402
-from tests import lmcache_fakes as fakes  # noqa: E402
 
 SLOT = 16384
 MIB = 1 << 20
@@ -143,58 +143,6 @@ def load_all(life: Life, **fields: Any) -> tuple[int, int]:
         found = life("load", numbers=numbers, nbytes=nbytes, **fields)
         hits, wrong = hits + found["from_l2"], wrong + found["wrong"]
     return hits, wrong
-
-
-def check_fakes(check: Checks) -> None:
-    """What the unit tests take for LMCache is like it, in all that the adapter uses."""
-    import dataclasses
-
-    from lmcache.lmcache_native import Bitmap
-    from lmcache.v1.distributed import api, internal_api
-    from lmcache.v1.distributed.l2_adapters import base
-    from lmcache.v1.memory_management import TensorMemoryObj
-    from lmcache.v1.platform import create_event_notifier
-
-    real, fake = base.L2AdapterInterface, fakes.L2AdapterInterface
-    check(
-        real.__abstractmethods__ == fake.__abstractmethods__,
-        f"the fake has the {len(real.__abstractmethods__)} abstract methods of the real interface",
-    )
-    differ = [
-        name
-        for name, member in vars(fake).items()
-        if inspect.isfunction(member)
-        and not (name.startswith("_account"))
-        and [*inspect.signature(member).parameters]
-        != [*inspect.signature(getattr(real, name)).parameters]
-    ]
-    check(not differ, f"methods have the same parameters (different: {differ})")
-    for mine, theirs in (
-        (fakes.ObjectKey, api.ObjectKey),
-        (fakes.MemoryLayoutDesc, api.MemoryLayoutDesc),
-        (fakes.L1MemoryDesc, internal_api.L1MemoryDesc),
-        (fakes.AdapterUsage, base.AdapterUsage),
-    ):
-        fields = [[f.name for f in dataclasses.fields(c)] for c in (mine, theirs)]
-        check(fields[0] == fields[1], f"{theirs.__name__} has the fields {fields[1]}")
-    results = [[c(True, 5), c(False, 0)] for c in (fakes.L2StoreResult, internal_api.L2StoreResult)]
-    told = [[(r.is_successful(), r.bytes_transferred()) for r in pair] for pair in results]
-    check(told[0] == told[1], f"results of stores say the same: {told[1]}")
-    bits = []
-    for kind in (fakes.Bitmap, Bitmap):
-        bitmap = kind(9)
-        bitmap.batched_set([0, 8])
-        bits.append([bitmap.size(), *map(bitmap.test, range(9))])
-    check(bits[0] == bits[1], "bitmaps say the same")
-    notifier = create_event_notifier()
-    lacks = [n for n in ("fileno", "notify", "consume", "close") if not hasattr(notifier, n)]
-    notifier.close()
-    lacks += [
-        n
-        for n in ("data_ptr", "get_size", "get_shapes", "get_dtypes", "is_valid")
-        if not hasattr(TensorMemoryObj, n) or not hasattr(fakes.MemoryObject(0, 2), n)
-    ]
-    check(not lacks, f"notifiers and objects have what is used (lacking: {lacks})")
 
 
 def run(directory: Path, check: Checks) -> None:
@@ -367,7 +315,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         if not chosen.only_vllm:
-            check_fakes(check)
+            check_types(check)
             run(directory, check)
         if chosen.vllm or chosen.only_vllm:
             from lmcache_vllm import run_vllm

@@ -126,8 +126,8 @@ class LightMemL2Adapter(L2AdapterInterface):
     def submit_lookup_and_lock_task(
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
-        """Look the keys up, here and now: that reads the mapped index without a lock, about a
-        microsecond a key, which another thread could not do beside this one.
+        """Look the keys up, here and now: that hashes them and reads the mapped index without a
+        lock, some microseconds a key, which another thread could not do beside this one.
 
         Nothing is locked. A look-up counts as use, so what it found is evicted last; what is gone
         by the time of the load is a miss in the load's bitmap, never other bytes. LMCache takes

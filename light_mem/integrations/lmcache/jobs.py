@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +46,34 @@ class Discard(NamedTuple):
     """Blocks that are not to stay."""
 
     hashes: list[int]
+
+
+class Doubts:
+    """Hashes of which it is not known yet whether what is stored under them may stay. Each is in
+    doubt as often as it was added and not removed. Any thread; `in` takes no lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._guard = threading.Lock()
+
+    def __contains__(self, value: int) -> bool:
+        return value in self._counts
+
+    def add(self, hashes: Iterable[int]) -> None:
+        """One doubt more of each."""
+        with self._guard:
+            for h in hashes:
+                self._counts[h] = self._counts.get(h, 0) + 1
+
+    def remove(self, hashes: Iterable[int]) -> None:
+        """One doubt less of each."""
+        with self._guard:
+            for h in hashes:
+                left = self._counts[h] - 1
+                if left:
+                    self._counts[h] = left
+                else:
+                    del self._counts[h]
 
 
 Item = Job | Discard | None

@@ -11,9 +11,9 @@ from light_mem.integrations.lmcache.options import AdapterOptions
 from light_mem.local_service import LocalCacheService
 
 _HOW_TO_SHARE = (
-    "LMCache's L1 pool must lie in shared memory. Start its server with --no-l1-use-lazy, without "
-    "--l1-use-hugepages and --l1-devdax-path; and where --supported-transfer-mode is not "
-    "lmcache_driven, with --shm-name NAME; /dev/shm must have room for the pool"
+    "LMCache's L1 pool must lie in shared memory. Start its server with --no-l1-use-lazy and "
+    "--shm-name NAME, without --l1-use-hugepages and --l1-devdax-path; /dev/shm must have room for "
+    "the pool"
 )
 
 

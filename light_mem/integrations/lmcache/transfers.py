@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from light_mem.errors import LightMemError, ServiceClosedError
-from light_mem.integrations.lmcache.jobs import Discard, Inbox, Job
+from light_mem.integrations.lmcache.jobs import Discard, Doubts, Inbox, Job
 from light_mem.logs import Limited
 from light_mem.service import CacheService
 from light_mem.task import CacheTask, State
@@ -68,7 +68,7 @@ class Transfers:
         self._idle = threading.Condition(self._guard)
         self._under_way: dict[int, Job] = {}
         self._storing = 0  # bytes of stores that are under way
-        self._unsure: Counter[int] = Counter()  # hashes whose stores are under way
+        self._doubts = Doubts()
         self._closing = False
         self._stopping = False
         self.counters: Counter[str] = Counter()
@@ -90,8 +90,8 @@ class Transfers:
         """Which hashes are stored for certain; counts as use. No lock is waited for."""
         found: list[bool] = self.service().query(hashes)
         # After the query: what is sure by then has been seen whole, or is gone to the load.
-        unsure = self._unsure
-        return [hit and h not in unsure for hit, h in zip(found, hashes, strict=True)]
+        doubts = self._doubts
+        return [hit and h not in doubts for hit, h in zip(found, hashes, strict=True)]
 
     def number(self) -> int:
         """A number that no other task has."""
@@ -119,7 +119,7 @@ class Transfers:
                 job.chosen.append(at)
                 job.nbytes += region[1]
             self._storing += job.nbytes
-            self._unsure.update(job.hashes[at] for at in job.chosen)
+            self._doubts.add(job.hashes[at] for at in job.chosen)
         if dropped:
             self._count_dropped(dropped)
             self._limited.warning(
@@ -211,9 +211,10 @@ class Transfers:
                 "%d objects lost their memory while they were stored; they are discarded",
                 len(spoiled),
             )
+            self._doubts.add(spoiled)
             self._inbox.put(Discard(spoiled))
         if not job.load:
-            self._be_sure([job.hashes[at] for at in job.chosen], spoiled)
+            self._doubts.remove(job.hashes[at] for at in job.chosen)
         self._note(job, sum(job.done))
         try:
             self._finished(job)
@@ -222,14 +223,6 @@ class Transfers:
                 self._under_way.pop(job.number, None)
                 self._idle.notify_all()
 
-    def _be_sure(self, hashes: list[int], but: Sequence[int] = ()) -> None:
-        with self._guard:
-            self._unsure.subtract(hashes)
-            self._unsure.update(but)
-            for h in hashes:
-                if self._unsure[h] <= 0:
-                    del self._unsure[h]
-
     def _discard(self, hashes: list[int]) -> None:
         try:
             self.service().delete(hashes)
@@ -237,7 +230,7 @@ class Transfers:
             self._limited.warning("what is not to stay is still there: %s", str(error))
             self._inbox.put(Discard(hashes))
         else:
-            self._be_sure(hashes)
+            self._doubts.remove(hashes)
 
     def _note(self, job: Job, done: int) -> None:
         self.counters["loaded_blocks" if job.load else "stored_blocks"] += done
