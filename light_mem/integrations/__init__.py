@@ -1,4 +1,5 @@
 """Plugs for the inference servers that people run, each imported only when it is used.
 
-vllm/   a secondary tier of vLLM's tiering offload spec: docs/vllm.md
+sglang/   a storage backend of SGLang's HiCache: docs/sglang.md
+vllm/     a secondary tier of vLLM's tiering offload spec: docs/vllm.md
 """
