@@ -238,7 +238,8 @@ class TaskTable:
         rows_end = self.rows_at + lanes * rows * ROW.itemsize
         self._row_words = words[self.rows_at : rows_end].cast("Q")
         self._lane_words = words[lanes_at : lanes_at + lanes * LANE.itemsize].cast("Q")
-        self._shutdown = self.header["shutdown"]
+        shutdown_at = header_at + HEADER.fields["shutdown"][1]  # type: ignore[index]
+        self._shutdown = words[shutdown_at : shutdown_at + 4].cast("I")
 
     @classmethod
     def create(
