@@ -68,6 +68,7 @@ class IndexFile:
         view = memoryview(self.map)
         self.words32 = view.cast("I")
         self.words64 = view.cast("Q")
+        self.unlinks_word = (control + fmt.CONTROL.fields["unlinks"][1]) // 8  # type: ignore[index]
         self.heads_word = heads // 4
         self.entries_word32 = entries // 4
         self.entries_word64 = entries // 8

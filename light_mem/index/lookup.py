@@ -20,7 +20,7 @@ import numpy.typing as npt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.file import IndexFile
-from light_mem.index.format import ENTRY, EXTENT, LIVE, STATE_MASK
+from light_mem.index.format import CONTROL, ENTRY, EXTENT, LIVE, STATE_MASK
 from light_mem.index.keys import KeyArray
 
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
@@ -32,6 +32,7 @@ _W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next")
 _MASK64 = np.uint64(STATE_MASK)
 _ENTRY64 = ENTRY.itemsize // 8
 _ENTRY32 = ENTRY.itemsize // 4
+_CONTROL64 = CONTROL.itemsize // 8
 LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
 RUN, NEXT_RUN, NEXT = _W32["run"], _W32["next_run"], _W32["next"]
 NEXT_KEEP = NEXT // 2  # `next` in the low half of this word, `keep` in the high half
@@ -88,8 +89,8 @@ class Lookup:
             if not todo.size:
                 break
         if not expired and self._expires.any():  # else no block has a time to live
-            # After the walk: of an entry that was taken out meanwhile the tag tells its reader. What
-            # was not found is looked up at the end, -1, and stays so whatever is there.
+            # After the walk: of an entry that was taken out meanwhile the tag tells its reader.
+            # What was not found is looked up at the end, -1, and stays so whatever is there.
             found[retention.expired(self._keep[found])] = -1
         if touch:
             self._used[found[found >= 0]] = time.time_ns()
@@ -143,8 +144,9 @@ class Lookup:
         head = f.heads_word + shard * f.buckets + (mixed & (f.buckets - 1))
         base = shard * f.slots - 1
         w32, w64 = f.words32, f.words64
+        unlinks = f.unlinks_word + shard * _CONTROL64
         for _ in range(RETRIES):
-            before = int(self._unlinks[shard])
+            before = w64[unlinks]
             at = w32[head]
             for _ in range(MAX_CHAIN):
                 if not 0 < at <= f.slots:
@@ -165,7 +167,7 @@ class Lookup:
                         w64[word + USED] = time.time_ns()
                     return entry
                 at = w32[f.entries_word32 + entry * _ENTRY32 + NEXT]
-            if int(self._unlinks[shard]) == before:
+            if w64[unlinks] == before:
                 break
         return -1
 
