@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from light_mem import InvalidArgumentError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang import description
 from light_mem.integrations.sglang.pool import HostPool
-from light_mem.integrations.vllm.namespace import Namespace
 from tests import sglang_fakes as fakes
 from tests.sglang_fakes import Bag, Context, model_settings
 from tests.sglang_rig import KEYS, Life

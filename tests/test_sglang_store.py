@@ -12,9 +12,9 @@ import torch
 
 from light_mem import LockTimeoutError, ServiceClosedError, State
 from light_mem.errors import LightMemError, TaskTableFullError, WorkerStartError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang.pool import HostPool
 from light_mem.integrations.sglang.store import PageStore
-from light_mem.integrations.vllm.namespace import Namespace
 from tests import sglang_fakes as fakes
 
 KEYS = ["a", "b", "c"]

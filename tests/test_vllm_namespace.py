@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from light_mem import InvalidArgumentError
-from light_mem.integrations.vllm import engine_config, weights
-from light_mem.integrations.vllm.namespace import Namespace
+from light_mem.integrations import weights
+from light_mem.integrations.namespace import Namespace
+from light_mem.integrations.plain_data import plain
+from light_mem.integrations.vllm import engine_config
 from tests import vllm_fakes as fakes
 
 KEY = bytes(range(36))
@@ -172,14 +174,14 @@ def test_plain_data_is_json_without_addresses() -> None:
         3: (1, [2.5, None, True]),
         "config": SimpleNamespace(to_dict=lambda: {"rope": 1}),
     }
-    found = engine_config.plain(odd)
+    found = plain(odd)
     text = json.dumps(found, allow_nan=False)
     assert " at 0x" not in text
     assert found["set"] == ["a", "b", "c"]
     assert found["enum"] == "Colour.RED"
     assert found["config"] == {"rope": 1}
     assert found["3"] == [1, [2.5, None, True]]
-    assert found == engine_config.plain(odd)
+    assert found == plain(odd)
 
 
 def wraps() -> None:
@@ -189,13 +191,13 @@ def wraps() -> None:
 def test_a_cycle_ends() -> None:
     loop: dict[str, Any] = {}
     loop["self"] = loop
-    assert json.dumps(engine_config.plain(loop))
+    assert json.dumps(plain(loop))
 
 
 def test_a_description_is_the_same_in_another_process() -> None:
     program = (
-        "from light_mem.integrations.vllm.engine_config import plain\n"
-        "from light_mem.integrations.vllm.namespace import Namespace\n"
+        "from light_mem.integrations.plain_data import plain\n"
+        "from light_mem.integrations.namespace import Namespace\n"
         "print(Namespace({'x': plain({'b', 'a', 'c', 'd'})}).name)"
     )
     names = {

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from light_mem import InvalidArgumentError, LocalCacheService, TaskTableFullError, allocate_kvcache
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.vllm.background import TASK_BLOCKS
 from light_mem.integrations.vllm.jobs import Fence, Finished, Inbox, Job, Stop
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.integrations.vllm.opening import rows_of
 from light_mem.integrations.vllm.transfers import TierTransfers
 from tests.conftest import wait_until

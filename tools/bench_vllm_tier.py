@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from light_mem import allocate_kvcache
-from light_mem.integrations.vllm.namespace import Namespace
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.vllm.opening import open_service
 from light_mem.integrations.vllm.transfers import TierTransfers
 

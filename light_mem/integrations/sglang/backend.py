@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 
 from light_mem import __version__
 from light_mem.errors import InvalidArgumentError, LightMemError, ServiceClosedError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang import description
 from light_mem.integrations.sglang.engine import describe_engine
 from light_mem.integrations.sglang.hits import Demand, usable_prefixes
@@ -31,7 +32,6 @@ from light_mem.integrations.sglang.opening import KV, Opener
 from light_mem.integrations.sglang.options import StorageOptions
 from light_mem.integrations.sglang.pool import HostPool
 from light_mem.integrations.sglang.store import PageStore
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.logs import Limited
 
 log = logging.getLogger("light_mem")

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from light_mem.integrations.plain_data import plain
 from light_mem.integrations.sglang.pool import HostPool
-from light_mem.integrations.vllm.engine_config import plain
 
 # Settings of these groups, by SGLang's names of the groups...
 GROUPS = ("model", "exec", "spec", "lora", "parallel", "memory")

@@ -7,8 +7,8 @@ from typing import Any
 from sglang.srt import runtime_context
 
 from light_mem.errors import InvalidArgumentError
+from light_mem.integrations import weights
 from light_mem.integrations.sglang import description
-from light_mem.integrations.vllm import weights
 
 
 def describe_engine(given_weights: str | None) -> dict[str, Any]:

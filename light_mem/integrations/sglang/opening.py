@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from fractions import Fraction
 
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, StoreFormatError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang.options import StorageOptions
 from light_mem.integrations.sglang.pool import Buffer, HostPool, cannot_map
 from light_mem.integrations.sglang.store import PageStore
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.local_service import LocalCacheService
 
 KV = "kv"  # SGLang's name of the pool whose pages all others follow

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from light_mem.errors import LightMemError, LockTimeoutError, ServiceClosedError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang.pool import HostPool
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.logs import Limited
 from light_mem.service import CacheService
 from light_mem.task import CacheTask, State

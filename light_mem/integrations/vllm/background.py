@@ -20,8 +20,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from light_mem.errors import LightMemError, LockTimeoutError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.vllm.jobs import Fence, Finished, Inbox, Item, Job, Stop, Touch
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.logs import Limited
 from light_mem.service import CacheService
 from light_mem.task import State

@@ -1,19 +1,15 @@
 """vLLM's configuration as plain data, for a namespace.
 
 Everything counts that is not known to leave the bytes of the cache alone: a setting that a later
-vLLM adds then makes a cache cold, and never wrong. Values whose text would name an address are
-represented by their type, so that a description is the same after a restart.
+vLLM adds then makes a cache cold, and never wrong.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import math
-import os
-from collections.abc import Mapping, Set
-from enum import Enum
 from typing import Any
+
+from light_mem.integrations.plain_data import plain
 
 # What of vLLM's configuration decides what a row holds.
 _PARTS = (
@@ -69,19 +65,18 @@ _IGNORED_EXTRA = frozenset(
     self_describing_kv_events spec_name spec_module_path
     """.split()
 )
-_MAX_DEPTH = 24  # deeper is a cycle
 
 
 def describe_offloading(config: Any) -> dict[str, Any]:
     """vLLM's OffloadingConfig: groups, layouts, sizes and the further options of the spec."""
-    described = plain(config)
+    described = plain(config, _IGNORED)
     extra = {k: v for k, v in dict(config.extra_config).items() if k not in _IGNORED_EXTRA}
-    return {**described, "extra_config": plain(extra)}
+    return {**described, "extra_config": plain(extra, _IGNORED)}
 
 
 def describe_engine(config: Any) -> dict[str, Any]:
     """vLLM's VllmConfig: what of it decides what a row holds."""
-    described = {part: plain(getattr(config, part, None)) for part in _PARTS}
+    described = {part: plain(getattr(config, part, None), _IGNORED) for part in _PARTS}
     if getattr(config.load_config, "load_format", None) == "dummy":
         described["dummy_seed"] = config.model_config.seed  # the weights follow from it
     return described
@@ -101,46 +96,3 @@ def find_engine_config(kind: type, extra_config: object) -> Any | None:
         if getattr(transfer, "kv_connector_extra_config", None) is extra_config:
             return candidate
     return None
-
-
-def plain(value: Any, depth: int = 0) -> Any:
-    """`value` as JSON data that is the same in every process that has an equal one."""
-    if value is None or (isinstance(value, (bool, int, str)) and not isinstance(value, Enum)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if depth > _MAX_DEPTH:
-        return "..."
-    if isinstance(value, Enum):
-        return f"{type(value).__name__}.{value.name}"
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value).hex()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {str(plain(k, depth + 1)): plain(v, depth + 1) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item, depth + 1) for item in value]
-    if isinstance(value, Set):
-        return sorted((plain(item, depth + 1) for item in value), key=repr)
-    return _plain_object(value, depth)
-
-
-def _plain_object(value: Any, depth: int) -> Any:
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    kind = type(value)
-    if dataclasses.is_dataclass(value):
-        ignored = _IGNORED.get(kind.__name__, frozenset())
-        return {
-            field.name: plain(getattr(value, field.name), depth + 1)
-            for field in dataclasses.fields(value)
-            if field.name not in ignored and hasattr(value, field.name)
-        }
-    if callable(getattr(value, "to_dict", None)):  # a configuration of transformers
-        return plain(value.to_dict(), depth + 1)
-    if kind.__module__ == "torch":  # torch.dtype, torch.device
-        return str(value)
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -29,9 +29,11 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from light_mem import __version__
-from light_mem.integrations.vllm import engine_config, weights
+from light_mem.integrations import weights
+from light_mem.integrations.namespace import Namespace
+from light_mem.integrations.plain_data import plain
+from light_mem.integrations.vllm import engine_config
 from light_mem.integrations.vllm.jobs import Finished
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.integrations.vllm.opening import open_service
 from light_mem.integrations.vllm.options import TierOptions
 from light_mem.integrations.vllm.transfers import TierTransfers
@@ -200,7 +202,7 @@ def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> 
         {
             "vllm": vllm.__version__,
             "platform": [current_platform.device_type, type(current_platform).__name__],
-            "spec": engine_config.plain(type(spec)),
+            "spec": plain(type(spec)),
             "offloading": engine_config.describe_offloading(spec.config),
             "row_bytes": view.strides[0] if view.strides else 0,
             "replicated_layout": bool(spec.replicated_layout),

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.errors import LightMemError
+from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.vllm.background import Background
 from light_mem.integrations.vllm.jobs import Finished, Job, Touch
-from light_mem.integrations.vllm.namespace import Namespace
 from light_mem.service import CacheService
 
 log = logging.getLogger("light_mem")

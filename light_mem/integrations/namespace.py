@@ -1,9 +1,9 @@
-"""Namespace: what a key of vLLM means besides the tokens it stands for.
+"""Namespace: what a key of a server means besides the tokens it stands for.
 
-vLLM's key is a hash of the tokens up to the end of a chunk (with multimodal inputs, the adapter's
-name and path, and the salt) and the number of a cache group. It does not hold the model, its
-weights, the type of the cache or the layout of a row: the same key names other bytes under any
-other of those. So a key is hashed together with a digest of all of them.
+A server's key is a hash of the tokens up to the end of a chunk or page (with an adapter's name, a
+salt and the like). It does not hold the model, its weights, the type of the cache or the layout of
+a row: the same key names other bytes under any other of those. So a key is hashed together with a
+digest of all of them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from hashlib import blake2b
 from typing import Any
 
 VERSION = 1  # of what a namespace is made of; another one shares nothing with this one
-_PERSON = b"lightmem.vllm"
+_PERSON = b"lightmem.vllm"  # of whichever server: another one would make stores cold
 
 
 class Namespace:
-    """Hashes of vLLM's keys, for LightMem, under one description. Immutable; any thread.
+    """Hashes of a server's keys, for LightMem, under one description. Immutable; any thread.
 
     text   the description: JSON with sorted keys
     name   32 hex digits: two namespaces share blocks when they have the same name
@@ -33,7 +33,7 @@ class Namespace:
         self._keyed = blake2b(digest_size=16, key=digest, person=_PERSON)
 
     def hash(self, key: bytes) -> int:
-        """The hash, below 2**128, of one key of vLLM."""
+        """The hash, below 2**128, of one key of the server."""
         keyed = self._keyed.copy()
         keyed.update(key)
         return int.from_bytes(keyed.digest(), "big")
