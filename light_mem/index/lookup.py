@@ -84,8 +84,8 @@ class Lookup:
             if not todo.size:
                 break
         if not expired and self._expires.any():  # else no block has a time to live
-            # After the walk: of an entry that was taken out meanwhile the tag tells its reader. What
-            # was not found is looked up at the end, -1, and stays so whatever is there.
+            # After the walk: of an entry that was taken out meanwhile the tag tells its reader.
+            # What was not found, -1, is looked up at the end, and stays so whatever is there.
             found[retention.expired(self._keep[found])] = -1
         if touch:
             self._used[found[found >= 0]] = time.time_ns()
