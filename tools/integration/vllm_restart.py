@@ -398,7 +398,8 @@ class Run:
         life = self.engines.life(store)
         self.report(name, life)
         self.same(name, life)
-        check(0 < loaded(life) <= left, f"{name}: {loaded(life)} chunks loaded from LightMem")
+        # What was stored need not begin with a prompt's first chunk: a write goes by shards.
+        check(loaded(life) <= left, f"{name}: {loaded(life)} chunks loaded from LightMem")
         from_store = sum(cached(life)) // BLOCK >= loaded(life)
         check(from_store, f"{name}: each of them saved its tokens: {cached(life)}")
         stored = stored_blocks(store)
