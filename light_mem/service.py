@@ -222,11 +222,13 @@ class CacheService(Closing, ABC):
         ready, for who follows many tasks in one thread: take the mark, look at the tasks, then
         `wait_ready(mark, timeout)`. A task that is ready when `create` returns changes nothing.
         """
+        refuse_fork(self._fork_token, type(self).__name__)
         return int(self._session.table.header["done_seq"][0])
 
     def wait_ready(self, mark: int, timeout: float) -> None:
         """Sleep until a task becomes ready after `ready_mark` gave `mark`, at most `timeout`
         seconds; may return early for no reason. Any thread; one that waits delays no other."""
+        refuse_fork(self._fork_token, type(self).__name__)
         table = self._session.table
         table.futex.wait(table.done_word, mark, blocks.seconds("timeout", timeout))
 

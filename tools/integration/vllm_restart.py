@@ -269,8 +269,8 @@ def workers_of(store: Path) -> list[psutil.Process]:
 
 
 class MidStore:
-    """Holds the workers of an engine until it has answered, lets them go, and returns, for the
-    engine to be killed, as soon as some of the chunks that wait are stored."""
+    """Holds the workers of an engine until it has answered, lets them go until some of the chunks
+    that wait are stored, and stops them where they are, for the engine to be killed."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -292,6 +292,8 @@ class MidStore:
             self.stored = stored_blocks(store)
             if time.monotonic() > deadline:
                 raise SystemExit("nothing was stored after the workers went on")
+        for worker in self._held:  # finding all that is to be killed takes a moment
+            worker.suspend()
 
 
 def stored_blocks(store: Path) -> int:
@@ -396,7 +398,8 @@ class Run:
         life = self.engines.life(store)
         self.report(name, life)
         self.same(name, life)
-        check(0 < loaded(life) <= left, f"{name}: {loaded(life)} chunks loaded from LightMem")
+        # What was stored need not begin with a prompt's first chunk: a write goes by shards.
+        check(loaded(life) <= left, f"{name}: {loaded(life)} chunks loaded from LightMem")
         from_store = sum(cached(life)) // BLOCK >= loaded(life)
         check(from_store, f"{name}: each of them saved its tokens: {cached(life)}")
         stored = stored_blocks(store)
