@@ -55,6 +55,8 @@ def open_service(pool: Pool, options: AdapterOptions) -> LocalCacheService:
             options.num_workers,
             verify=options.verify,
             durability=options.durability,
+            page_cache=options.page_cache,
+            time_to_live=options.time_to_live,
             create_timeout=0.0,
         )
     except KVCacheMemoryError as error:

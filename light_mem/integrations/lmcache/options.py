@@ -26,7 +26,7 @@ class AdapterOptions:
     store_timeout     seconds after which a store is given up
     load_timeout      seconds after which a load gives up what nobody has begun
     shutdown_timeout  seconds that closing waits for stores
-    verify, durability as for LocalCacheService
+    verify, durability, page_cache, time_to_live   as for LocalCacheService
     """
 
     file: str
@@ -42,6 +42,8 @@ class AdapterOptions:
     shutdown_timeout: float = 10.0
     verify: bool = True
     durability: str = "kernel"
+    page_cache: str = "keep"
+    time_to_live: float | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> AdapterOptions:

@@ -68,6 +68,8 @@ class Opener:
                 self._options.num_workers,
                 verify=self._options.verify,
                 durability=self._options.durability,
+                page_cache=self._options.page_cache,
+                time_to_live=self._options.time_to_live,
                 create_timeout=_CREATE_SECONDS,
             )
         except KVCacheMemoryError as error:

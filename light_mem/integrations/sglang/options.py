@@ -34,7 +34,7 @@ class StorageOptions:
     load_timeout    seconds after which a load gives up what nobody has begun
     store_timeout   the same for a store
     pool_ratio      by the name of a side pool: pages of it that are stored for each page of KV
-    verify, durability   as for LocalCacheService
+    verify, durability, page_cache, time_to_live   as for LocalCacheService
     """
 
     file: str
@@ -48,6 +48,8 @@ class StorageOptions:
     pool_ratio: Mapping[str, float] = field(default_factory=dict)
     verify: bool = True
     durability: str = "kernel"
+    page_cache: str = "keep"
+    time_to_live: float | None = None
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> StorageOptions:

@@ -35,6 +35,8 @@ def open_service(
     num_workers: int,
     verify: bool,
     durability: str,
+    page_cache: str = "keep",
+    time_to_live: float | None = None,
 ) -> LocalCacheService:
     """A running service over the rows of `view`, which must be a shared mapping.
 
@@ -48,6 +50,8 @@ def open_service(
         num_workers,
         verify=verify,
         durability=durability,
+        page_cache=page_cache,
+        time_to_live=time_to_live,
         create_timeout=0.0,
     )
     try:

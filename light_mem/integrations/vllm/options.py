@@ -24,7 +24,7 @@ class TierOptions:
     max_queued_blocks  chunks of stores that may wait; more are dropped. 0: half the primary tier
     load_timeout       seconds after which a load gives up what nobody has begun
     shutdown_timeout   seconds that the shutdown waits for stores
-    verify, durability as for LocalCacheService
+    verify, durability, page_cache, time_to_live   as for LocalCacheService
     locality           "LOCAL" or "REMOTE", for vLLM's filter of tiers
     """
 
@@ -39,6 +39,8 @@ class TierOptions:
     shutdown_timeout: float = 10.0
     verify: bool = True
     durability: str = "kernel"
+    page_cache: str = "keep"
+    time_to_live: float | None = None
     locality: str = "LOCAL"
 
     @classmethod

@@ -89,6 +89,8 @@ class LightMemTier(SecondaryTierManager):
             num_workers=chosen.num_workers,
             verify=chosen.verify,
             durability=chosen.durability,
+            page_cache=chosen.page_cache,
+            time_to_live=chosen.time_to_live,
         )
         self._transfers = TierTransfers(
             service,
