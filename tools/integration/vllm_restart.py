@@ -384,7 +384,10 @@ class Run:
         """Killed while most chunks are on their way to the store."""
         store = self.directory / "mid-store"
         killer = MidStore()
-        life = self.engines.life(store, killer.when_done, killer.when_open, durability="flush")
+        shards = {"num_of_shard": 1}  # more of what is stored then begins a prompt
+        life = self.engines.life(
+            store, killer.when_done, killer.when_open, durability="flush", **shards
+        )
         left = stored_blocks(store)
         name, check = "kill -9 in the middle of a store", self.check
         check(answers(life) == self.answers, f"{name}: same tokens as cold")
@@ -395,17 +398,17 @@ class Run:
         )
         self.whole(store)
         name = "restart after it"
-        life = self.engines.life(store)
+        life = self.engines.life(store, **shards)
         self.report(name, life)
         self.same(name, life)
-        # What was stored need not begin with a prompt's first chunk: a write goes by shards.
+        # What was stored need not begin with a prompt's first chunk: several workers write.
         check(loaded(life) <= left, f"{name}: {loaded(life)} chunks loaded from LightMem")
         from_store = sum(cached(life)) // BLOCK >= loaded(life)
         check(from_store, f"{name}: each of them saved its tokens: {cached(life)}")
         stored = stored_blocks(store)
         check(stored == self.chunks, f"{name}: {stored} chunks in the store")
         self.whole(store)
-        self.hits("restart after that", self.engines.life(store))
+        self.hits("restart after that", self.engines.life(store, **shards))
 
     def others(self) -> None:
         """Another namespace, other weights: nothing in common."""
