@@ -189,6 +189,8 @@ class RankedCache:
         return self._least(lambda: finished_prefix(task))
 
     def _load(self, hashes: Sequence[HashValue], pages: Any, timeout: float | None) -> int:
+        if timeout is not None:
+            timeout = blocks.seconds("timeout", timeout)  # before anything is under way
         try:
             task = self.create("read", hashes, pages)
         except (TaskTableFullError, LockTimeoutError, ServiceClosedError) as error:

@@ -306,8 +306,12 @@ class _Notifier:
         with self._guard:
             self._waiting[number] = waiting
             if not self._running:
+                try:
+                    threading.Thread(target=self._run, name="lightmem-await", daemon=True).start()
+                except RuntimeError:  # no more threads: the next one to wait tries again
+                    del self._waiting[number]
+                    raise
                 self._running = True
-                threading.Thread(target=self._run, name="lightmem-await", daemon=True).start()
         # The thread reads the word that it sleeps on before it looks who waits: a task that gets
         # ready after this line wakes it, one that is ready by now may have done so too early.
         outcome = _outcome(waiting.task)

@@ -238,6 +238,18 @@ def test_a_load_that_takes_too_long_is_given_up_before_it_is_counted(tmp_path: P
             assert waiting.service.active_create_count("read") == 0
 
 
+@pytest.mark.parametrize("timeout", ["1", float("nan"), -1.0])
+def test_a_timeout_that_is_none_is_refused_before_anything_is_read(
+    rigs: list[Rig], caches: list[RankedCache], timeout: Any
+) -> None:
+    store_all(rigs, caches)
+    cache = RankedCache(rigs[0].service, 0, WORLD, lambda mine: mine)
+    tasks = rigs[0].service.stats(ages=False)["read_tasks"]
+    with pytest.raises(InvalidArgumentError, match="timeout"):
+        cache.load(HASHES, range(8, 16), timeout)
+    assert rigs[0].service.stats(ages=False)["read_tasks"] == tasks
+
+
 def test_an_agreement_that_is_not_the_least_is_an_error(
     rigs: list[Rig], caches: list[RankedCache]
 ) -> None:

@@ -209,3 +209,36 @@ def test_look_ups_that_fail_find_nothing(over: Callable[..., PageStore]) -> None
     store = over(Service(Task(DONE, ready=True)))
     assert store.match_prefix(KEYS) == 0
     assert store.stored(KEYS).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("call", ["load", "match_prefix", "stored"])
+def test_a_store_that_is_closed_during_a_call_has_no_page(call: str) -> None:
+    """Closed between the two looks of the call: at its services, and at its pool."""
+
+    class Closing(PageStore):
+        armed = False
+
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            if name in ("_pool", "_services") and self.armed:
+                self.armed = False
+                self.close()
+            return found
+
+    class Service:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+        def __getattr__(self, name: str) -> Any:
+            raise ServiceClosedError("the service is closed")
+
+    service: Any = Service()
+    host_pool: Any = type("Pool", (), {"page_bytes": 64, "regions": lambda *_: [[]]})()
+    store = Closing(host_pool, Namespace({}), [service], load_timeout=1, store_timeout=1)
+    store.armed = True
+    keys = ["a", "b"]
+    answer = store.load(keys, torch.arange(2)) if call == "load" else getattr(store, call)(keys)
+    assert service.closed
+    assert not np.any(answer)

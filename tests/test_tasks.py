@@ -284,3 +284,22 @@ def test_a_task_whose_cells_are_used_again_before_its_worker_tells_does_not_stay
         table.states[cell] = FINISHED
         assert table.finish(int(table.cells["row"][cell]), 1)
         assert service.active_create_count("write") == 0
+
+
+def test_a_thread_that_cannot_start_does_not_silence_later_callbacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, run=False) as r:
+        task = r.service.create("w", ["a"], [0])
+        with monkeypatch.context() as patch:
+
+            def no_more(self: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", no_more)
+            with pytest.raises(RuntimeError):
+                task.add_done_callback(lambda _: None)
+        told = threading.Event()
+        task.add_done_callback(lambda _: told.set())
+        r.service.abort(task)
+        assert told.wait(30)

@@ -242,6 +242,7 @@ def write(path: Path, content: bytes) -> None:
         lambda m: write(m / "model.safetensors", b"1" + bytes(LARGE - 1)),
         lambda m: write(m / "more.safetensors", b""),
         lambda m: write(m / "modeling.py", b"x = 1"),
+        lambda m: write(m / "preprocessor_config.json", b'{"image_mean": [0.5]}'),
         lambda m: (m / "model.safetensors").rename(m / "other.safetensors"),
     ],
 )
@@ -297,3 +298,14 @@ def test_weights_that_nothing_tells_are_an_error_unless_the_user_does() -> None:
     assert weights.identify("org/name", given="v3", revision=None, hub_cache=None) == {
         "given": "v3"
     }
+
+
+def test_a_directory_without_weights_tells_nothing_of_them_unless_they_are_made_up(
+    model: Path,
+) -> None:
+    """As servers have it that stream weights from an object store."""
+    (model / "model.safetensors").unlink()
+    with pytest.raises(InvalidArgumentError, match="no local path with weights"):
+        weights.identify(str(model), given=None, revision=None, hub_cache=None)
+    found = weights.identify(str(model), given=None, revision=None, hub_cache=None, dummy=True)
+    assert found == {"files": weights.fingerprint(model)}

@@ -4,8 +4,9 @@ SGLang's key is a hash of the tokens up to a page's end, with the request's extr
 and salt. It does not hold the model, its weights, the type of the cache, the layout of a page or
 the rank: the same key names other bytes under any other of those.
 
-Of SGLang's settings everything counts that is not known to leave the bytes alone: a setting that a
-later SGLang adds then makes a cache cold, and never wrong.
+Of SGLang's settings of model and execution everything counts that is not known to leave the bytes
+alone: a setting that a later SGLang adds there makes a cache cold, and never wrong. Of the other
+groups what is known to matter counts.
 """
 
 from __future__ import annotations

@@ -35,8 +35,13 @@ def describe_engine(given_weights: str | None) -> dict[str, Any]:
         return {"weights": {"given": given_weights}}
     found = {"settings": description.describe_settings(groups)}
     hub = None if given_weights is not None else _hub_cache(model)
+    dummy = getattr(model, "load_format", None) == "dummy"
     found["weights"] = weights.identify(
-        model.model_path, given=given_weights, revision=model.revision, hub_cache=hub
+        model.model_path,
+        given=given_weights,
+        revision=model.revision,
+        hub_cache=hub,
+        dummy=dummy,
     )
     draft = getattr(groups.get("spec"), "speculative_draft_model_path", None)
     if draft is not None:
@@ -45,6 +50,7 @@ def describe_engine(given_weights: str | None) -> dict[str, Any]:
             given=given_weights,
             revision=groups["spec"].speculative_draft_model_revision,
             hub_cache=hub,
+            dummy=dummy,
         )
     return found
 

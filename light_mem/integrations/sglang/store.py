@@ -59,10 +59,11 @@ class PageStore:
 
     def match_prefix(self, keys: Sequence[str]) -> int:
         """How many leading pages are stored; all, for a pool without memory."""
-        length = len(keys) if self._pool else 0
+        services, pool = self._services, self._pool  # in this order: see `close`
+        length = len(keys) if pool else 0
         hashes = self._hashes(keys)
         try:
-            for service in self._services:
+            for service in services:
                 length = service.match_prefix(hashes[:length])
         except LightMemError as error:  # closed, or without workers
             self._limited.warning("look-ups fail: %s", str(error))
@@ -71,10 +72,11 @@ class PageStore:
 
     def stored(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Whether each page is stored, bool [keys]."""
-        found = np.full(len(keys), self._pool is not None)
+        services, pool = self._services, self._pool
+        found = np.full(len(keys), pool is not None)
         hashes = self._hashes(keys)
         try:
-            for service in self._services:
+            for service in services:
                 found &= np.array(service.query(hashes), bool)
         except LightMemError as error:
             self._limited.warning("look-ups fail: %s", str(error))
@@ -98,7 +100,7 @@ class PageStore:
         return self._move("write", keys, indices)
 
     def _move(self, mode: str, keys: Sequence[str], indices: torch.Tensor) -> list[bool]:
-        pool, services = self._pool, self._services
+        services, pool = self._services, self._pool
         if not len(keys) or not services:
             return [pool is not None] * len(keys)
         done = np.full(len(keys), pool is not None)
@@ -157,6 +159,8 @@ class PageStore:
     def close(self) -> None:
         """End the workers and let go of the memory; returns when that is so. Again: nothing."""
         with self._closing:
+            # First the pool: who still sees services but no pool answers no; the other way round a
+            # closed store would look like a pool without memory, which has every page.
             self._pool = None
             for service in self._services:
                 service.close()

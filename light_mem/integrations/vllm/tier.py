@@ -214,6 +214,7 @@ def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> 
                 given=options.weights,
                 revision=None if engine is None else engine.model_config.revision,
                 hub_cache=hub_cache,
+                dummy=engine is not None and engine.load_config.load_format == "dummy",
             ),
             "namespace": options.namespace,
         }
