@@ -325,24 +325,34 @@ class _Notifier:
             waiting.settle(outcome)
 
     def _run(self) -> None:
-        while True:
-            table = self._table()
-            seen = 0 if table is None else int(table.header["done_seq"][0])
+        try:
+            while self._tell():
+                pass
+        except BaseException:
             with self._guard:
-                if table is None or not self._waiting:
-                    self._running = False
-                    return
-                waiting = list(self._waiting.items())
-            gone = self._gone(table)
-            settled = False
-            for number, each in waiting:
-                outcome = _outcome(each.task) or gone
-                if outcome is not None or not each.wanted():
-                    self._settle(number, outcome or True)
-                    settled = True
-            waiting.clear()
-            if not settled:
-                table.futex.wait(table.done_word, seen, _LIVENESS_SECONDS / 10)
+                self._running = False  # the next one to wait starts another thread
+            raise
+
+    def _tell(self) -> bool:
+        """Tell of what is ready now, or sleep; False: nobody waits any more."""
+        table = self._table()
+        seen = 0 if table is None else int(table.header["done_seq"][0])
+        with self._guard:
+            if table is None or not self._waiting:
+                self._running = False
+                return False
+            waiting = list(self._waiting.items())
+        gone = self._gone(table)
+        settled = False
+        for number, each in waiting:
+            outcome = _outcome(each.task) or gone
+            if outcome is not None or not each.wanted():
+                self._settle(number, outcome or True)
+                settled = True
+        waiting.clear()
+        if not settled:
+            table.futex.wait(table.done_word, seen, _LIVENESS_SECONDS / 10)
+        return True
 
     def _gone(self, table: TaskTable) -> ServiceClosedError | None:
         now = time.monotonic()
@@ -384,7 +394,7 @@ def _complete(future: asyncio.Future[None], outcome: _Outcome) -> None:
 def _call(callback: Callable[[CacheTask], object], task: CacheTask) -> None:
     try:
         callback(task)
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: the thread has others to tell
         # As text: a log record that is kept would keep the memory of the task.
         text = f"{type(error).__name__}: {error}"
         log.error("a callback of %s failed: %s", repr(task), text)
@@ -397,6 +407,16 @@ _notifiers_guard = threading.Lock()
 def _notifier(table: TaskTable) -> _Notifier:
     with _notifiers_guard:
         return _notifiers.setdefault(table, _Notifier(table))
+
+
+def _after_fork_in_child() -> None:
+    # The threads that tell are the parent's.
+    global _notifiers_guard
+    _notifiers_guard = threading.Lock()
+    _notifiers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 assert [int(s) for s in State] == [

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from light_mem import maintenance
 from light_mem.engine.base import Outcome
 from light_mem.errors import InvalidArgumentError
+from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, assert_consistent, open_local
 
 LOADED, MISSING = Outcome.LOADED, Outcome.MISSING
@@ -78,4 +80,29 @@ def test_a_shard_file_that_lost_its_end_is_mended_before_it_is_mapped(
     outcomes = rig.read(*(Block(key) for key in range(8)))
     assert outcomes == [LOADED] * 3 + [Outcome.DAMAGED] * 5
     assert rig.read(*(Block(key) for key in range(8))) == [LOADED] * 3 + [MISSING] * 5
+    rig.engine.close()
+
+
+def test_a_death_between_the_two_places_of_a_moved_block_leaves_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    rig = Rig(open_local(store, 16))
+    blocks = [Block(key) for key in range(1, 13)]
+    rig.write(*blocks)
+    rig.delete(*blocks[:6])
+    rig.engine.close()
+
+    def die(self: ShardIndex, slot: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardIndex, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            maintenance.resize(store, 8 * PAGE)
+    rig = Rig(open_local(store, 16))
+    assert rig.engine.stats()["blocks"] == 6
+    assert rig.read(*blocks[6:]) == [LOADED] * 6
+    assert rig.delete(*blocks) == 6
+    assert not any(rig.find(*blocks))
     rig.engine.close()

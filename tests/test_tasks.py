@@ -221,6 +221,34 @@ def test_a_callback_that_fails_is_logged_and_disturbs_no_other(
         assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_callback_that_exits_leaves_others_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(_: object) -> None:
+        raise SystemExit(3)
+
+    with rig(tmp_path, run=False) as r:
+        first = r.service.create("w", ["a"], [0])
+        first.add_done_callback(leave)
+        r.service.abort(first)
+        wait_until(lambda: "SystemExit" in caplog.text)
+        told = threading.Event()
+        second = r.service.create("w", ["b"], [1])
+        second.add_done_callback(lambda _: told.set())
+        r.service.abort(second)
+        assert told.wait(WAIT)
+
+
+def test_closing_the_service_wakes_who_waits_for_any_task(tmp_path: Path) -> None:
+    with rig(tmp_path, run=False) as r:
+        mark = r.service.ready_mark()
+        waiter = threading.Thread(target=r.service.wait_ready, args=(mark, 10 * WAIT))
+        waiter.start()
+        r.service.close()
+        waiter.join(WAIT)
+        assert not waiter.is_alive()
+
+
 def test_closing_the_service_tells_those_who_wait(tmp_path: Path) -> None:
     told = threading.Event()
     with rig(tmp_path, run=False) as r:

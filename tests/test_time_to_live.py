@@ -15,6 +15,7 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.lookup import SCALAR_LIMIT
+from light_mem.index.taking import Taking
 from tests.engine_helpers import Block, assert_consistent, open_local
 from tests.retention_helpers import START, Clock, Store
 from tests.service_rig import rig
@@ -229,3 +230,27 @@ def test_a_store_of_version_1_is_refused_and_stays_as_it_is(tmp_path: Path) -> N
         open_local(tmp_path / "store", 8)
     assert (caught.value.field, caught.value.found, caught.value.expected) == ("version", 1, 2)  # type: ignore[attr-defined]
     assert {p.name: p.read_bytes() for p in (tmp_path / "store").iterdir()} == before
+
+
+def test_a_death_in_a_sweep_brings_no_expired_block_back(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep is cut off at its first block; look-ups of many keys ask the control page first."""
+    store = Store(tmp_path / "store", 16)
+    gone = [Block(key) for key in range(1, 2 * SCALAR_LIMIT)]
+    store.write(*gone, time_to_live=5)
+    store.write(*(Block(key) for key in range(100, 100 + 16 - len(gone))))
+    clock.now = START + 100
+
+    def die(self: Taking, slot: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Taking, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(Block(200))
+    assert store.stored(*gone) == []
+    assert store.rig.read(*gone) == [Outcome.MISSING] * len(gone)
+    assert store.write(Block(200)) == ["STORED"]
+    assert store.stored(*gone) == []
+    store.close()

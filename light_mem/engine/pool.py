@@ -287,6 +287,8 @@ class WorkerPool:
         """From now on nothing is queued, what waits is aborted, and idle workers leave."""
         table = self._table
         table.header["shutdown"] = 1
+        table.header["done_seq"] += 1  # whoever waits for a task to be ready looks again
+        table.futex.wake(table.done_word)
         try:
             self._queue.abort_waiting()
         except LockTimeoutError as error:

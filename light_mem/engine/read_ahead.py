@@ -127,11 +127,18 @@ class ReadAhead:
 
 
 def open_direct(path: str | os.PathLike[str]) -> int:
-    """A descriptor for reading past the page cache, -1 where the file system has no O_DIRECT."""
+    """A descriptor for reading past the page cache, -1 where the file system has no O_DIRECT, or
+    a device has larger blocks than we read."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except (AttributeError, OSError):
         return -1
+    try:
+        os.preadv(descriptor, [mmap.mmap(-1, _ALIGN)], _ALIGN)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
 def _load(span: Span, buffer: Bytes1D) -> Bytes1D:

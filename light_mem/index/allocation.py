@@ -150,6 +150,8 @@ class Allocator:
         slots = self._retention.take_expired()
         for slot in slots:
             self._taking.remove(slot)
+        if slots:
+            self._retention.expect_next()
         evicted += slots
         self._swept += len(slots)
         self._control["evictions"] += len(slots)

@@ -197,7 +197,9 @@ def entries_of(records: Table, page_bytes: int) -> Table:
     for name in fmt.ENTRY.names or ():
         if name in (fmt.RECORD.names or ()):
             entries[name][sound] = records[name][sound]
-    _drop_older_twins(entries)
+    for head in older_twins(entries):
+        for start, _ in follow_runs(entries, states_of(entries), head) or [(head, 0)]:
+            entries["tag"][start] = fmt.FREE
     states = states_of(entries)
     entries["tag"] = np.where(
         states != fmt.FREE, states | np.uint64(1 << fmt.GENERATION_SHIFT), np.uint64(0)
@@ -220,12 +222,16 @@ def fill_shard(file: IndexFile, shard: int, entries: Table) -> int:
     return int(control["blocks"][0])
 
 
-def _drop_older_twins(entries: Table) -> None:
+def older_twins(entries: Table) -> list[int]:
+    """First slots of stored blocks whose key another one, used later, has too: who moves a block
+    lists it in its new place before it takes it out of the old one, and may die in between."""
     live = np.flatnonzero(states_of(entries) == fmt.LIVE)
     low, high, used = (entries[f][live] for f in ("low", "high", "used"))
+    mixed = np.sort(keymath.mix(np.stack([low, high], axis=1)))
+    if not (mixed[:-1] == mixed[1:]).any():  # as nearly always
+        return []
     order = np.lexsort((used, high, low))
     low, high, live = low[order], high[order], live[order]
     twin = (low[:-1] == low[1:]) & (high[:-1] == high[1:])
-    for head in live[:-1][twin].tolist():
-        for start, _ in follow_runs(entries, states_of(entries), head) or [(head, 0)]:
-            entries["tag"][start] = fmt.FREE
+    slots: list[int] = live[:-1][twin].tolist()
+    return slots

@@ -149,18 +149,23 @@ class Retention:
     def take_expired(self) -> list[int]:
         """First slots of blocks whose time is up, at most SWEEP_BLOCKS, to be taken out at once.
 
-        Costs nothing before the time of the first one is up, then a walk over the entries.
+        Costs nothing before the time of the first one is up, then a walk over the entries. When
+        they are out, `expect_next` must follow.
         """
         first = int(self._control["expires"][0])
         if not first or first > now():
             return []
         live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
-        gone = live & expired(self._keeps)
-        found = np.flatnonzero(gone)
-        if found.size <= SWEEP_BLOCKS:
-            self._control["expires"] = _first(self._keeps[live & ~gone])
-        slots: list[int] = found[:SWEEP_BLOCKS].tolist()
+        slots: list[int] = np.flatnonzero(live & expired(self._keeps))[:SWEEP_BLOCKS].tolist()
+        if not slots:
+            self.expect_next()
         return slots
+
+    def expect_next(self) -> None:
+        """Say when the first of the listed blocks expires; not before those that have expired are
+        out: look-ups ask no block for its time where this says that none has one."""
+        live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
+        self._control["expires"] = _first(self._keeps[live])
 
 
 def _first(keeps: Keeps) -> int:

@@ -18,7 +18,7 @@ from light_mem.index.chains import Chains
 from light_mem.index.file import IndexFile
 from light_mem.index.leases import ShardLeases
 from light_mem.index.lookup import Lookup
-from light_mem.index.recovery import link_chains, sound_blocks
+from light_mem.index.recovery import link_chains, older_twins, sound_blocks
 from light_mem.index.replica import Run, SpaceReplica
 from light_mem.index.retention import Retention
 
@@ -125,12 +125,22 @@ class Taking:
         self.put_in_order()
         return [int(slot) for slot in live]
 
+    def _drop_older_twins(self) -> None:
+        leased = self._leases.slots()
+        for slot in older_twins(self._entries):
+            if slot in leased and self._hold(slot):
+                continue
+            runs = self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot]))
+            self.free_tags([slot] if runs is None else [start for start, _ in runs])
+
     def put_in_order(self) -> None:
         """Chains, counts and free space anew from the entries; what makes no sense is freed."""
         self._control["dirty"] = fmt.RELINKING  # before the first chain is touched
         sound = sound_blocks(self._entries, self._page_bytes)
         wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
         self.free_tags(wrong.tolist())
+        self._leases.announce()  # a control page made anew does not know
+        self._drop_older_twins()
         link_chains(self._entries, self._heads, len(self._heads))
         states = self._tags & np.uint64(fmt.STATE_MASK)
         self._control["blocks"] = np.count_nonzero(states == fmt.LIVE)
@@ -138,7 +148,6 @@ class Taking:
         used += sum(length for _, length in self._space.unmarked)
         self._control["used_slots"] = used
         self._retention.recount()
-        self._leases.announce()  # a control page made anew does not know
         self._control["unlinks"] += 1
         # Further than the journal reaches: every replica reads the entries.
         self._control["epoch"] += fmt.JOURNAL_LENGTH + 1
