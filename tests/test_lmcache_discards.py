@@ -137,6 +137,39 @@ def test_a_block_that_a_worker_finishes_while_the_adapter_closes_does_not_stay(
     assert live().service.query([7]) == [False]
 
 
+def test_closing_takes_out_what_it_cannot_ask_about_any_more(
+    live: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers_module, "TASK_BLOCKS", 1)
+    monkeypatch.setattr(transfers_module, "_CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(transfers_module, "_ABORT_SECONDS", 0.05)
+    rig = live()
+    entered, leave = threading.Event(), threading.Event()
+    create = rig.service.create_regions
+
+    def create_once(mode: str, hashes: Any, regions: Any) -> Any:
+        if hashes == [1]:
+            return create(mode, hashes, regions)
+        entered.set()
+        assert leave.wait(60)  # as when a stopped process holds the queue
+        raise LockTimeoutError("held")
+
+    monkeypatch.setattr(rig.service, "create_regions", create_once)
+    objects = [Object(), Object()]
+    number = rig.transfers.store(["1", "2"], objects, [1, 2], [*REGION, (PAGE, PAGE)])
+    assert entered.wait(20)
+    wait_until(lambda: rig.service.query([1]) == [True])
+    objects[0].held = False
+    rig.transfers.close(0.0)
+    try:
+        assert number not in rig.over
+        assert live().service.query([1]) == [False]
+    finally:
+        leave.set()
+    assert rig.wait(number) == [False, False]
+    monkeypatch.undo()
+
+
 def test_a_discard_delays_no_load_while_a_lock_is_held(
     live: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
