@@ -9,7 +9,7 @@ LMCache keeps the memory of a job's objects until the job is over, but not for e
 a time to live (300 s for stores, 600 s for loads), and an operator may clear L1 by force. So a job
 ends long before: what nobody has begun is given up. And what was stored from an object that LMCache
 has let go of meanwhile, or too late, is taken out again: it may be another one's bytes. Until that
-is known of a block, look-ups of this server do not find it; it is in L1 then anyway.
+is known of a block, look-ups and loads of this server do not find it; it is in L1 then anyway.
 """
 
 from __future__ import annotations
