@@ -192,6 +192,7 @@ def test_a_discard_delays_no_load_while_a_lock_is_held(
         assert rig.service.query([2]) == [True]
         assert rig.transfers.find([2]) == [False]
         assert rig.wait(rig.load(2)) == [False]
+        assert rig.service.stats()["read_tasks"] == 1
     finally:
         leave.set()
     wait_until(lambda: rig.service.query([2]) == [False])
