@@ -181,6 +181,9 @@ class LocalCacheService(CacheService):
     def _check(self) -> None:
         super()._check() if not self._pool.failure else self._raise_failure()
 
+    def _check_delete(self) -> None:
+        self._check_open()  # no worker is wanted: what must not stay goes when none is left too
+
     def _raise_failure(self) -> None:
         raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
 
@@ -193,6 +196,14 @@ class LocalCacheService(CacheService):
         """A client for another process of this server: pickle it over, or use it here."""
         self._check()
         return CacheClient(self._session.table.address(), self._create_timeout)
+
+    def end_workers(self) -> None:
+        """Stop the workers as `close` does, and stay in the store: no worker touches the KV tensor
+        any more, every block is Finished or Aborted, and what was Finished wrongly can still be
+        deleted. All else but `delete`, `stats` and `close` raises ServiceClosedError. Calling it
+        again does nothing."""
+        self._check_open()
+        self._pool.stop()
 
     def close(self) -> None:
         """Stop the workers after the blocks in their hands, abort what waits, leave the store.

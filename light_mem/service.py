@@ -273,7 +273,7 @@ class CacheService(Closing, ABC):
 
     def delete(self, hashes: HashValue | Sequence[HashValue]) -> int:
         """Take blocks out of the store; returns how many of them were stored."""
-        self._check()
+        self._check_delete()
         return self._engine.delete(_keys(hashes))
 
     def clear(self) -> int:
@@ -326,6 +326,9 @@ class CacheService(Closing, ABC):
         self._check_open()
         if self._session.table.shutdown:
             raise ServiceClosedError("the service is closed")
+
+    def _check_delete(self) -> None:
+        self._check()
 
     def close(self) -> None:
         """Let go of the cache; calling it again does nothing."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from light_mem import InvalidArgumentError, KVCacheMemoryError, maintenance
+from light_mem.engine import pool
 from tests import lmcache_fakes as fakes
 from tests.conftest import wait_until
 from tests.payload import page_bytes_of
@@ -366,6 +368,18 @@ def test_closing_finishes_stores_and_lets_go_of_memory_and_descriptors(
     assert bits(life.adapter.query_load_result(number)) == [False] * 8
     assert not life.adapter.report_status()["is_healthy"]
     assert life.adapter.get_usage().total_capacity_bytes == 0
+
+
+def test_a_server_without_workers_is_not_healthy(
+    live: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = live()
+    assert life.adapter.report_status()["is_healthy"]
+    service = life.adapter._transfers.service()
+    monkeypatch.setattr(pool, "MAX_EARLY_DEATHS", 0)  # the first death ends the service
+    for pid in service.worker_pids:
+        psutil.Process(pid).kill()
+    wait_until(lambda: not life.adapter.report_status()["is_healthy"])
 
 
 @pytest.mark.parametrize(

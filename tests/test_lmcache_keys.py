@@ -90,22 +90,38 @@ def test_a_field_that_a_later_lmcache_adds_counts_or_is_refused() -> None:
         space(["content"])
 
 
-def test_known_hashes_are_those_of_layouts_seen_with_keys_of_the_kind() -> None:
+def test_known_hashes_are_those_of_layouts_seen_with_any_key() -> None:
     made = space()
     assert made.known_hashes(KEY) == []
     other = dataclasses.replace(KEY, chunk_hash=b"other")
     first, second = made.hash(KEY, LAYOUT), made.hash(KEY, b"")
     assert set(made.known_hashes(KEY)) == {first, second}
     assert set(made.known_hashes(other)) == {made.hash(other, LAYOUT), made.hash(other, b"")}
-    assert made.known_hashes(dataclasses.replace(KEY, cache_salt="z")) == []
+    salted = dataclasses.replace(KEY, cache_salt="z")
+    known = set(made.known_hashes(salted))
+    assert known == {made.hash(salted, LAYOUT), made.hash(salted, b"")}
 
 
 def test_users_without_number_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_STATES", 10)
     made = space()
     keys = [dataclasses.replace(KEY, cache_salt=str(n)) for n in range(100)]
+    other = made.hash(KEY, b"other")
     assert made.hashes(keys, [LAYOUT] * 100) == made.hashes(keys, [LAYOUT] * 100)
-    assert sum(bool(made.known_hashes(key)) for key in keys) <= 10
+    assert len(made._states) <= 10
+    # None of them is forgotten: what is deleted is deleted.
+    assert all(made.hash(key, LAYOUT) in made.known_hashes(key) for key in keys)
+    assert other in made.known_hashes(KEY)
+
+
+def test_of_layouts_without_number_those_in_use_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_LAYOUTS", 4)
+    made = space()
+    for n in range(20):
+        made.hash(KEY, b"%d" % n)
+        used = made.hash(KEY, LAYOUT)
+    assert used in made.known_hashes(KEY)
+    assert len(made.known_hashes(KEY)) <= 4
 
 
 def test_layouts_of_torch_are_text() -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from light_mem import (
     LocalCacheService,
-    LockTimeoutError,
     ServiceClosedError,
     TaskTableFullError,
     allocate_kvcache,
@@ -121,7 +120,7 @@ def test_loads_go_before_stores(service: Gate, transfers: Transfers, finished: F
     service.run()
     service.gate.clear()
     numbers = [transfers.store(*part(1, n)) for n in range(5)]  # the first may be at the gate
-    numbers.append(transfers.load(*part(1, to=30)))
+    numbers.append(transfers.load(*part(1, 100)))
     service.gate.set()
     finished.wait(*numbers)
     assert "read" in service.order[:2]
@@ -235,27 +234,6 @@ def test_what_is_being_stored_is_found_when_it_is_sure(
     assert transfers.find(hashes) == [True, True]
 
 
-def test_a_discard_that_finds_the_lock_held_is_tried_again(
-    service: Gate, transfers: Transfers, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service.run()
-    tries: list[int] = []
-    delete = service.delete
-
-    def busy(hashes: Any) -> int:
-        tries.append(len(hashes))
-        if len(tries) < 3:
-            raise LockTimeoutError("held", path="x", timeout=0.0)
-        return delete(hashes)
-
-    monkeypatch.setattr(service, "delete", busy)
-    keys, _, hashes, regions = part(2)
-    finished.wait(transfers.store(keys, [False, False], hashes, regions))
-    wait_until(lambda: service.query(hashes) == [False, False])
-    assert tries == [2, 2, 2]
-    monkeypatch.undo()
-
-
 def test_closing_waits_for_stores_and_then_for_nobody(service: Gate, finished: Finished) -> None:
     transfers = transfers_of(service, finished)
     number = transfers.store(*part(2))  # no worker yet
@@ -274,6 +252,18 @@ def test_closing_gives_up_what_takes_too_long(service: Gate, finished: Finished)
     number = transfers.store(*part(2))  # no worker, ever
     transfers.close(0.05)
     assert finished.wait(number)[0].done == [False, False]
+
+
+def test_closing_ends_each_job_that_was_queued_once(service: Gate, finished: Finished) -> None:
+    transfers = transfers_of(service, finished)
+    service.gate.clear()  # as when a stopped process holds the queue
+    numbers = [transfers.store(*part(1, n)) for n in range(5)]
+    numbers += [transfers.load(*part(1, n)) for n in range(10, 13)]
+    threading.Timer(0.2, service.gate.set).start()
+    transfers.close(0.0)
+    assert set(finished.jobs) == set(numbers)
+    assert not any(job.done[0] for job in finished.jobs.values())
+    assert transfers.queued_bytes() == 0
 
 
 def test_an_error_that_nobody_expects_fails_its_job_alone(

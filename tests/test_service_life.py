@@ -38,6 +38,21 @@ CALLS: dict[str, Callable[[CacheService], Any]] = {
 }
 
 
+def test_what_is_stored_can_be_deleted_when_the_workers_have_ended(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        r.write(["a", "b"], [0, 1])
+        workers = r.service.worker_pids
+        r.service.end_workers()
+        r.service.end_workers()
+        assert not any(psutil.pid_exists(pid) for pid in workers)
+        with pytest.raises(ServiceClosedError):
+            r.service.create("w", ["c"], [0])
+        assert r.service.delete(["a", "c"]) == 1
+        assert r.service.stats()["blocks"] == 1
+    with rig(tmp_path) as r:
+        assert r.service.query(["a", "b"]) == [False, True]
+
+
 def test_closing_twice_is_closing_once_and_later_calls_say_it(tmp_path: Path) -> None:
     with rig(tmp_path) as r:
         task = r.write(["a", "b"], [0, 1])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from light_mem.task import CacheTask
 
@@ -40,73 +39,42 @@ class Job:
     tasks: list[CacheTask] = field(default_factory=list)
     left: int = 1  # tasks that are not over, and the thread while it hands them on
     given_up: bool = False
-
-
-class Discard(NamedTuple):
-    """Blocks that are not to stay."""
-
-    hashes: list[int]
-
-
-class Doubts:
-    """Hashes of which it is not known yet whether what is stored under them may stay. Each is in
-    doubt as often as it was added and not removed. Any thread; `in` takes no lock."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-        self._guard = threading.Lock()
-
-    def __contains__(self, value: int) -> bool:
-        return value in self._counts
-
-    def add(self, hashes: Iterable[int]) -> None:
-        """One doubt more of each."""
-        with self._guard:
-            for h in hashes:
-                self._counts[h] = self._counts.get(h, 0) + 1
-
-    def remove(self, hashes: Iterable[int]) -> None:
-        """One doubt less of each."""
-        with self._guard:
-            for h in hashes:
-                left = self._counts[h] - 1
-                if left:
-                    self._counts[h] = left
-                else:
-                    del self._counts[h]
-
-
-Item = Job | Discard | None
+    spoiled: set[int] = field(default_factory=set)  # a load's: hashes that may be others' bytes
 
 
 class Inbox:
-    """Lines of the thread: loads first, then stores, then the rest. Whoever puts something in
-    waits for nobody."""
+    """Lines of the thread: loads first, then stores. Whoever puts something in waits for nobody."""
 
     def __init__(self) -> None:
-        self._lines: tuple[deque[Item], ...] = (deque(), deque(), deque())
-        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()  # one an item
+        self._lines: tuple[deque[Job], deque[Job]] = (deque(), deque())
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()  # one a job, and one a wake
 
-    def put(self, item: Item) -> None:
-        """Queue an item; None only wakes the thread. Returns at once. Any thread."""
-        self._lines[_line(item)].append(item)
+    def put(self, job: Job) -> None:
+        """Queue a job. Returns at once. Any thread."""
+        self._lines[0 if job.load else 1].append(job)
         self._tokens.put(None)
 
-    def get(self, timeout: float | None) -> Item:
-        """Sleep until there is an item, at most `timeout` seconds; None: there is none. One
+    def wake(self) -> None:
+        """Let the thread look for a reason."""
+        self._tokens.put(None)
+
+    def get(self, timeout: float | None) -> Job | None:
+        """Sleep until there is a job, at most `timeout` seconds; None: there is none. One
         thread."""
         try:
             self._tokens.get(timeout=timeout)
         except queue.Empty:
             return None
-        return next(line.popleft() for line in self._lines if line)
+        return self._next()
 
-    def discards(self) -> list[list[int]]:
-        """What is left to discard, when there is no thread any more."""
-        return [item.hashes for item in self._lines[-1] if isinstance(item, Discard)]
+    def drain(self) -> list[Job]:
+        """Take out all jobs. Any thread."""
+        return list(iter(self._next, None))
 
-
-def _line(item: Item) -> int:
-    if isinstance(item, Job):
-        return 0 if item.load else 1
-    return 2
+    def _next(self) -> Job | None:
+        for line in self._lines:
+            try:
+                return line.popleft()
+            except IndexError:  # empty
+                continue
+        return None

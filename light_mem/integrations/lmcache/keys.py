@@ -22,6 +22,7 @@ CONTENT = "chunk_hash"  # the field of a key that differs most
 NO_LAYOUT = b""
 _PERSON = b"lightmem.lmcache"
 _MAX_STATES = 4096
+_MAX_LAYOUTS = 1024  # one a shape of an object group, so some ten are usual
 
 
 class KeySpace:
@@ -48,7 +49,7 @@ class KeySpace:
         self._others = operator.attrgetter(*others) if others else lambda _: ()
         self._content = operator.attrgetter(CONTENT)
         self._states: dict[tuple[Any, bytes], Any] = {}
-        self._layouts: dict[Any, set[bytes]] = {}  # seen, by all of a key but its content
+        self._layouts: dict[bytes, None] = {}  # seen, whatever the key, the oldest first
         self._guard = threading.Lock()
 
     def hash(self, key: Any, layout: bytes) -> int:
@@ -60,10 +61,11 @@ class KeySpace:
         return [self.hash(key, layout) for key, layout in zip(keys, layouts, strict=True)]
 
     def known_hashes(self, key: Any) -> list[int]:
-        """The hashes of a key under each layout that keys of its kind were hashed with before."""
+        """The hashes of a key under each layout that any key was hashed with before: of those, at
+        most, that it may be stored under."""
         others = self._others(key)
         with self._guard:
-            layouts = sorted(self._layouts.get(others, ()))
+            layouts = list(self._layouts)
         return [self._hash(others, self._content(key), layout) for layout in layouts]
 
     def _hash(self, others: Any, content: bytes, layout: bytes) -> int:
@@ -83,9 +85,12 @@ class KeySpace:
         with self._guard:
             if len(self._states) >= _MAX_STATES:  # salts may be as many as users
                 self._states.clear()
-                self._layouts.clear()
+            if layout not in self._layouts:
+                if len(self._layouts) >= _MAX_LAYOUTS:
+                    del self._layouts[next(iter(self._layouts))]
+                    self._states.clear()  # so that a layout in use is seen again
+                self._layouts[layout] = None
             self._states[others, layout] = state
-            self._layouts.setdefault(others, set()).add(layout)
         return state
 
 

@@ -9,7 +9,7 @@ LMCache keeps the memory of a job's objects until the job is over, but not for e
 a time to live (300 s for stores, 600 s for loads), and an operator may clear L1 by force. So a job
 ends long before: what nobody has begun is given up. And what was stored from an object that LMCache
 has let go of meanwhile, or too late, is taken out again: it may be another one's bytes. Until that
-is known of a block, look-ups of this server do not find it; it is in L1 then anyway.
+is known of a block, look-ups and loads of this server do not find it; it is in L1 then anyway.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from functools import partial
 from typing import Any
 
 from light_mem.errors import LightMemError, ServiceClosedError
-from light_mem.integrations.lmcache.jobs import Discard, Doubts, Inbox, Job
+from light_mem.integrations.lmcache.discards import Discards, Doubts
+from light_mem.integrations.lmcache.jobs import Inbox, Job
+from light_mem.local_service import LocalCacheService
 from light_mem.logs import Limited
-from light_mem.service import CacheService
 from light_mem.task import CacheTask, State
 
 log = logging.getLogger("light_mem")
 
 TASK_BLOCKS = 1024  # a larger job is several tasks: one that finds no room loses less
 _WARN_SECONDS = 30.0  # between two warnings of one kind
-_JOIN_SECONDS = 30.0
+# For each of the steps of `close` that wait for others: the thread, workers, locks of shards.
+_CLOSE_SECONDS = 30.0
+_ABORT_SECONDS = 2.0  # a worker that lives answers in milliseconds
 
 
 class Transfers:
@@ -49,7 +52,7 @@ class Transfers:
 
     def __init__(
         self,
-        service: CacheService,
+        service: LocalCacheService,
         finished: Callable[[Job], None],
         is_held: Callable[[Any], bool],
         *,
@@ -57,7 +60,7 @@ class Transfers:
         store_timeout: float,
         load_timeout: float,
     ) -> None:
-        self._open: CacheService | None = service
+        self._open: LocalCacheService | None = service
         self._finished = finished
         self._is_held = is_held
         self._max_queued = max_queued
@@ -69,6 +72,7 @@ class Transfers:
         self._under_way: dict[int, Job] = {}
         self._storing = 0  # bytes of stores that are under way
         self._doubts = Doubts()
+        self._discards = Discards(lambda hashes: self.service().delete(hashes), self._doubts)
         self._closing = False
         self._stopping = False
         self.counters: Counter[str] = Counter()
@@ -79,7 +83,7 @@ class Transfers:
 
     # --- LMCache's side --------------------------------------------------------------------------
 
-    def service(self) -> CacheService:
+    def service(self) -> LocalCacheService:
         """The service, for all that is neither store nor load; ServiceClosedError after `close`."""
         service = self._open
         if service is None:
@@ -139,7 +143,7 @@ class Transfers:
         regions: Sequence[tuple[int, int] | None],
     ) -> int:
         """Queue a load; returns the number of its job. The pool bounds how many there are: each
-        object has its own place there."""
+        object has its own place there. What is in doubt is not loaded."""
         job = Job(self.number(), True, keys, objects, hashes, regions)
         job.chosen = [at for at, region in enumerate(regions) if region is not None]
         job.nbytes = sum(region[1] for region in regions if region is not None)
@@ -151,7 +155,11 @@ class Transfers:
         return self._storing
 
     def is_alive(self) -> bool:
-        """Whether jobs are still taken."""
+        """Whether jobs are still taken, and done."""
+        try:
+            self.service().touch([])  # raises when the service has no workers any more
+        except LightMemError:
+            return False
         return self._thread.is_alive() and not self._closing
 
     def close(self, timeout: float) -> None:
@@ -164,21 +172,48 @@ class Transfers:
             if not self._idle.wait_for(lambda: not self._under_way, timeout):
                 log.warning("LMCache's adapter closes with jobs under way: they are given up")
             self._stopping = True
-        self._inbox.put(None)
-        self._thread.join(_JOIN_SECONDS)
-        for hashes in self._inbox.discards():
-            self._try(self._discard, hashes)
+        self._inbox.wake()
+        self._thread.join(_CLOSE_SECONDS)
+        for job in self._inbox.drain():
+            self._try(self._over, job)
+        self._abort_all()
+        if not self._is_idle(_ABORT_SECONDS):
+            # A worker may still finish a block whose object is gone, and then nobody would look.
+            self._try(self.service().end_workers)
+            self._is_idle(_ABORT_SECONDS)
+            with self._guard:
+                stores = [job for job in self._under_way.values() if not job.load]
+            for job in stores:
+                self._discards.add([job.hashes[at] for at in job.chosen])
+        self._discards.close(_CLOSE_SECONDS)
         self.service().close()
         self._open = None
+
+    def _abort_all(self) -> None:
+        """Abort what is under way, without waiting for workers; for a bounded time."""
+        end = time.monotonic() + _CLOSE_SECONDS
+        with self._guard:
+            tasks = [task for job in self._under_way.values() for task in job.tasks]
+        for task in tasks:
+            if time.monotonic() > end:  # a stopped process has the queue
+                return
+            try:
+                self.service().abort(task, 0.0)
+            except LightMemError:
+                pass  # a worker holds a block: it is waited for together with the others
+
+    def _is_idle(self, timeout: float) -> bool:
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._under_way, timeout)
 
     def _submit(self, job: Job) -> None:
         with self._guard:
             self._under_way[job.number] = job
             refused = self._closing or not job.chosen
+            if not refused:
+                self._inbox.put(job)
         if refused:
             self._over(job)
-        else:
-            self._inbox.put(job)
 
     def _count_dropped(self, blocks: int) -> None:
         self.counters["dropped_blocks"] += blocks
@@ -204,15 +239,18 @@ class Transfers:
             # Now, after the copy: LMCache marks an object before it gives its memory away.
             if late or not self._is_held(job.objects[at]):
                 spoiled.append(job.hashes[at])
-            else:
+            elif not job.load or self._is_sure(job, job.hashes[at]):
                 job.done[at] = True
         if spoiled and not job.load:
             self._limited.warning(
                 "%d objects lost their memory while they were stored; they are discarded",
                 len(spoiled),
             )
-            self._doubts.add(spoiled)
-            self._inbox.put(Discard(spoiled))
+            with self._guard:
+                for other in self._under_way.values():
+                    if other.load:  # may have copied it by now
+                        other.spoiled.update(spoiled)
+            self._discards.add(spoiled)
         if not job.load:
             self._doubts.remove(job.hashes[at] for at in job.chosen)
         self._note(job, sum(job.done))
@@ -223,14 +261,9 @@ class Transfers:
                 self._under_way.pop(job.number, None)
                 self._idle.notify_all()
 
-    def _discard(self, hashes: list[int]) -> None:
-        try:
-            self.service().delete(hashes)
-        except LightMemError as error:  # a stopped holder of a lock
-            self._limited.warning("what is not to stay is still there: %s", str(error))
-            self._inbox.put(Discard(hashes))
-        else:
-            self._doubts.remove(hashes)
+    def _is_sure(self, load: Job, value: int) -> bool:
+        # Doubts first: a spoiled hash leaves them only after it is in `spoiled` of the load.
+        return value not in self._doubts and value not in load.spoiled
 
     def _note(self, job: Job, done: int) -> None:
         self.counters["loaded_blocks" if job.load else "stored_blocks"] += done
@@ -247,16 +280,14 @@ class Transfers:
 
     def _run(self) -> None:
         while True:
-            item = self._inbox.get(self._patience())
+            job = self._inbox.get(self._patience())
+            if job is not None:
+                self._try(self._place, job)
+                self._try(self._over, job)
             if self._stopping:
-                return
-            if isinstance(item, Job):
-                self._try(self._place, item)
-                self._try(self._over, item)
-            elif isinstance(item, Discard):
-                self._try(self._discard, item.hashes)
+                return  # `close` ends what is left
             self._give_up()
-            del item  # the memory of its job
+            del job  # its memory
 
     def _try(self, step: Callable[..., object], *arguments: Any) -> None:
         """The adapter goes on; what was asked for has failed."""
@@ -266,7 +297,12 @@ class Transfers:
             self._limited.warning("LMCache's adapter: %s", f"{type(error).__name__}: {error}")
 
     def _place(self, job: Job) -> None:
+        if job.load:
+            # By now a hash that is found spoiled later is told to the job.
+            job.chosen = [at for at in job.chosen if job.hashes[at] not in self._doubts]
         for start in range(0, len(job.chosen), TASK_BLOCKS):
+            if self._stopping:
+                return
             if time.monotonic() - job.submitted > self._timeouts[job.load]:
                 self._limited.warning("a %s has waited too long", "load" if job.load else "store")
                 return
