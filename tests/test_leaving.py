@@ -1,4 +1,4 @@
-"""An engine that leaves its store while other threads still change it, look at it, or drop views."""
+"""An engine that leaves its store while other threads change it, look at it, or drop views."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def lock_of(engine: LocalStorageEngine, shard: int) -> PathLock:
 
 @contextmanager
 def running(call: Callable[[], object]) -> Iterator[list[object]]:
-    """A thread that makes a call; joined at the end, and then its result or error is in the list."""
+    """A thread that makes a call; at the end it is joined, and its result or error in the list."""
     results: list[object] = []
 
     def run() -> None:
@@ -289,10 +289,6 @@ def test_dropped_views_that_wait_are_no_reason_to_refuse_one(
     engine: LocalStorageEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of a shard may be leased; somebody has it for the moment when the next view comes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Leases, "take", lambda *_: False)
-        with pytest.raises(LeaseLimitError):
-            view(engine, in_shard(1)[0])
     drop(engine, in_shard(0)[:2])
     real = engine.change
 
@@ -302,8 +298,12 @@ def test_dropped_views_that_wait_are_no_reason_to_refuse_one(
         return real(shard, timeout)
 
     monkeypatch.setattr(engine, "change", change)
-    monkeypatch.setattr("light_mem.index.retention.Retention.limit", 2)
-    view(engine, in_shard(0)[2]).close()
+    monkeypatch.setattr(engine._shard(0).retention, "limit", 2)
+    one, another = (view(engine, block) for block in in_shard(0)[2:4])
+    with pytest.raises(LeaseLimitError):
+        view(engine, in_shard(0)[0])
+    one.close()
+    another.close()
     assert (engine.leases.open, len(engine.leases.dropped)) == (0, 0)
     monkeypatch.undo()
 

@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 import light_mem
 from light_mem import BlockView, LeaseLimitError, ServiceClosedError, maintenance
+from light_mem.engine import keeping
 from light_mem.engine.base import Outcome
 from light_mem.engine.keeping import Leased
 from light_mem.errors import LockTimeoutError
@@ -232,7 +232,7 @@ def test_a_process_that_leaves_with_a_lease_it_cannot_end_leaves_as_the_dead_do(
     other.rig.delete(A)
     lock = PathLock(lock_path(tmp_path / "store", "shard-000"))
     with lock.hold(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(viewer.engine, "change", partial(viewer.engine.change, timeout=0))
+        patch.setattr(keeping, "LOCK_TIMEOUT_SECONDS", 0)
         viewer.engine.end_lease(leased)
         viewer.engine.close()
     viewer.close()

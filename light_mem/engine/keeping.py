@@ -224,7 +224,7 @@ def end_dropped(engine: LocalStorageEngine, timeout: float) -> bool:
 def _end(engine: LocalStorageEngine, shard: int, slots: list[int], timeout: float) -> bool:
     left = list(slots)
     try:
-        with engine.change(shard, timeout) as (index, _):
+        with engine.change(shard, timeout=timeout) as (index, _):
             while left:
                 slot = left[-1]
                 if engine.leases.ends(shard, slot):

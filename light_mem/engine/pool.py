@@ -1,7 +1,7 @@
 """Starts, watches and replaces the worker processes of one service.
 
-One thread sleeps on the workers' pidfds and on the pipe that carries their log lines. A worker
-that dies gives up its locks to the kernel; this thread settles the blocks that it had begun, has
+One thread sleeps on the workers' pidfds and on the pipe that carries their log lines; every 30 s it
+looks for what finalizers left to be done. A worker that dies gives up its locks to the kernel; this thread settles the blocks that it had begun, has
 its slots given back, and starts another one.
 """
 
