@@ -1,8 +1,8 @@
 """Starts, watches and replaces the worker processes of one service.
 
 One thread sleeps on the workers' pidfds and on the pipe that carries their log lines; every 30 s it
-looks for what finalizers left to be done. A worker that dies gives up its locks to the kernel; this thread settles the blocks that it had begun, has
-its slots given back, and starts another one.
+looks for what finalizers left to be done. A worker that dies gives up its locks to the kernel; this
+thread settles the blocks that it had begun, has its slots given back, and starts another one.
 """
 
 from __future__ import annotations
