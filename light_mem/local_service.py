@@ -144,6 +144,7 @@ class LocalCacheService(CacheService):
                 cpus=cpus,
                 is_stored=engine.is_stored,
                 recover=engine.recover,
+                now_and_then=engine.end_dropped,
             )
             undo.pop_all()
         self._engine = engine

@@ -41,16 +41,20 @@ class BlockView(Closing):
 
     def __init__(self, engine: LocalStorageEngine, leased: Leased) -> None:
         """Takes the lease over."""
-        file = engine.file(leased.shard)
-        parts = [file.read_only(start, length) for start, length in leased.runs]
-        self.copied = len(parts) > 1
-        self.nbytes = leased.nbytes
-        data = np.concatenate(parts) if self.copied else parts[0]
-        memory = _Memory(data[: leased.nbytes])
+        try:
+            file = engine.file(leased.shard)
+            parts = [file.read_only(start, length) for start, length in leased.runs]
+            self.copied = len(parts) > 1
+            data = np.concatenate(parts) if self.copied else parts[0]
+            memory = _Memory(data[: leased.nbytes])
+            # Of the memory, not of this object: a tensor over it may outlive the view.
+            self._end = weakref.finalize(memory, _drop, engine, leased, fork_token())
+        except BaseException:  # no descriptors or memory left: nobody else knows of the lease
+            engine.end_lease(leased)
+            raise
         self._memory: _Memory | None = memory
+        self.nbytes = leased.nbytes
         self._page_bytes = file.page_bytes
-        # Of the memory, not of this object: a tensor over it may outlive the view.
-        self._end = weakref.finalize(memory, _drop, engine, leased, fork_token())
         self._engine = engine
         self._leased = leased
         if self.copied:

@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 import light_mem
 from light_mem import BlockView, LeaseLimitError, ServiceClosedError, maintenance
+from light_mem.engine import keeping
 from light_mem.engine.base import Outcome
 from light_mem.engine.keeping import Leased
 from light_mem.errors import LockTimeoutError
@@ -22,6 +22,7 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.locks import PathLock, lock_path
 from tests.children import child, line
+from tests.conftest import wait_until
 from tests.deaths import interleave
 from tests.engine_helpers import Block, assert_consistent, let_go
 from tests.payload import block_bytes_of
@@ -232,7 +233,7 @@ def test_a_process_that_leaves_with_a_lease_it_cannot_end_leaves_as_the_dead_do(
     other.rig.delete(A)
     lock = PathLock(lock_path(tmp_path / "store", "shard-000"))
     with lock.hold(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(viewer.engine, "change", partial(viewer.engine.change, timeout=0))
+        patch.setattr(keeping, "LOCK_TIMEOUT_SECONDS", 0)
         viewer.engine.end_lease(leased)
         viewer.engine.close()
     viewer.close()
@@ -453,7 +454,7 @@ def test_a_view_outlives_its_closed_service(tmp_path: Path) -> None:
         assert len(second.service._engine.owners()) == 2  # its worker, and the view's engine
         del other  # as when it is forgotten
         gc.collect()
-        assert len(second.service._engine.owners()) == 1
+        wait_until(lambda r=second: len(r.service._engine.owners()) == 1)  # a thread leaves
     del view, r, second
 
 

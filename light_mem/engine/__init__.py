@@ -4,6 +4,7 @@ base.py         StorageEngine: what a storage behind the service must do
 local.py        LocalStorageEngine: shards on a local disk
 writing.py      its batches of writes: find room, copy, publish
 keeping.py      its pins, and leases of blocks that are viewed
+fence.py        keeps its changes and its leaving apart
 memory.py       MemoryStorageEngine: the same promises in one process's memory, for tests
 opening.py      makes, opens, resizes and rebuilds a store's files
 reindex.py      a store's index made anew from its slots files, order of use included

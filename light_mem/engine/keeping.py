@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from light_mem.engine.copy import new_checksum
-from light_mem.errors import LeaseLimitError, LockTimeoutError, PinLimitError, StoreFormatError
+from light_mem.errors import (
+    LeaseLimitError,
+    LockTimeoutError,
+    PinLimitError,
+    ServiceClosedError,
+    StoreFormatError,
+)
 from light_mem.index import keys as keymath
 from light_mem.index.format import MAX_LEASES
 from light_mem.index.keys import KeyArray
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
@@ -108,35 +115,44 @@ class Leased(NamedTuple):
 def lease(engine: LocalStorageEngine, low: int, high: int) -> Leased | None:
     """Lease the stored block of a key, and verify its bytes; None: not stored, or damaged.
 
-    Raises LeaseLimitError, LockTimeoutError. Any thread.
+    Raises LeaseLimitError, LockTimeoutError, OSError; ServiceClosedError when the store was left
+    meanwhile. Then nothing is leased. Any thread.
     """
-    end_dropped(engine)
     shard = keymath.shard_of(keymath.mix_one(low, high), engine.geometry.shards)
-    problem: LeaseLimitError | None = None
-    with engine.change(shard) as (index, _):
-        found = _stored(index, [(low, high)])
-        if not found:
-            return None
-        slot = found[0][1]
-        entry = index.entries[slot]
-        nbytes, checksum, tag = (int(entry[name]) for name in ("nbytes", "checksum", "tag"))
-        runs = engine.lookup.runs(shard, slot, nbytes)
+    taken = False
+    try:
+        with engine.change(shard) as (index, _):
+            found = _stored(index, [(low, high)])
+            if not found:
+                return None
+            slot = found[0][1]
+            entry = index.entries[slot]
+            nbytes, checksum, tag = (int(entry[name]) for name in ("nbytes", "checksum", "tag"))
+            runs = engine.lookup.runs(shard, slot, nbytes)
+            # Not raised in here: that would have the shard put in order.
+            problem = None if runs is None else _take(engine, index, slot)
+            taken = runs is not None and problem is None
+        if problem is not None:
+            raise problem
         if runs is not None:
-            problem = _take(engine, index, slot)
-    if problem is not None:
-        raise problem
-    if runs is None:
-        engine.drop_damaged(shard, slot, tag, low, high)
-        return None
-    if engine.verify and _checksum(engine, shard, runs, nbytes, low, high) != checksum:
+            sound = not engine.verify
+            sound = sound or _checksum(engine, shard, runs, nbytes, low, high) == checksum
+            if sound:
+                engine.lookup.find_one(low, high)  # a use
+                return Leased(shard, slot, nbytes, runs)
+    except BaseException:  # no descriptors or memory left: nobody else knows of the lease
+        if taken:
+            end_lease(engine, shard, slot)
+        raise
+    if taken:
         end_lease(engine, shard, slot)
-        engine.drop_damaged(shard, slot, tag, low, high)
-        return None
-    engine.lookup.find_one(low, high)  # a use
-    return Leased(shard, slot, nbytes, runs)
+    engine.drop_damaged(shard, slot, tag, low, high)
+    return None
 
 
-def _take(engine: LocalStorageEngine, index: ShardIndex, slot: int) -> LeaseLimitError | None:
+def _take(
+    engine: LocalStorageEngine, index: ShardIndex, slot: int
+) -> LeaseLimitError | ServiceClosedError | None:
     shard, retention = index.shard, index.retention
     leased = engine.leases.of_shard(shard)
     slots = sum(retention.slots_of(each) for each in leased)
@@ -152,6 +168,8 @@ def _take(engine: LocalStorageEngine, index: ShardIndex, slot: int) -> LeaseLimi
         )
     index.leases.announce()
     if not engine.leases.take(shard, slot):
+        if engine.leases.closed:
+            return ServiceClosedError("the store was left meanwhile")
         return LeaseLimitError(
             f"this process has {MAX_LEASES} blocks leased, the most it may",
             shard=-1,
@@ -175,25 +193,49 @@ def _checksum(
 
 
 def end_lease(engine: LocalStorageEngine, shard: int, slot: int) -> None:
-    """End a lease that was given. Any thread. A shard that is not to be had now is tried again at
-    the next lease or close; until then the block stays leased."""
-    try:
-        with engine.change(shard) as (index, _):
-            if engine.leases.ends(shard, slot):
-                index.release(slot, engine.leases.of_shard(shard, but=engine.leases.number))
-                engine.leases.forget_own(shard, slot)
-            index.retention.uses(slot)
-    except (LockTimeoutError, OSError, StoreFormatError) as error:
-        engine.leases.dropped.append((shard, slot))
-        engine.limited.warning("a lease in %s has not ended yet: %s", engine.directory, str(error))
+    """End a lease that was given. Any thread. A shard that is not to be had now is tried again by
+    `end_dropped`; until then the block stays leased."""
+    _end(engine, shard, [slot], LOCK_TIMEOUT_SECONDS)
 
 
-def end_dropped(engine: LocalStorageEngine) -> None:
-    """End the leases of views that nobody closed and nobody has any more."""
+def end_dropped(engine: LocalStorageEngine, timeout: float) -> bool:
+    """End the leases of views that nobody closed and nobody has any more, those of a shard in one
+    hold of its lock, for which it waits `timeout` seconds. Any thread.
+
+    Returns whether all that had been dropped by then have ended; the others stay for later.
+    """
+    by_shard: dict[int, list[int]] = {}
     dropped = engine.leases.dropped
     for _ in range(len(dropped)):
         try:
             shard, slot = dropped.popleft()
         except IndexError:  # another thread was faster
-            return
-        end_lease(engine, shard, slot)
+            break
+        by_shard.setdefault(shard, []).append(slot)
+    ended = True
+    try:
+        while by_shard:
+            ended &= _end(engine, *by_shard.popitem(), timeout)
+    finally:
+        dropped.extend((shard, slot) for shard, slots in by_shard.items() for slot in slots)
+    return ended
+
+
+def _end(engine: LocalStorageEngine, shard: int, slots: list[int], timeout: float) -> bool:
+    left = list(slots)
+    try:
+        with engine.change(shard, timeout=timeout) as (index, _):
+            while left:
+                slot = left[-1]
+                if engine.leases.ends(shard, slot):
+                    index.release(slot, engine.leases.of_shard(shard, but=engine.leases.number))
+                    engine.leases.forget_own(shard, slot)
+                left.pop()
+                index.retention.uses(slot)
+    except (LockTimeoutError, OSError, StoreFormatError, ServiceClosedError) as error:
+        if timeout or not isinstance(error, LockTimeoutError):
+            text = "a lease in %s has not ended yet: %s"
+            engine.limited.warning(text, engine.directory, str(error))
+    finally:
+        engine.leases.dropped.extend((shard, slot) for slot in left)
+    return not left

@@ -7,6 +7,7 @@ hold one.
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import threading
@@ -31,10 +32,11 @@ from light_mem.engine.base import (
 )
 from light_mem.engine.copy import Copier
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.fence import Fence
 from light_mem.engine.reading import Reader
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
-from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
+from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description, retention
 from light_mem.index import file as index_file
 from light_mem.index import keys as keymath
@@ -95,11 +97,12 @@ class LocalStorageEngine(StorageEngine):
         self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
         self._shards: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
-        self._files_guard = threading.Lock()
+        self._files_guard = threading.RLock()  # a finalizer may leave while this thread has it
+        self._fence = Fence()
         self._copier = Copier()
         self._dropper = Dropper(geometry.page_bytes) if page_cache == "drop" else None
         self._closed = False
-        self._leaving = [True]  # whoever takes it leaves: finalizers may come at any moment
+        self._ending = threading.Lock()  # only tried: of the thread that ends leases for finalizers
         self._in_order = True  # nothing of ours was left behind
         self.limited = Limited()  # for what a failing disk would say of every block
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
@@ -254,7 +257,24 @@ class LocalStorageEngine(StorageEngine):
 
     def lease(self, low: int, high: int) -> keeping.Leased | None:
         """Keep a block where it lies until `end_lease`; see `keeping.lease`. Any thread."""
-        return keeping.lease(self, low, high)
+        try:
+            keeping.end_dropped(self, timeout=0)  # what is not to be had now can wait
+            try:
+                return keeping.lease(self, low, high)
+            except LeaseLimitError:
+                if not self.leases.dropped:
+                    raise
+            keeping.end_dropped(self, timeout=1)  # ... unless it is what is in the way
+            return keeping.lease(self, low, high)
+        finally:
+            self._leave_if_closed()
+
+    def end_dropped(self) -> None:
+        """End the leases of views that were dropped, as far as that needs no waiting. For who
+        comes here now and then: `lease` and `close` do it as well. Any thread."""
+        if self.leases.dropped:
+            keeping.end_dropped(self, timeout=0)
+            self._leave_if_closed()
 
     # --- taking blocks out -----------------------------------------------------------------------
 
@@ -381,34 +401,51 @@ class LocalStorageEngine(StorageEngine):
             log.warning(
                 "store %s is left with slots of failed writes: %s", self.directory, str(error)
             )
-        keeping.end_dropped(self)
+        keeping.end_dropped(self, timeout=1)  # a living holder needs some milliseconds
         self._leave_unless_leased()
 
     def end_lease(self, leased: keeping.Leased) -> None:
         """End a lease of `lease`; the last one of a closed engine ends its membership too."""
         keeping.end_lease(self, leased.shard, leased.slot)
-        if self._closed:
-            self._leave_unless_leased()
+        self._leave_if_closed()
 
     def drop_lease(self, leased: keeping.Leased) -> None:
-        """As `end_lease`, from a finalizer, which takes no lock while the engine is open."""
+        """As `end_lease`, from a finalizer: it only notes what is to be done, for its thread may
+        hold any lock. Who comes next does it; a closed engine, where nobody may, has a thread."""
         self.leases.dropped.append((leased.shard, leased.slot))
+        if self._closed and self._ending.acquire(blocking=False):
+            try:
+                # Not `threading.Thread`, whose `start` waits for the thread.
+                _thread.start_new_thread(self._end_dropped_of_closed, ())
+            except RuntimeError:  # none to be had: the process ends, or another view's end does it
+                self._ending.release()
+
+    def _end_dropped_of_closed(self) -> None:
+        again = True
+        while again:
+            try:
+                ended = keeping.end_dropped(self, LOCK_TIMEOUT_SECONDS)
+            finally:
+                self._ending.release()
+            # A finalizer that saw this thread at work left it its note.
+            again = ended and bool(self.leases.dropped) and self._ending.acquire(blocking=False)
+        self._leave_unless_leased()
+
+    def _leave_if_closed(self) -> None:
         if self._closed:
-            keeping.end_dropped(self)
             self._leave_unless_leased()
 
     def _leave_unless_leased(self) -> None:
         """Leave the store. Who still looks at blocks in it stays a member, so that they stay what
         they are; leases that could not be ended end with the membership, as at a death."""
-        if self.leases.open > len(self.leases.dropped):
+        if not self.leases.close():
             return
-        try:
-            self._leaving.pop()
-        except IndexError:  # done, or another thread is at it
-            return
-        if self._in_order and not self.leases.open:
+        quiet = self._fence.shut(LOCK_TIMEOUT_SECONDS)
+        if quiet and self._in_order and not self.leases.open:
             self._owner.leave()
         try:
+            if not quiet:
+                raise LockTimeoutError("a change has not ended", path=str(self.directory))
             with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
                 if not self._owners.others():
                     self._index.mark_clean()
@@ -418,19 +455,21 @@ class LocalStorageEngine(StorageEngine):
         if self._dropper is not None:
             self._drop(self._dropper.finish)
         self.limited.flush()
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        with self._files_guard:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
     @contextmanager
     def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
     ) -> Iterator[tuple[ShardIndex, ShardFile]]:
         """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (files that
-        are too short), OSError. For the engine and for tools: what is taken out of the index must
-        be cleared from the records before this ends."""
+        are too short), OSError, and ServiceClosedError once the store was left. For the engine and
+        for tools: what is taken out of the index must be cleared from the records before this
+        ends."""
         index, file = self._shard(shard), self.file(shard)
-        with index.change(timeout) as recovered:
+        with index.change(timeout, self._fence.hold()) as recovered:
             if recovered:
                 # The holder that died may have taken blocks out and not cleared their records:
                 # an index made anew from them must not list what others have written over.
@@ -450,12 +489,14 @@ class LocalStorageEngine(StorageEngine):
         return index
 
     def file(self, shard: int) -> ShardFile:
-        """A shard's files, mapped when they are first needed. Any thread."""
+        """A shard's files, mapped when they are first needed. Any thread. Raises OSError,
+        StoreFormatError, and ServiceClosedError once the store was left."""
         file = self._files.get(shard)
         if file is None:
             with self._files_guard:
                 file = self._files.get(shard)
                 if file is None:
+                    self._fence.check()  # nobody would close them
                     file = self._files[shard] = ShardFile(
                         self.directory, self.geometry, shard, self._dropper
                     )

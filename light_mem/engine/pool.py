@@ -1,8 +1,8 @@
 """Starts, watches and replaces the worker processes of one service.
 
-One thread sleeps on the workers' pidfds and on the pipe that carries their log lines. A worker
-that dies gives up its locks to the kernel; this thread settles the blocks that it had begun, has
-its slots given back, and starts another one.
+One thread sleeps on the workers' pidfds and on the pipe that carries their log lines; every 30 s it
+looks for what finalizers left to be done. A worker that dies gives up its locks to the kernel; this
+thread settles the blocks that it had begun, has its slots given back, and starts another one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ STOP_SECONDS = 10.0
 _SPAWN_PAUSES = (0.1, 0.5, 2.0)
 MAX_EARLY_DEATHS = 3  # in a row, before the worker was ready: another try will not help
 _POLL_SECONDS = 0.5  # only where there are no pidfds
+_ROUND_SECONDS = 30.0  # between two looks for what was dropped and waits to be ended
 
 # One thread a worker: they would only add memory and start time.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -57,7 +58,9 @@ class WorkerPool:
         cpus: Sequence[Sequence[int]] | None = None,
         is_stored: Callable[[int, int, int], bool],
         recover: Callable[[], int],
+        now_and_then: Callable[[], None],
     ) -> None:
+        """`now_and_then` is called every 30 s or so, by the pool's thread."""
         self._table = table
         self._queue = queue
         self._count = count
@@ -71,6 +74,7 @@ class WorkerPool:
         self._cpus = cpus  # of each worker; who takes the place of a dead one has its CPUs
         self._is_stored = is_stored
         self._recover = recover
+        self._now_and_then = now_and_then
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
@@ -158,12 +162,13 @@ class WorkerPool:
     # --- the watching thread ---------------------------------------------------------------------
 
     def _watch(self) -> None:
-        timeout = None if self._pidfds else _POLL_SECONDS
+        timeout = _ROUND_SECONDS if self._pidfds else _POLL_SECONDS
         self._tidy_up()  # after those who died before us
         while not self._stopping:
             for key, _ in self._selector.select(timeout):
                 if key.data == "log":
                     self._relay()
+            self._look_round()
             for number, process in list(self._processes.items()):
                 if process.poll() is not None and not self._stopping:
                     try:
@@ -177,6 +182,12 @@ class WorkerPool:
                     except Exception:
                         log.exception("replacing worker %d failed", number)
                         self._give_up(f"worker {number} could not be replaced")
+
+    def _look_round(self) -> None:
+        try:
+            self._now_and_then()
+        except Exception:  # dead workers are replaced all the same
+            log.exception("what waits to be ended waits for longer")
 
     def _relay(self) -> None:
         try:

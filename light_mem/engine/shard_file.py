@@ -24,7 +24,7 @@ from light_mem.engine.copy import Copier, FileSink, MappedSink
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
-from light_mem.errors import StoreFormatError
+from light_mem.errors import ServiceClosedError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.recovery import record_crcs, states_of
@@ -223,7 +223,12 @@ class ShardFile:
         return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
 
     def read_only(self, start: int, length: int) -> Bytes1D:
-        """`bytes` through a mapping that cannot be written through: a store is SIGSEGV."""
+        """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.
+
+        Raises ServiceClosedError after `close`.
+        """
+        if self._data_fd < 0:  # no file: the mapping would be zeros that are nobody's
+            raise ServiceClosedError(f"shard {self.shard} is closed")
         if self._read_only is None:
             size = fmt.data_file_bytes(self._geometry.slots, self.page_bytes)
             mapped = mmap.mmap(self._data_fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

@@ -33,14 +33,27 @@ class Leases:
         self.number = number
         self._words = owners.records["leases"][number]
         self._held: Counter[Lease] = Counter()  # several on one block are one word in the record
-        self._guard = threading.RLock()  # a finalizer may end a lease while this thread has it
+        self._guard = threading.RLock()  # a finalizer may close an engine while this thread has it
         # Of views that were dropped, not closed: their finalizers take no lock.
         self.dropped: deque[Lease] = deque()
+        self.closed = False
 
     @property
     def open(self) -> int:
         """How many leases this process holds."""
-        return sum(self._held.values())
+        with self._guard:
+            return sum(self._held.values())
+
+    def close(self) -> bool:
+        """Take no more leases, unless views are open; to one caller only: True, who then leaves.
+
+        Those of dropped views that could not be ended do not count: they end with the membership.
+        """
+        with self._guard:  # as `take` does: else one would come between the look and the mark
+            if self.closed or self.open > len(self.dropped):
+                return False
+            self.closed = True
+            return True
 
     def of_shard(self, shard: int, but: int = 0) -> set[int]:
         """First slots that living processes, this one too, have leased; under the shard's lock.
@@ -57,8 +70,11 @@ class Leases:
         return found
 
     def take(self, shard: int, slot: int) -> bool:
-        """Note a lease, under the shard's lock; False: this process has MAX_LEASES already."""
+        """Note a lease, under the shard's lock; False: this process has MAX_LEASES already, or is
+        leaving (`closed`), and then its record may be another's soon."""
         with self._guard:
+            if self.closed:
+                return False
             if not self._held[shard, slot]:
                 free = np.flatnonzero(self._words == 0)
                 if not free.size:

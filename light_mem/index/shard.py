@@ -13,7 +13,7 @@ What a batch does to many blocks it does to all of them step by step, by numpy c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +76,20 @@ class ShardIndex:
         )
 
     @contextmanager
-    def change(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[bool]:
+    def change(
+        self,
+        timeout: float = LOCK_TIMEOUT_SECONDS,
+        within: AbstractContextManager[None] | None = None,
+    ) -> Iterator[bool]:
         """Hold the shard's lock and have its state at hand; raises LockTimeoutError.
 
+        `within` is entered with the lock in hand and before anything is changed, and left after
+        the last change; what it raises passes through, and the shard is as it was.
         Yields whether the shard had to be put in order: then some slots that are free now may
         still have records. An exception inside leaves the dirty mark: the next holder then puts
         things in order, exactly as after a death.
         """
-        with self._lock.hold(timeout):
+        with self._lock.hold(timeout), within or nullcontext():
             self._space.unmarked = []
             self.leases.forget()
             self._allocator.begin()

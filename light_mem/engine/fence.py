@@ -1,0 +1,56 @@
+"""Keeps the changes that one engine makes and its leaving apart.
+
+Who leaves as the last one marks the index clean. A thread that waited for a shard's lock meanwhile
+must not change the shard after that, and a lease that it took would stand in a record that is not
+this process's any more. So a change begins inside `hold`, with the shard's lock in hand, and `shut`
+first refuses new ones, then waits for those that had begun.
+
+No lock in here: a finalizer may run in the middle of any step, in the thread that is at it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from light_mem.errors import ServiceClosedError
+from light_mem.index.locks import POLL_SECONDS
+
+
+class Fence:
+    """Any thread."""
+
+    def __init__(self) -> None:
+        self._holders: list[int] = []  # threads, one entry a change
+        self.is_shut = False
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be changing something; raises ServiceClosedError once it is shut."""
+        me = threading.get_ident()
+        # The order binds: whoever shuts sets the mark and then looks for holders.
+        self._holders.append(me)
+        try:
+            self.check()
+            yield
+        finally:
+            self._holders.remove(me)
+
+    def check(self) -> None:
+        """Raises ServiceClosedError once it is shut."""
+        if self.is_shut:
+            raise ServiceClosedError("the store was left meanwhile")
+
+    def shut(self, timeout: float) -> bool:
+        """Let no change begin any more; returns whether those that had begun have ended, within
+        `timeout` seconds. A change of this very thread, in which a finalizer runs, never would."""
+        self.is_shut = True
+        me = threading.get_ident()
+        deadline = time.monotonic() + timeout
+        while self._holders:
+            if me in self._holders or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
