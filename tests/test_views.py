@@ -14,7 +14,7 @@ import torch
 
 import light_mem
 from light_mem import BlockView, LeaseLimitError, ServiceClosedError, maintenance
-from light_mem.engine import keeping
+from light_mem.engine import keeping, writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.keeping import Leased
 from light_mem.errors import LockTimeoutError
@@ -245,10 +245,11 @@ def test_a_process_that_leaves_with_a_lease_it_cannot_end_leaves_as_the_dead_do(
 
 @pytest.mark.parametrize("change", ["evict", "delete and write", "view as well"])
 def test_a_lease_is_of_the_right_bytes_whatever_happens_while_it_is_taken(
-    two: Two, change: str
+    two: Two, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process acts after each opcode of taking, and of ending, a lease; not while the
     shard is locked, when it would have to wait."""
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 0.01)  # a write beside leased blocks finds none
     viewer, other = two
     lock = PathLock(lock_path(viewer.engine.directory, "shard-000"))
     fresh, count = Block(9, 8), 0
