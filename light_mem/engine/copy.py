@@ -115,11 +115,7 @@ class Copier:
         if _is_one_small_piece(place):
             if stopped():
                 raise Stopped
-            memory, rows = place
-            piece = self._scratch[: len(rows) * memory.shape[1]]
-            memory.take(rows, 0, piece.reshape(len(rows), -1), "clip")
-            sink.put(0, piece)
-            checksum.update(piece.data)
+            self._gather_small(place.memory, place.numbers, sink, 0, checksum)
             return
         if not _is_scattered(place):
             for at, piece in _straight_pieces(place):
@@ -138,16 +134,21 @@ class Copier:
             if stopped():
                 raise Stopped
             if small:
-                piece = self._scratch[: (b - a) * row_bytes]
-                memory.take(rows[a:b], 0, piece.reshape(b - a, row_bytes), "clip")
-                sink.put(a * row_bytes, piece)
-                checksum.update(piece.data)
+                self._gather_small(memory, rows[a:b], sink, a * row_bytes, checksum)
             else:
                 if sink.reads_first:
                     _update(checksum, memory, rows[a:b])
                 sink.put_rows(a * row_bytes, memory, rows[a:b])
                 if not sink.reads_first:
                     _update(checksum, memory, rows[a:b])
+
+    def _gather_small(
+        self, memory: Bytes2D, rows: RowNumbers, sink: Sink, at: int, checksum: xxhash.xxh3_64
+    ) -> None:
+        piece = self._scratch[: len(rows) * memory.shape[1]]
+        memory.take(rows, 0, piece.reshape(len(rows), -1), "clip")
+        sink.put(at, piece)
+        checksum.update(piece.data)
 
     def scatter(
         self,

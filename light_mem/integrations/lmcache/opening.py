@@ -8,6 +8,7 @@ import torch
 
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError
 from light_mem.integrations.lmcache.options import AdapterOptions
+from light_mem.integrations.settings import started
 from light_mem.local_service import LocalCacheService
 
 _HOW_TO_SHARE = (
@@ -61,9 +62,4 @@ def open_service(pool: Pool, options: AdapterOptions) -> LocalCacheService:
         )
     except KVCacheMemoryError as error:
         raise KVCacheMemoryError(f"{_HOW_TO_SHARE}. ({error})") from error
-    try:
-        service.run()
-    except BaseException:
-        service.close()
-        raise
-    return service
+    return started(service)

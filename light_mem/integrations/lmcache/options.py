@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from light_mem import blocks
-from light_mem.errors import InvalidArgumentError
+from light_mem.integrations.settings import read_options
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,8 @@ class AdapterOptions:
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> AdapterOptions:
         """The options; raises InvalidArgumentError for one that is missing, unknown or wrong."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(set(options) - {field.name for field in fields})
-        missing = sorted({"file", "storage_size"} - set(options))
-        if unknown or missing:
-            raise InvalidArgumentError(
-                f"the LightMem adapter: unknown options {unknown}, missing options {missing}; it "
-                f"has {', '.join(field.name for field in fields)}",
-                unknown=unknown,
-                missing=missing,
-            )
-        found = cls(**options)
-        for name in ("file", "namespace"):
-            value = getattr(found, name)
-            if not isinstance(value, str):
-                raise InvalidArgumentError(f"{name} is a text, not {value!r}", **{name: value})
+        texts = ("file", "namespace")
+        found = read_options(cls, options, who="the LightMem adapter", texts=texts)
         blocks.yes_or_no("layout_in_keys", found.layout_in_keys)
         blocks.whole_number("slot_bytes", found.slot_bytes, 64, 2**31)
         blocks.whole_number("max_queued_bytes", found.max_queued_bytes, 0, 2**63 - 1)

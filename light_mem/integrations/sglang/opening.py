@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, StoreFormatError
 from light_mem.integrations.namespace import Namespace
+from light_mem.integrations.settings import started
 from light_mem.integrations.sglang.options import StorageOptions
 from light_mem.integrations.sglang.pool import Buffer, HostPool, cannot_map
 from light_mem.integrations.sglang.store import PageStore
@@ -81,12 +82,7 @@ class Opener:
                 "{tp_rank} and {dp_rank} in it",
                 **error.values,
             ) from error
-        try:
-            service.run()
-        except BaseException:
-            service.close()
-            raise
-        return service
+        return started(service)
 
     def _path_of(self, pool: HostPool, number: int) -> str:
         if pool.name == KV and not number:

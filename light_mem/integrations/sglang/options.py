@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from light_mem import blocks
 from light_mem.errors import InvalidArgumentError
+from light_mem.integrations.settings import read_options
 
 # What SGLang itself reads there.
 _SGLANG = frozenset(
@@ -61,23 +61,8 @@ class StorageOptions:
                 "--hicache-storage-backend-extra-config"
             )
         given = {name: value for name, value in extra_config.items() if name not in _SGLANG}
-        names = [option.name for option in dataclasses.fields(cls)]
-        unknown = sorted(set(given) - set(names))
-        missing = sorted({"file", "storage_size"} - set(given))
-        if unknown or missing:
-            raise InvalidArgumentError(
-                f"the LightMem backend: unknown options {unknown}, missing options {missing}; it "
-                f"has {', '.join(names)}",
-                unknown=unknown,
-                missing=missing,
-            )
-        found = cls(**given)
-        for name in ("file", "namespace", "weights"):
-            value = getattr(found, name)
-            if not isinstance(value, str) and not (name == "weights" and value is None):
-                raise InvalidArgumentError(f"{name} is a text, not {value!r}", **{name: value})
-        if found.weights == "":
-            raise InvalidArgumentError("weights is a text that tells something, or left out")
+        texts = ("file", "namespace", "weights")
+        found = read_options(cls, given, who="the LightMem backend", texts=texts)
         blocks.whole_number("storage_size", found.storage_size, 1, 2**63 - 1)
         blocks.seconds("load_timeout", found.load_timeout)
         blocks.seconds("store_timeout", found.store_timeout)

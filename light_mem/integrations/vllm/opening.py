@@ -7,6 +7,7 @@ import os
 import torch
 
 from light_mem.errors import InvalidArgumentError
+from light_mem.integrations.settings import started
 from light_mem.local_service import LocalCacheService
 
 
@@ -54,9 +55,4 @@ def open_service(
         time_to_live=time_to_live,
         create_timeout=0.0,
     )
-    try:
-        service.run()
-    except BaseException:
-        service.close()
-        raise
-    return service
+    return started(service)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from light_mem import blocks
 from light_mem.errors import InvalidArgumentError
+from light_mem.integrations.settings import read_options
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,8 @@ class TierOptions:
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> TierOptions:
         """The options; raises InvalidArgumentError for one that is missing, unknown or wrong."""
-        fields = dataclasses.fields(cls)
-        unknown = sorted(set(options) - {field.name for field in fields})
-        missing = sorted({"file", "storage_size"} - set(options))
-        if unknown or missing:
-            raise InvalidArgumentError(
-                f"the light_mem tier: unknown options {unknown}, missing options {missing}; it has "
-                f"{', '.join(field.name for field in fields)}",
-                unknown=unknown,
-                missing=missing,
-            )
-        found = cls(**options)
-        for name in ("file", "namespace", "weights", "locality"):
-            value = getattr(found, name)
-            if not isinstance(value, str) and not (name == "weights" and value is None):
-                raise InvalidArgumentError(f"{name} is a text, not {value!r}", **{name: value})
-        if found.weights == "":
-            raise InvalidArgumentError("weights is a text that tells something, or left out")
+        texts = ("file", "namespace", "weights", "locality")
+        found = read_options(cls, options, who="the light_mem tier", texts=texts)
         if found.locality not in ("LOCAL", "REMOTE"):
             raise InvalidArgumentError(f'locality is "LOCAL" or "REMOTE", not {found.locality!r}')
         blocks.whole_number("max_queued_blocks", found.max_queued_blocks, 0, 2**31)
