@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BLOCK_SIZE_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
 DEFAULT_BLOCK_SIZE_MB = 64
 MAX_PAGES_PER_BLOCK = 64
+SMALL_READ_VARIABLE = "LIGHTMEM_SMALL_READ_BYTES"
+DEFAULT_SMALL_READ_BYTES = 128 << 10
 _MODES = {"write": WRITE, "w": WRITE, "read": READ, "r": READ}
 
 
@@ -31,21 +33,35 @@ def pages_per_block(page_bytes: int) -> int:
 
     Raises InvalidArgumentError for a value that is no whole number of MiB above 0.
     """
-    text = os.environ.get(BLOCK_SIZE_VARIABLE, "").strip()
-    if not text:
-        megabytes = DEFAULT_BLOCK_SIZE_MB
-    else:
-        try:
-            megabytes = int(text)
-        except ValueError:
-            megabytes = 0
-        if megabytes <= 0:
-            raise InvalidArgumentError(
-                f"{BLOCK_SIZE_VARIABLE} is a whole number of MiB above 0, not {reprlib.repr(text)}",
-                variable=BLOCK_SIZE_VARIABLE,
-                value=text,
-            )
+    megabytes = _from_environment(BLOCK_SIZE_VARIABLE, DEFAULT_BLOCK_SIZE_MB, 1, "MiB above 0")
     return max(1, min(MAX_PAGES_PER_BLOCK, (megabytes << 20) // page_bytes))
+
+
+def small_read_bytes(value: int | None) -> int:
+    """The bytes up to which `create` makes a read itself; None: what the environment says.
+
+    Raises InvalidArgumentError for what is no whole number of bytes.
+    """
+    if value is not None:
+        return whole_number("small_read_bytes", value, 0, 2**63 - 1)
+    return _from_environment(SMALL_READ_VARIABLE, DEFAULT_SMALL_READ_BYTES, 0, "bytes")
+
+
+def _from_environment(variable: str, default: int, least: int, unit: str) -> int:
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise InvalidArgumentError(
+            f"{variable} is a whole number of {unit}, not {reprlib.repr(text)}",
+            variable=variable,
+            value=text,
+        )
+    return number
 
 
 def whole_number(name: str, value: object, least: int, most: int) -> int:

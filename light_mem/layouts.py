@@ -5,12 +5,15 @@ from __future__ import annotations
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from light_mem.blocks import lengths
+from light_mem.engine import places
+from light_mem.engine.places import Bytes2D, Place, Rows
 from light_mem.engine.task_table import READ, WORDS_PER_REGION
 from light_mem.errors import InvalidArgumentError, PageIndexError
 
@@ -36,6 +39,20 @@ class Layout(ABC):
     nbytes: npt.NDArray[np.int64]
     regions: int
 
+    @property
+    @abstractmethod
+    def nbytes_in_all(self) -> int:
+        """Bytes of all blocks together."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> int:
+        """Pages or regions of all blocks together."""
+
+    @abstractmethod
+    def place_of(self, block: int, memory: Bytes2D) -> Place:
+        """Where a block's bytes lie in the KV memory, uint8 [num_pages, page_bytes]."""
+
     @abstractmethod
     def pages_of(self, block: int) -> tuple[int, ...]:
         """The pages of a block in order."""
@@ -58,10 +75,35 @@ class PageLayout(Layout):
         self, pages: npt.NDArray[np.uint32], hashes: int, per_hash: int, page_bytes: int
     ) -> None:
         self.words = pages
+        self._hashes = hashes
         self._per_hash = per_hash
-        self.first = np.arange(hashes, dtype=np.uint32) * np.uint32(per_hash)
-        self.count = lengths(hashes, len(pages), per_hash).astype(np.uint32)
-        self.nbytes = self.count.astype(np.int64) * page_bytes
+        self._page_bytes = page_bytes
+
+    # Made when they are asked for: a small read that `create` makes itself needs none of them.
+
+    @cached_property
+    def first(self) -> npt.NDArray[np.uint32]:  # type: ignore[override]
+        return np.arange(0, self._hashes * self._per_hash, self._per_hash, dtype=np.uint32)
+
+    @cached_property
+    def count(self) -> npt.NDArray[np.uint32]:  # type: ignore[override]
+        return lengths(self._hashes, len(self.words), self._per_hash).astype(np.uint32)
+
+    @cached_property
+    def nbytes(self) -> npt.NDArray[np.int64]:  # type: ignore[override]
+        return self.count.astype(np.int64) * self._page_bytes
+
+    @property
+    def nbytes_in_all(self) -> int:
+        return len(self.words) * self._page_bytes
+
+    @property
+    def pieces(self) -> int:
+        return len(self.words)
+
+    def place_of(self, block: int, memory: Bytes2D) -> Place:
+        n = self._per_hash
+        return Rows(memory, self.words[block * n : (block + 1) * n].astype(np.intp))
 
     def pages_of(self, block: int) -> tuple[int, ...]:
         n = self._per_hash
@@ -89,6 +131,17 @@ class RegionLayout(Layout):
         self.first = (self._starts * WORDS_PER_REGION).astype(np.uint32)
         self.count = counts.astype(np.uint32)
         self.nbytes = np.add.reduceat(table[:, 1].astype(np.int64), self._starts)
+
+    @property
+    def nbytes_in_all(self) -> int:
+        return int(self.nbytes.sum())
+
+    @property
+    def pieces(self) -> int:
+        return len(self._table)
+
+    def place_of(self, block: int, memory: Bytes2D) -> Place:
+        return places.Regions(memory.reshape(-1), list(self.regions_of(block)))
 
     def pages_of(self, block: int) -> tuple[int, ...]:
         return ()

@@ -14,11 +14,13 @@ from light_mem import blocks
 from light_mem.client import CacheClient
 from light_mem.engine import page_cache as cache_policy
 from light_mem.engine.affinity import place_workers
+from light_mem.engine.base import BlockIO
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
+from light_mem.engine.small_reads import SmallReads
 from light_mem.engine.task_table import (
     MAX_BLOCKS,
     MAX_PATH_BYTES,
@@ -28,6 +30,8 @@ from light_mem.engine.task_table import (
 )
 from light_mem.errors import InvalidArgumentError, WorkerStartError
 from light_mem.filesystem import warn_of_network
+from light_mem.index.keys import HashValue, as_key
+from light_mem.layouts import Layout
 from light_mem.service import DEFAULT_CREATE_TIMEOUT, CacheService
 from light_mem.session import Session
 from light_mem.startup import start_line
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("light_mem")
 
 DEFAULT_MAX_BLOCKS = 65536
+_SMALL_READ_PIECES = 64  # pages or regions: each is a Python object here
 
 
 class LocalCacheService(CacheService):
@@ -63,6 +68,9 @@ class LocalCacheService(CacheService):
                     beside other users of the page cache
     worker_cpus     None: workers run anywhere. "spread": each has a core of its own, on the NUMA
                     nodes in turn. A list with one element a worker: a CPU number, or several
+    small_read_bytes  a read of at most so many bytes, of blocks that lie in the page cache, is made
+                    by `create` itself: sooner than a worker would wake. 0: never. None: what
+                    LIGHTMEM_SMALL_READ_BYTES says, 131072 if nothing
     max_blocks      capacity of the task table: blocks that each process may have in tasks
     create_timeout  seconds that `create` waits for room in a full task table
 
@@ -82,6 +90,7 @@ class LocalCacheService(CacheService):
         page_cache: str = "keep",
         time_to_live: float | None = None,
         worker_cpus: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        small_read_bytes: int | None = None,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
@@ -99,6 +108,7 @@ class LocalCacheService(CacheService):
         cpus = place_workers(worker_cpus, num_workers)
         if time_to_live is not None and not blocks.seconds("time_to_live", time_to_live):
             raise InvalidArgumentError("time_to_live is more than 0 seconds, or None")
+        small_read_bytes = blocks.small_read_bytes(small_read_bytes)
         directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
@@ -149,10 +159,14 @@ class LocalCacheService(CacheService):
             undo.pop_all()
         self._engine = engine
         self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
+        self._small_reads = SmallReads(engine, table)
+        # Where blocks are to leave the page cache, the workers read, who see to that.
+        self._small_read_bytes = 0 if page_cache == cache_policy.DROP else small_read_bytes
+        self._memory = kvcache.numpy()
         self._started = False
         self._start_guard = threading.Lock()
         self._finalizer = weakref.finalize(
-            self, _close, self._pool, self._session, engine, source, fork_token()
+            self, _close, self._pool, self._session, engine, source, self._small_reads, fork_token()
         )
         if log.isEnabledFor(logging.INFO):
             line = start_line(
@@ -188,6 +202,18 @@ class LocalCacheService(CacheService):
     def _raise_failure(self) -> None:
         raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
 
+    def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:
+        if layout.nbytes_in_all > self._small_read_bytes or layout.pieces > _SMALL_READ_PIECES:
+            return False
+        if not self._started:
+            return False
+        return self._small_reads.read(
+            [
+                BlockIO(*as_key(value), layout.place_of(at, self._memory))
+                for at, value in enumerate(hashes)
+            ]
+        )
+
     @property
     def worker_pids(self) -> list[int]:
         """Process ids of the workers now."""
@@ -199,11 +225,12 @@ class LocalCacheService(CacheService):
         return CacheClient(self._session.table.address(), self._create_timeout)
 
     def end_workers(self) -> None:
-        """Stop the workers as `close` does, and stay in the store: no worker touches the KV tensor
+        """Stop the workers as `close` does, and stay in the store: nothing touches the KV tensor
         any more, every block is Finished or Aborted, and what was Finished wrongly can still be
         deleted. All else but `delete`, `stats` and `close` raises ServiceClosedError. Calling it
         again does nothing."""
         self._check_open()
+        self._small_reads.close()
         self._pool.stop()
 
     def close(self) -> None:
@@ -230,7 +257,12 @@ def _tensor_sizes(kvcache: torch.Tensor) -> tuple[int, int]:
 
 
 def _close(
-    pool: WorkerPool, session: Session, engine: LocalStorageEngine, source: MemorySource, token: int
+    pool: WorkerPool,
+    session: Session,
+    engine: LocalStorageEngine,
+    source: MemorySource,
+    small_reads: SmallReads,
+    token: int,
 ) -> None:
     if token != fork_token():
         return  # a forked child: the workers and the locks are its parent's
@@ -240,3 +272,4 @@ def _close(
         steps.callback(session.table.close)
         steps.callback(session.close)
         steps.callback(pool.stop)
+        steps.callback(small_reads.close)
