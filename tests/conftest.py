@@ -19,6 +19,10 @@ from tests import maintenance_helpers
 
 SHM = Path("/dev/shm")
 
+# The tests' blocks are short: read by `create` itself, none would go the workers' way. Inherited by
+# the processes that tests start; tests/test_small_reads.py and the stress runs turn it on.
+os.environ["LIGHTMEM_SMALL_READ_BYTES"] = "0"
+
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "") -> None:
     """Poll a condition that another process brings about; fails when it does not come."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.stress import eviction, kills, servers
 
 SEED = 20261124
@@ -26,7 +28,11 @@ def test_blocks_are_right_or_absent_after_kills_at_random_moments(tmp_path: Path
     assert counts["workers killed"] + counts["servers killed"] + counts["killed at the end"] >= 4
 
 
-def test_readers_against_eviction_never_get_wrong_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("small_read_bytes", ["0", "131072"])
+def test_readers_against_eviction_never_get_wrong_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_read_bytes: str
+) -> None:
+    monkeypatch.setenv("LIGHTMEM_SMALL_READ_BYTES", small_read_bytes)
     counts = eviction.run(str(tmp_path / "store"), SEED, seconds=3, players=2)
     nothing_wrong(counts)
     assert counts["evictions"] > 100
