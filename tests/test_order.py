@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from light_mem.index.format import FREE, KEEP_PINNED, LIVE, WRITING, make_tag
@@ -31,14 +32,20 @@ class Shard:
     def drop(self, slot: int) -> None:
         self.tags[slot] = make_tag(FREE, 0, (int(self.tags[slot]) >> 32) + 1)
 
-    def live(self) -> list[int]:
-        return np.flatnonzero((self.tags & np.uint64(0xFF)) == LIVE).tolist()
+    def _is_live(self) -> npt.NDArray[np.bool_]:
+        return np.asarray((self.tags & np.uint64(0xFF)) == LIVE)
+
+    def live(self) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self._is_live())
 
     def expected(self) -> int | None:
-        return min(self.evictable(), key=lambda slot: self.used[slot], default=None)
+        evictable = self.evictable()
+        return int(evictable[self.used[evictable].argmin()]) if evictable.size else None
 
-    def evictable(self) -> list[int]:
-        return [s for s in self.live() if s not in self.leased and not self.keeps[s] >> 31]
+    def evictable(self) -> npt.NDArray[np.int64]:
+        can_go = self._is_live() & (self.keeps >> np.uint32(31) == 0)
+        can_go[list(self.leased)] = False
+        return np.flatnonzero(can_go)
 
     def pin(self, slot: int) -> None:
         self.keeps[slot] |= np.uint32(KEEP_PINNED)
@@ -70,7 +77,7 @@ def test_the_least_recently_used_block_goes_first(seed: int, slots: int) -> None
                 shard.drop(expected)
         elif operation < 7 and slot not in live:
             shard.store(slot)
-        elif live:
+        elif live.size:
             shard.use(live[slot % len(live)])
             if operation == 9:  # taken out by someone else
                 shard.drop(live[slot % len(live)])
@@ -145,7 +152,7 @@ def test_the_order_is_exact_around_pins_and_leases(seed: int, slots: int) -> Non
             expected = shard.expected()
             assert shard.order.oldest() == expected
             if expected is not None:
-                oldest = min(live, key=lambda each: shard.used[each])
+                oldest = int(live[shard.used[live].argmin()])
                 passed_over += oldest != expected
                 shard.drop(expected)
         elif slot not in live:
@@ -163,14 +170,14 @@ def test_the_order_is_exact_around_pins_and_leases(seed: int, slots: int) -> Non
         elif slot not in shard.leased:  # a leased one would be HELD
             shard.drop(slot)
     assert passed_over
-    kept = set(shard.live()) - set(shard.evictable())
-    in_order = sorted(shard.evictable(), key=lambda each: shard.used[each])
+    kept = set(shard.live().tolist()) - set(shard.evictable().tolist())
+    in_order = sorted(shard.evictable().tolist(), key=lambda each: shard.used[each])
     left = []
     while (oldest := shard.order.oldest()) is not None:
         left.append(oldest)
         shard.drop(oldest)
     assert left == in_order
-    assert set(shard.live()) == kept
+    assert set(shard.live().tolist()) == kept
 
 
 def test_many_pinned_and_leased_blocks_cost_an_eviction_nothing() -> None:
