@@ -167,7 +167,16 @@ class Contestant:
             if process.stdin:
                 process.stdin.close()
         for process in self._processes:
-            code = process.wait(60)
+            try:
+                code = process.wait(60)
+            except subprocess.TimeoutExpired:
+                if self.kind is rivals.find("lightmem"):
+                    raise
+                # Its figures are taken, and what it wrote is deleted: the run need not end here.
+                print(f"{self.name} did not end within 60 s and was killed", file=sys.stderr)
+                process.kill()
+                process.wait()
+                code = 0
             if process.stdout:
                 process.stdout.close()
             if code:
