@@ -198,6 +198,10 @@ def test_huge_pages(machine: Machine) -> None:
     for word, expected in (("[advise] force", OK), ("advise [force]", WARN)):
         put(folder / "shmem_enabled", word)
         assert status(memory.transparent_huge_pages(machine)) == expected
+        assert "allocate_kvcache" not in memory.transparent_huge_pages(machine).found
+    put(folder / "shmem_enabled", "advise [never]")
+    assert status(memory.transparent_huge_pages(machine)) == OK
+    assert "allocate_kvcache" in memory.transparent_huge_pages(machine).found
 
 
 @pytest.mark.parametrize(

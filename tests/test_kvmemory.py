@@ -255,6 +255,21 @@ def test_allocate_kvcache_gives_zeroed_memory_that_is_shared_without_moving() ->
     close_source(source)
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages"
+)
+def test_allocated_memory_asks_for_huge_pages() -> None:
+    tensor = allocate_kvcache(ROWS, COLUMNS)
+    mine = next(
+        mapping
+        for mapping in psutil.Process().memory_maps(grouped=False)
+        if int(mapping.addr.split("-")[0], 16) == tensor.data_ptr()
+    )
+    smaps = Path("/proc/self/smaps").read_text()
+    flags = smaps[smaps.index(mine.addr) :].partition("VmFlags:")[2].splitlines()[0].split()
+    assert "hg" in flags  # MADV_HUGEPAGE, proc(5)
+
+
 def test_part_of_an_allocated_tensor_is_shared_at_its_offset() -> None:
     tensor = allocate_kvcache(ROWS + 4, COLUMNS)[3 : 3 + ROWS]
     source = share_tensor(tensor)

