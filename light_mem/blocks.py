@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.task_table import READ, WRITE
+from light_mem.engine.table_layout import READ, WRITE
 from light_mem.errors import InvalidArgumentError, PageIndexError
 from light_mem.index.keys import HashValue, is_hash
 

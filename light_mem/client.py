@@ -12,7 +12,7 @@ from light_mem.engine.process import fork_token
 from light_mem.engine.task_table import TableAddress, TaskTable
 from light_mem.service import CacheService
 from light_mem.session import Session
-from light_mem.task import check_server
+from light_mem.waiting import check_server
 
 
 class CacheClient(CacheService):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from light_mem.blocks import lengths
 from light_mem.engine import places
 from light_mem.engine.places import Bytes2D, Place, Rows
-from light_mem.engine.task_table import READ, WORDS_PER_REGION
+from light_mem.engine.table_layout import READ, WORDS_PER_REGION
 from light_mem.errors import InvalidArgumentError, PageIndexError
 
 if TYPE_CHECKING:

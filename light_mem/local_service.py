@@ -21,13 +21,8 @@ from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
 from light_mem.engine.small_reads import SmallReads
-from light_mem.engine.task_table import (
-    MAX_BLOCKS,
-    MAX_PATH_BYTES,
-    MAX_WORKERS,
-    Sizes,
-    TaskTable,
-)
+from light_mem.engine.table_layout import MAX_BLOCKS, MAX_PATH_BYTES, MAX_WORKERS
+from light_mem.engine.task_table import Sizes, TaskTable
 from light_mem.errors import InvalidArgumentError, WorkerStartError
 from light_mem.filesystem import warn_of_network
 from light_mem.index.keys import HashValue, as_key

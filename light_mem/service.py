@@ -15,8 +15,8 @@ from light_mem.closing import Closing
 from light_mem.engine.dealing import deal
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
+from light_mem.engine.table_layout import ABORTED, FINISHED, READ, WRITE
 from light_mem.engine.table_stats import copy_rate, read_numbers, summary
-from light_mem.engine.task_table import ABORTED, FINISHED, READ, WRITE
 from light_mem.errors import InvalidArgumentError, ServiceClosedError, TaskTableFullError
 from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue

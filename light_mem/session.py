@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.queue import LANE_BYTE, TaskQueue
-from light_mem.engine.task_table import (
+from light_mem.engine.table_layout import (
     ABORTED,
     CELL,
     COPIED,
@@ -26,9 +26,9 @@ from light_mem.engine.task_table import (
     LANE,
     READ,
     WORKING,
-    TaskTable,
     is_final,
 )
+from light_mem.engine.task_table import TaskTable
 from light_mem.errors import (
     InvalidArgumentError,
     LockTimeoutError,

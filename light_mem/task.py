@@ -4,10 +4,7 @@ no lock and no system call."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -15,21 +12,28 @@ from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from light_mem.engine import task_table
-from light_mem.engine.process import is_alive
-from light_mem.engine.task_table import READ, TableAddress, TaskTable, is_final, is_safe
+from light_mem.engine import table_layout
+from light_mem.engine.table_layout import READ, is_final, is_safe
+from light_mem.engine.task_table import TableAddress, TaskTable
 from light_mem.errors import LockTimeoutError, ServiceClosedError, TaskExpiredError
 from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout
+from light_mem.waiting import (
+    LIVENESS_SECONDS,
+    Outcome,
+    Waiting,
+    check_server,
+    complete,
+    notifier_of,
+    outcome_of,
+    server_is_gone,
+)
 
 if TYPE_CHECKING:
     from light_mem.engine.queue import TaskQueue
     from light_mem.session import Place, Session
 
 log = logging.getLogger("light_mem")
-
-# How often a waiter looks whether the server still lives.
-_LIVENESS_SECONDS = 0.5
 
 
 class State(IntEnum):
@@ -116,7 +120,7 @@ class CacheTask:
             if not self._shared and hasattr(self, "_release"):
                 self._release()
         elif table.orphaned:
-            raise _server_is_gone(table)
+            raise server_is_gone(table)
         return states
 
     def ready(self) -> bool:
@@ -185,7 +189,7 @@ class CacheTask:
             seen = int(table.rows["done"][self._row])
             if self.ready():
                 return True
-            left = _LIVENESS_SECONDS
+            left = LIVENESS_SECONDS
             if deadline is not None:
                 left = min(left, deadline - time.monotonic())
                 if left <= 0:
@@ -200,8 +204,8 @@ class CacheTask:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
             assert self._table is not None
-            settle = partial(_complete, future)
-            _notifier(self._table).add(_Waiting(self, settle, lambda: not future.cancelled()))
+            settle = partial(complete, future)
+            notifier_of(self._table).add(Waiting(self, settle, lambda: not future.cancelled()))
             yield from future.__await__()
         return self
 
@@ -212,11 +216,11 @@ class CacheTask:
         of the service share, so it is to return soon. What it raises is logged.
         """
         table = self._table
-        if table is None or _outcome(self) is not None:
+        if table is None or outcome_of(self) is not None:
             _call(callback, self)
         else:
-            settle: Callable[[_Outcome], None] = lambda _: _call(callback, self)  # noqa: E731
-            _notifier(table).add(_Waiting(self, settle, lambda: True))
+            settle: Callable[[Outcome], None] = lambda _: _call(callback, self)  # noqa: E731
+            notifier_of(table).add(Waiting(self, settle, lambda: True))
 
     def abort(self, queue: TaskQueue, timeout: float) -> None:
         """For `CacheService.abort`; raises LockTimeoutError when a worker does not let go."""
@@ -250,6 +254,15 @@ class CacheTask:
         return _restore, (address, where, fields)
 
 
+def _call(callback: Callable[[CacheTask], object], task: CacheTask) -> None:
+    try:
+        callback(task)
+    except BaseException as error:  # SystemExit too: the thread has others to tell
+        # As text: a log record that is kept would keep the memory of the task.
+        text = f"{type(error).__name__}: {error}"
+        log.error("a callback of %s failed: %s", repr(task), text)
+
+
 def _restore(
     address: TableAddress | None,
     where: tuple[int, int, int, int] | None,
@@ -269,159 +282,9 @@ def _restore(
     return task
 
 
-def check_server(table: TaskTable) -> None:
-    """Raise ServiceClosedError when the process that runs the workers is gone."""
-    header = table.header
-    pid, started = int(header["server_pid"][0]), float(header["server_started"][0])
-    if table.orphaned or (pid != os.getpid() and not is_alive(pid, started)):
-        raise _server_is_gone(table)
-
-
-def _server_is_gone(table: TaskTable) -> ServiceClosedError:
-    pid = int(table.header["server_pid"][0])
-    return ServiceClosedError(f"the server (pid {pid}) is gone", pid=pid)
-
-
-class _Waiting(NamedTuple):
-    """Somebody who is to be told of a task, unless not `wanted()` any more."""
-
-    task: CacheTask
-    settle: Callable[[_Outcome], None]
-    wanted: Callable[[], bool]
-
-
-class _Notifier:
-    """Tells of the ready tasks of one table: one thread, which lives while somebody waits."""
-
-    def __init__(self, table: TaskTable) -> None:
-        self._table = weakref.ref(table)
-        self._guard = threading.Lock()
-        self._numbers = itertools.count()
-        self._waiting: dict[int, _Waiting] = {}
-        self._running = False
-        self._looked = 0.0  # when the server was last seen alive
-
-    def add(self, waiting: _Waiting) -> None:
-        number = next(self._numbers)
-        with self._guard:
-            self._waiting[number] = waiting
-            if not self._running:
-                try:
-                    threading.Thread(target=self._run, name="lightmem-await", daemon=True).start()
-                except RuntimeError:  # no more threads: the next one to wait tries again
-                    del self._waiting[number]
-                    raise
-                self._running = True
-        # The thread reads the word that it sleeps on before it looks who waits: a task that gets
-        # ready after this line wakes it, one that is ready by now may have done so too early.
-        outcome = _outcome(waiting.task)
-        if outcome is not None:
-            self._settle(number, outcome)
-
-    def _settle(self, number: int, outcome: _Outcome) -> None:
-        with self._guard:
-            waiting = self._waiting.pop(number, None)
-        if waiting is not None:
-            waiting.settle(outcome)
-
-    def _run(self) -> None:
-        try:
-            while self._tell():
-                pass
-        except BaseException:
-            with self._guard:
-                self._running = False  # the next one to wait starts another thread
-            raise
-
-    def _tell(self) -> bool:
-        """Tell of what is ready now, or sleep; False: nobody waits any more."""
-        table = self._table()
-        seen = 0 if table is None else int(table.header["done_seq"][0])
-        with self._guard:
-            if table is None or not self._waiting:
-                self._running = False
-                return False
-            waiting = list(self._waiting.items())
-        gone = self._gone(table)
-        settled = False
-        for number, each in waiting:
-            outcome = _outcome(each.task) or gone
-            if outcome is not None or not each.wanted():
-                self._settle(number, outcome or True)
-                settled = True
-        waiting.clear()
-        if not settled:
-            table.futex.wait(table.done_word, seen, _LIVENESS_SECONDS / 10)
-        return True
-
-    def _gone(self, table: TaskTable) -> ServiceClosedError | None:
-        now = time.monotonic()
-        if now - self._looked < _LIVENESS_SECONDS:
-            return None
-        self._looked = now
-        try:
-            check_server(table)
-        except ServiceClosedError as error:
-            return error
-        return None
-
-
-_Outcome = Exception | bool  # True: ready; else what the one who waits gets raised
-
-
-def _outcome(task: CacheTask) -> _Outcome | None:
-    """None: not ready, and nothing is wrong."""
-    try:
-        return task.ready() or None
-    except (TaskExpiredError, ServiceClosedError) as error:
-        return error
-
-
-def _complete(future: asyncio.Future[None], outcome: _Outcome) -> None:
-    def settle() -> None:
-        if not future.done():
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(None)
-
-    try:
-        future.get_loop().call_soon_threadsafe(settle)
-    except RuntimeError:
-        pass  # the loop was closed: nobody awaits any more
-
-
-def _call(callback: Callable[[CacheTask], object], task: CacheTask) -> None:
-    try:
-        callback(task)
-    except BaseException as error:  # SystemExit too: the thread has others to tell
-        # As text: a log record that is kept would keep the memory of the task.
-        text = f"{type(error).__name__}: {error}"
-        log.error("a callback of %s failed: %s", repr(task), text)
-
-
-_notifiers: weakref.WeakKeyDictionary[TaskTable, _Notifier] = weakref.WeakKeyDictionary()
-_notifiers_guard = threading.Lock()
-
-
-def _notifier(table: TaskTable) -> _Notifier:
-    with _notifiers_guard:
-        return _notifiers.setdefault(table, _Notifier(table))
-
-
-def _after_fork_in_child() -> None:
-    # The threads that tell are the parent's.
-    global _notifiers_guard
-    _notifiers_guard = threading.Lock()
-    _notifiers.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
 assert [int(s) for s in State] == [
-    task_table.INITIAL,
-    task_table.WORKING,
-    task_table.FINISHED,
-    task_table.ABORTED,
+    table_layout.INITIAL,
+    table_layout.WORKING,
+    table_layout.FINISHED,
+    table_layout.ABORTED,
 ]

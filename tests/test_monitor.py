@@ -11,8 +11,9 @@ import pytest
 
 from light_mem import StoreFormatError
 from light_mem.engine.queue import QUEUE_BYTE
+from light_mem.engine.table_layout import NAME
 from light_mem.engine.table_stats import read_numbers
-from light_mem.engine.task_table import NAME, TaskTable
+from light_mem.engine.task_table import TaskTable
 from light_mem.index.locks import PathLock, RangeLock, lock_path
 from light_mem.maintenance import inspect
 from light_mem.monitor import look, rates

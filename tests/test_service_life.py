@@ -21,7 +21,7 @@ from light_mem import (
     ServiceClosedError,
     State,
 )
-from light_mem.engine.task_table import WRITE
+from light_mem.engine.table_layout import WRITE
 from tests.conftest import wait_until
 from tests.service_child import Child
 from tests.service_rig import WAIT, rig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from light_mem.engine.task_table import READ, Sizes, TaskTable
+from light_mem.engine.table_layout import READ
+from light_mem.engine.task_table import Sizes, TaskTable
 
 FLIP = """
 import sys

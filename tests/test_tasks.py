@@ -15,7 +15,7 @@ from light_mem import (
     CacheTask,
     State,
 )
-from light_mem.engine.task_table import FINISHED
+from light_mem.engine.table_layout import FINISHED
 from tests.conftest import wait_until
 from tests.service_child import Child
 from tests.service_rig import WAIT, Rig, rig

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.queue import BATCH_BLOCKS, BATCH_BYTES
-from light_mem.engine.task_table import WRITE
+from light_mem.engine.table_layout import WRITE
 
 Positions = npt.NDArray[np.int64]
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.task_table import (
+from light_mem.engine.table_layout import (
     ABORTED,
     COPIED,
     FINISHED,
@@ -28,8 +28,8 @@ from light_mem.engine.task_table import (
     READ,
     WORKING,
     WRITE,
-    TaskTable,
 )
+from light_mem.engine.task_table import TaskTable
 from light_mem.errors import InvalidArgumentError, LockTimeoutError, ServiceClosedError
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, RangeLock
 

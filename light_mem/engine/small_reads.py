@@ -23,7 +23,8 @@ from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import new_checksum
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Bytes1D
-from light_mem.engine.task_table import READ, WORKER, TaskTable, latency_at
+from light_mem.engine.table_layout import READ, WORKER
+from light_mem.engine.task_table import TaskTable, latency_at
 from light_mem.errors import StoreFormatError
 from light_mem.index.lookup import Location
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from light_mem.engine.histogram import Histogram, merged
-from light_mem.engine.task_table import READ, WORKER_COUNTERS, WRITE, TaskTable, latency_at
+from light_mem.engine.table_layout import READ, WORKER_COUNTERS, WRITE
+from light_mem.engine.task_table import TaskTable, latency_at
 
 _LANE_COUNTERS = (
     "queried",

@@ -30,14 +30,8 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Bytes2D, Regions, RowNumbers, Rows
 from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
-from light_mem.engine.task_table import (
-    ABORTED,
-    COPIED,
-    FINISHED,
-    READ,
-    WORDS_PER_REGION,
-    TaskTable,
-)
+from light_mem.engine.table_layout import ABORTED, COPIED, FINISHED, READ, WORDS_PER_REGION
+from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start

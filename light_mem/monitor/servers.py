@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from light_mem.engine.queue import LANE_BYTE
-from light_mem.engine.task_table import NAME, TaskTable
+from light_mem.engine.table_layout import NAME
+from light_mem.engine.task_table import TaskTable
 from light_mem.errors import ServiceClosedError
 from light_mem.index.locks import RangeLock
 from light_mem.maintenance.owners import Ownership
