@@ -113,7 +113,7 @@ def test_who_waited_for_a_shard_while_the_store_was_left_changes_nothing(
     }
     files = [engine.directory / name for name in ("index", "owners", "shard-000.slots")]
     waits = threading.Event()
-    lock = engine._shard(0)._lock
+    lock = engine._open.index(0)._lock
     real = lock.hold
 
     def hold(timeout: float) -> AbstractContextManager[None]:
@@ -131,7 +131,7 @@ def test_who_waited_for_a_shard_while_the_store_was_left_changes_nothing(
     [error] = results
     assert isinstance(error, ServiceClosedError)
     assert [file.read_bytes() for file in files] == left
-    assert not engine._files
+    assert not engine._open.files
 
 
 def test_who_leaves_waits_for_changes_that_have_begun_and_lets_them_lease_nothing(
@@ -143,7 +143,7 @@ def test_who_leaves_waits_for_changes_that_have_begun_and_lets_them_lease_nothin
     def change() -> None:
         with engine.change(0) as (index, _):
             begun.set()
-            wait_until(lambda: engine._fence.is_shut)
+            wait_until(lambda: engine._open.is_shut)
             order.append(engine.leases.take(0, slot))
             index.control["removals"] += 7
             go_on.wait(20)
@@ -298,7 +298,7 @@ def test_dropped_views_that_wait_are_no_reason_to_refuse_one(
         return real(shard, timeout)
 
     monkeypatch.setattr(engine, "change", change)
-    monkeypatch.setattr(engine._shard(0).retention, "limit", 2)
+    monkeypatch.setattr(engine._open.index(0).retention, "limit", 2)
     one, another = (view(engine, block) for block in in_shard(0)[2:4])
     with pytest.raises(LeaseLimitError):
         view(engine, in_shard(0)[0])
@@ -327,7 +327,7 @@ def test_the_last_view_of_a_closed_engine_may_go_while_its_shard_is_held(
     wait_until(lambda: not other.owners())
     assert [each[0] for each in seen] == [0]
     assert seen[0][2] != threading.get_ident()
-    wait_until(lambda: not engine._files)
+    wait_until(lambda: not engine._open.files)
     assert other.stats()["used_slots"] == 15
     assert not other._owners.records["leases"].any()
     other.close()
@@ -354,7 +354,7 @@ def test_views_of_a_closed_engine_end_though_there_are_no_more_threads(
     gc.collect()
     wait_until(lambda: not other.owners())
     assert not other._owners.records["leases"].any()
-    wait_until(lambda: not engine._files)
+    wait_until(lambda: not engine._open.files)
     other.close()
     let_go(other)
 

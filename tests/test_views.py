@@ -180,7 +180,7 @@ def test_a_shard_without_leases_is_not_looked_at_for_them(two: Two) -> None:
         asked += 1
         return real(*args, **more)
 
-    writer.engine._shards.clear()  # made anew below, over what counts
+    writer.engine._open._indexes.clear()  # made anew below, over what counts
     writer.engine.leases.of_shard = counted  # type: ignore[method-assign]
     writer.write(Block(5))
     assert asked == 0

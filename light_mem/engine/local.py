@@ -12,9 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from light_mem.engine.base import (
 )
 from light_mem.engine.copy import Copier
 from light_mem.engine.dropping import Dropper
-from light_mem.engine.fence import Fence
+from light_mem.engine.open_shards import OpenShards
 from light_mem.engine.reading import Reader
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.writing import Writer
@@ -95,10 +94,6 @@ class LocalStorageEngine(StorageEngine):
         self.verify = verify
         self.time_to_live = time_to_live
         self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
-        self._shards: dict[int, ShardIndex] = {}
-        self._files: dict[int, ShardFile] = {}
-        self._files_guard = threading.RLock()  # a finalizer may leave while this thread has it
-        self._fence = Fence()
         self._copier = Copier()
         self._dropper = Dropper(geometry.page_bytes) if page_cache == "drop" else None
         self._closed = False
@@ -112,12 +107,15 @@ class LocalStorageEngine(StorageEngine):
             self.lookup = Lookup(self._index)
             # Before joining, which may reclaim: that changes shards. Of owner 0, who is nobody.
             self.leases = Leases(self._owners, 0)
+            self._open = OpenShards(
+                self.directory, geometry, self._index, self.lookup, self.leases, self._dropper
+            )
             self._owner = self._join(kind)
-            self.leases = Leases(self._owners, self._owner.number)
+            self.leases = self._open.leases = Leases(self._owners, self._owner.number)
         except BaseException:
             self._owners.close()
             raise
-        self._reader = Reader(self, self._files, self._copier, verify, self._dropper)
+        self._reader = Reader(self, self._open.files, self._copier, verify, self._dropper)
         self._writer = Writer(self, self._owner, self._copier, flush=durability == "flush")
 
     @classmethod
@@ -440,7 +438,7 @@ class LocalStorageEngine(StorageEngine):
         they are; leases that could not be ended end with the membership, as at a death."""
         if not self.leases.close():
             return
-        quiet = self._fence.shut(LOCK_TIMEOUT_SECONDS)
+        quiet = self._open.shut(LOCK_TIMEOUT_SECONDS)
         if quiet and self._in_order and not self.leases.open:
             self._owner.leave()
         try:
@@ -455,49 +453,14 @@ class LocalStorageEngine(StorageEngine):
         if self._dropper is not None:
             self._drop(self._dropper.finish)
         self.limited.flush()
-        with self._files_guard:
-            for file in self._files.values():
-                file.close()
-            self._files.clear()
+        self._open.close()
 
-    @contextmanager
     def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
-    ) -> Iterator[tuple[ShardIndex, ShardFile]]:
-        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (files that
-        are too short), OSError, and ServiceClosedError once the store was left. For the engine and
-        for tools: what is taken out of the index must be cleared from the records before this
-        ends."""
-        index, file = self._shard(shard), self.file(shard)
-        with index.change(timeout, self._fence.hold()) as recovered:
-            if recovered:
-                # The holder that died may have taken blocks out and not cleared their records:
-                # an index made anew from them must not list what others have written over.
-                file.clear_records(index.unlisted_slots())
-                file.follow_keeps(index.entries)
-            yield index, file
-
-    def _shard(self, shard: int) -> ShardIndex:
-        index = self._shards.get(shard)
-        if index is None:
-            from light_mem.index.shard import open_shard  # 15 ms: not before the first change
-
-            leased = partial(self.leases.of_shard, shard)
-            index = self._shards[shard] = open_shard(
-                self.directory, self._index, shard, self.lookup, leased
-            )
-        return index
+    ) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
+        """Change a shard, under its lock; see `OpenShards.change`. For the engine and for tools."""
+        return self._open.change(shard, timeout)
 
     def file(self, shard: int) -> ShardFile:
-        """A shard's files, mapped when they are first needed. Any thread. Raises OSError,
-        StoreFormatError, and ServiceClosedError once the store was left."""
-        file = self._files.get(shard)
-        if file is None:
-            with self._files_guard:
-                file = self._files.get(shard)
-                if file is None:
-                    self._fence.check()  # nobody would close them
-                    file = self._files[shard] = ShardFile(
-                        self.directory, self.geometry, shard, self._dropper
-                    )
-        return file
+        """A shard's files; see `OpenShards.file`. Any thread."""
+        return self._open.file(shard)

@@ -1,0 +1,110 @@
+"""The shards of one store as one process has them open, changed under their lock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from light_mem.engine.dropping import Dropper
+from light_mem.engine.fence import Fence
+from light_mem.engine.shard_file import ShardFile
+from light_mem.index.description import Geometry
+from light_mem.index.file import IndexFile
+from light_mem.index.leases import Leases
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
+from light_mem.index.lookup import Lookup
+
+if TYPE_CHECKING:
+    from light_mem.index.shard import ShardIndex
+
+
+class OpenShards:
+    """Opens a shard when it is first needed. Any thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        geometry: Geometry,
+        index: IndexFile,
+        lookup: Lookup,
+        leases: Leases,
+        dropper: Dropper | None,
+    ) -> None:
+        """`leases` and `dropper` are those of this process."""
+        self.leases = leases  # for shards that are opened from now on
+        self._directory = directory
+        self._geometry = geometry
+        self._index = index
+        self._lookup = lookup
+        self._dropper = dropper
+        self._indexes: dict[int, ShardIndex] = {}
+        self._files: dict[int, ShardFile] = {}
+        self._guard = threading.RLock()  # a finalizer may leave while this thread has it
+        self._fence = Fence()
+
+    @property
+    def files(self) -> Mapping[int, ShardFile]:
+        """The files that are open by now, by shard."""
+        return self._files
+
+    @contextmanager
+    def change(
+        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
+    ) -> Iterator[tuple[ShardIndex, ShardFile]]:
+        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (files that
+        are too short), OSError, and ServiceClosedError once the store was left. What is taken out
+        of the index must be cleared from the records before this ends."""
+        index, file = self.index(shard), self.file(shard)
+        with index.change(timeout, self._fence.hold()) as recovered:
+            if recovered:
+                # The holder that died may have taken blocks out and not cleared their records:
+                # an index made anew from them must not list what others have written over.
+                file.clear_records(index.unlisted_slots())
+                file.follow_keeps(index.entries)
+            yield index, file
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard, to be used under its lock."""
+        index = self._indexes.get(shard)
+        if index is None:
+            from light_mem.index.shard import open_shard  # 15 ms: not before the first change
+
+            leased = partial(self.leases.of_shard, shard)
+            index = self._indexes[shard] = open_shard(
+                self._directory, self._index, shard, self._lookup, leased
+            )
+        return index
+
+    def file(self, shard: int) -> ShardFile:
+        """A shard's files, mapped. Raises OSError, StoreFormatError, and ServiceClosedError once
+        the store was left."""
+        file = self._files.get(shard)
+        if file is None:
+            with self._guard:
+                file = self._files.get(shard)
+                if file is None:
+                    self._fence.check()  # nobody would close them
+                    file = self._files[shard] = ShardFile(
+                        self._directory, self._geometry, shard, self._dropper
+                    )
+        return file
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether no change begins any more."""
+        return self._fence.is_shut
+
+    def shut(self, timeout: float) -> bool:
+        """Let no change begin any more; whether those that had begun have ended; see `Fence`."""
+        return self._fence.shut(timeout)
+
+    def close(self) -> None:
+        """Close the files, once it is shut."""
+        with self._guard:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
