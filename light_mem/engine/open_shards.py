@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from light_mem.engine.cold_reads import ColdReads
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.fence import Fence
 from light_mem.engine.shard_file import ShardFile
@@ -41,6 +42,7 @@ class OpenShards:
         self._index = index
         self._lookup = lookup
         self._dropper = dropper
+        self._cold_reads = ColdReads()
         self._indexes: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._guard = threading.RLock()  # a finalizer may leave while this thread has it
@@ -89,7 +91,7 @@ class OpenShards:
                 if file is None:
                     self._fence.check()  # nobody would close them
                     file = self._files[shard] = ShardFile(
-                        self._directory, self._geometry, shard, self._dropper
+                        self._directory, self._geometry, shard, self._dropper, self._cold_reads
                     )
         return file
 

@@ -83,7 +83,13 @@ class Reader:
             pass  # the reads themselves say what is wrong, each for its block
         dropper.plan(spans)
 
-    def _load(self, block: BlockIO, where: Location, stopped: Callable[[], bool]) -> Outcome:
+    def _load(
+        self,
+        block: BlockIO,
+        where: Location,
+        stopped: Callable[[], bool],
+        mapped: bool = False,
+    ) -> Outcome:
         low, high, place = block
         nbytes = place.nbytes
         if where.nbytes != nbytes:
@@ -110,6 +116,7 @@ class Reader:
                     place if single else place.part(done, end),
                     checksum,
                     stopped,
+                    mapped,
                 )
                 done = end
         except Stopped:
@@ -118,6 +125,10 @@ class Reader:
         if not self._lookup.is_unchanged(where):
             return Outcome.LOST
         if checksum is not None and checksum.intdigest() != where.checksum:
+            if not mapped:
+                # Of what a system call read, the sum is taken in the KV memory: who writes there
+                # meanwhile, against the rules, must not make a sound block look damaged.
+                return self._load(block, where, stopped, mapped=True)
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high)
             return Outcome.DAMAGED
         return Outcome.LOADED

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from light_mem.engine import page_cache
+from light_mem.engine.cold_reads import ColdReads
 from light_mem.engine.copy import Copier, FileSink, MappedSink
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
@@ -125,12 +126,19 @@ class ShardFile:
     only by the process whose intents name them, records only by it or under the shard's lock."""
 
     def __init__(
-        self, directory: Path, geometry: Geometry, shard: int, dropper: Dropper | None = None
+        self,
+        directory: Path,
+        geometry: Geometry,
+        shard: int,
+        dropper: Dropper | None = None,
+        cold_reads: ColdReads | None = None,
     ) -> None:
-        """With a `dropper`, what is moved goes past the page cache and not through the mapping."""
+        """With a `dropper`, what is moved goes past the page cache and not through the mapping;
+        without, what is not in the page cache is left to `cold_reads`."""
         self.page_bytes = geometry.page_bytes
         self.shard = shard
         self._dropper = dropper
+        self._cold_reads = cold_reads
         self._data, self._data_fd = _map(
             data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
         )
@@ -206,10 +214,18 @@ class ShardFile:
         place: Place,
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
+        mapped: bool = False,
     ) -> None:
-        """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError."""
-        if self._dropper is not None:
+        """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError.
+
+        `mapped`: through the mapping in any case, so that the checksum is of the slots.
+        """
+        if self._dropper is not None and not mapped:
             self._dropper.read(self.read_span(run, nbytes), copier, place, checksum, stopped)
+            return
+        span = self.span(run, nbytes)
+        if not mapped and self._cold_reads is not None and self._cold_reads.is_cold(span):
+            self._cold_reads.read(span, place, checksum, stopped)
         else:
             copier.scatter(self.bytes(*run)[:nbytes], place, checksum, stopped)
 

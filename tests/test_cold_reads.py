@@ -1,0 +1,215 @@
+"""Blocks that are not in the page cache are read by system calls, and as right as the others."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from light_mem.engine import cold_reads
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.cold_reads import ColdReads
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.places import Regions
+from light_mem.engine.read_ahead import Span
+from light_mem.index import keys as keymath
+from tests.cached import can_forget, forget
+from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, open_local
+
+MIB = 1 << 20
+DATA = "shard-000.data"
+
+
+@pytest.fixture(autouse=True)
+def _cache_that_forgets(tmp_path: Path) -> None:
+    if not can_forget(tmp_path):
+        pytest.skip("this file system drops no pages")
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the spans that were read cold."""
+    found: list[int] = []
+    read = ColdReads.read
+
+    def spy(self: ColdReads, span: Span, *rest: Any) -> None:
+        found.append(span.nbytes)
+        read(self, span, *rest)
+
+    monkeypatch.setattr(ColdReads, "read", spy)
+    return found
+
+
+def make(directory: Path, blocks: list[Block], page_bytes: int) -> None:
+    """A store of these blocks, none of them in the page cache."""
+    pages = sum(block.pages for block in blocks)
+    engine = open_local(directory, pages, page_bytes=page_bytes)
+    assert Rig(engine, page_bytes).write(*blocks) == [COPIED_AND_STORED] * len(blocks)
+    engine.close()
+    forget(directory / DATA)
+
+
+@contextmanager
+def opened(directory: Path, page_bytes: int, verify: bool = True) -> Iterator[Rig]:
+    engine = LocalStorageEngine(directory, kind="worker", verify=verify)
+    yield Rig(engine, page_bytes)
+    engine.close()
+
+
+@pytest.mark.parametrize("page_bytes", [64, 3840, 4096, 61440, 5 * MIB + 100])
+@pytest.mark.parametrize("verify", [True, False])
+def test_cold_blocks_come_back_right(
+    tmp_path: Path, reads: list[int], page_bytes: int, verify: bool
+) -> None:
+    blocks = [Block(n, 1 + n % 4) for n in range(6)]
+    make(tmp_path / "s", blocks, page_bytes)
+    with opened(tmp_path / "s", page_bytes, verify) as r:
+        # One at a time and dropped in between: the device reads neighbours too.
+        for block in blocks:
+            assert r.read(block) == [Outcome.LOADED]
+            forget(tmp_path / "s" / DATA)
+    assert len(reads) >= (1 if page_bytes < 4096 else 4)  # after a warm one some are not asked for
+    assert set(reads) <= {block.pages * page_bytes for block in blocks}
+
+
+def test_what_is_in_the_page_cache_goes_through_the_mapping(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    blocks = [Block(n, 4) for n in range(6)]
+    make(tmp_path / "s", blocks, 4096)
+    (tmp_path / "s" / DATA).read_bytes()
+    with opened(tmp_path / "s", 4096) as r:
+        assert r.read(*blocks) == [Outcome.LOADED] * 6
+    assert not reads
+
+
+def test_blocks_in_several_runs_and_of_many_regions_come_back_right(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    page, singles = 4096, [Block(n) for n in range(64)]
+    engine = open_local(tmp_path / "s", 64, page_bytes=page)
+    rig = Rig(engine, page)
+    rig.write(*singles)
+    assert rig.delete(*singles[::2]) == 32
+    rng = np.random.default_rng(5)
+    memory = rng.integers(0, 256, 1 << 18, np.uint8)
+    # In the first run of slots are more regions than a call takes buffers.
+    regions = [(n * 97, 79) for n in range(1500)]
+    low, high = keymath.as_key("many")
+    outcomes: list[Outcome] = []
+    report: Callable[[int, Outcome], None] = lambda _, outcome: outcomes.append(outcome)  # noqa: E731
+    engine.write([BlockIO(low, high, Regions(memory, regions))], report)
+    assert outcomes[-1] is Outcome.STORED
+    where = engine.lookup.locate(engine.lookup.find_one(low, high), low, high)
+    assert where is not None
+    assert len(where.runs) > 1
+    assert where.runs[0][1] * page > 1024 * 79
+    engine.close()
+    forget(tmp_path / "s" / DATA)
+    with opened(tmp_path / "s", page) as r:
+        found = np.zeros_like(memory)
+        block = BlockIO(low, high, Regions(found, regions))
+        r.engine.read([block], report)
+        assert outcomes[-1] is Outcome.LOADED
+        assert all(np.array_equal(found[a : a + n], memory[a : a + n]) for a, n in regions)
+        assert found.sum() == sum(int(memory[a : a + n].sum()) for a, n in regions)
+    assert sum(reads) > 0
+
+
+def test_a_cold_read_stops_between_two_calls(tmp_path: Path) -> None:
+    page = 5 * MIB
+    make(tmp_path / "s", [Block(1, 2)], page)
+    asked = 0
+
+    def stop(at: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 3
+
+    with opened(tmp_path / "s", page) as r:
+        assert r.read(Block(1, 2), stop=stop) == [Outcome.STOPPED]
+    assert asked == 3
+
+
+def test_a_flipped_bit_on_the_device_is_damage(tmp_path: Path, reads: list[int]) -> None:
+    make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
+    with (tmp_path / "s" / DATA).open("r+b") as file:
+        file.seek(4096 + 5000)
+        byte = file.read(1)[0]
+        file.seek(4096 + 5000)
+        file.write(bytes([byte ^ 4]))
+    forget(tmp_path / "s" / DATA)
+    with opened(tmp_path / "s", 4096) as r:
+        outcomes = {r.read(block)[0] for block in (Block(1, 4), Block(2, 4))}
+        assert outcomes == {Outcome.DAMAGED, Outcome.LOADED}
+        assert sum(r.find(Block(1), Block(2))) == 1
+    assert reads
+
+
+def test_who_writes_to_the_pages_meanwhile_makes_no_block_look_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    update, calls = os.preadv, 0
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        nonlocal calls
+        done = update(fd, buffers, at, flags)
+        if not flags:
+            calls += 1
+            buffers[0][7] ^= 1
+        return done
+
+    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
+    with opened(tmp_path / "s", 4096) as r:
+        assert r.read(Block(1, 4)) == [Outcome.LOADED]
+        assert calls
+        assert r.find(Block(1)) == [True]
+
+
+def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: list[int]) -> None:
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    with opened(tmp_path / "s", 4096) as r:
+        r.engine.file(0)  # type: ignore[attr-defined]  # mapped while it was whole
+        os.truncate(tmp_path / "s" / DATA, 3 * 4096)
+        assert r.read(Block(1, 4)) == [Outcome.FAILED]
+    assert reads == [4 * 4096]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_warm_block_speaks_for_the_next_few_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    answers: list[BaseException | None] = []
+    asked = 0
+
+    def preadv(*_: Any) -> int:
+        nonlocal asked
+        asked += 1
+        if answers and (answer := answers.pop(0)):
+            raise answer
+        return 1
+
+    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
+    cold = ColdReads()
+    small, large = Span(3, 0, 100), Span(3, 0, MIB)
+    if not supported:
+        answers.append(OSError(errno.EOPNOTSUPP, "no"))
+        assert [cold.is_cold(small), cold.is_cold(large)] == [False, False]
+        assert asked == 1
+        return
+    answers += [BlockingIOError(), BlockingIOError()]
+    assert [cold.is_cold(small) for _ in range(4)] == [True, True, False, False]
+    assert asked == 3
+    for _ in range(20):
+        cold.is_cold(large)
+    assert asked == 23
+    for _ in range(9):
+        cold.is_cold(small)
+    assert asked == 24
