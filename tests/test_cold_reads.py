@@ -74,7 +74,7 @@ def test_cold_blocks_come_back_right(
         for block in blocks:
             assert r.read(block) == [Outcome.LOADED]
             forget(tmp_path / "s" / DATA)
-    assert len(reads) >= (1 if page_bytes < 4096 else 4)  # after a warm one some are not asked for
+    assert reads[0] == page_bytes  # how many more depends on what the device reads beside it
     assert set(reads) <= {block.pages * page_bytes for block in blocks}
 
 
