@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine import shard_file
+from light_mem.engine import shard_file, shard_header
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
@@ -168,9 +168,9 @@ DATA_HEADER = "4c4d444154410000 02000000 96419599" + IDENTITY + "001000000000000
 
 def test_a_shard_header_has_these_bytes() -> None:
     geometry = Geometry(STORE_ID, 4096, 4, 10, 163840)
-    data = shard_file.header_bytes(fmt.DATA_MAGIC, geometry, 2)
+    data = shard_header.header_bytes(fmt.DATA_MAGIC, geometry, 2)
     assert data.hex() == DATA_HEADER.replace(" ", "")
-    slots = shard_file.header_bytes(fmt.SLOTS_MAGIC, geometry, 2)
+    slots = shard_header.header_bytes(fmt.SLOTS_MAGIC, geometry, 2)
     assert slots[:8].hex() == "4c4d534c4f545300"
     assert slots[8:] == data[8:]
 
@@ -232,7 +232,7 @@ def test_store_ids_that_end_in_zeros_survive(tmp_path: Path) -> None:
         path = index_file.create(tmp_path, geometry)
         assert index_file.IndexFile(path, geometry).geometry == geometry
         header = tmp_path / "header"
-        header.write_bytes(shard_file.header_bytes(fmt.DATA_MAGIC, geometry, 0))
-        found = shard_file.read_header(header)
+        header.write_bytes(shard_header.header_bytes(fmt.DATA_MAGIC, geometry, 0))
+        found = shard_header.read_header(header)
         assert found is not None
         assert found.tobytes()[16:32].hex() == store_id

@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from light_mem.engine import shard_file
+from light_mem.engine import shard_header
 from light_mem.engine.reindex import make_index
 from light_mem.errors import (
     InvalidArgumentError,
@@ -55,7 +55,7 @@ def refuse_other_version(directory: Path) -> None:
     opened to be used: another version's `owners` may have another size."""
     if description.load(directory) is None:
         for path in directory.glob("shard-*.data"):
-            shard_file.read_header(path)
+            shard_header.read_header(path)
 
 
 def make_directory(directory: Path) -> None:
@@ -178,14 +178,14 @@ def drop_unfinished(directory: Path) -> None:
 
 def _remove_shards(directory: Path, geometry: Geometry) -> None:
     for shard in range(geometry.shards):
-        shard_file.data_path(directory, shard).unlink(missing_ok=True)
-        shard_file.slots_path(directory, shard).unlink(missing_ok=True)
+        shard_header.data_path(directory, shard).unlink(missing_ok=True)
+        shard_header.slots_path(directory, shard).unlink(missing_ok=True)
 
 
 def _require_empty(directory: Path) -> None:
     # A directory with shards but without any readable header is not ours to overwrite. (One that
     # is nothing but room was not finished: its header did not reach the device.)
-    found = sorted(p.name for p in directory.glob("shard-*") if shard_file.is_foreign(p))
+    found = sorted(p.name for p in directory.glob("shard-*") if shard_header.is_foreign(p))
     if found:
         raise StoreFormatError(
             f"{directory} has shard files that describe no store of this format: {found}; "
@@ -224,7 +224,7 @@ def describe(directory: Path) -> Geometry | None:
 def _from_shards(directory: Path) -> Geometry | None:
     """The description from the shards' own headers; None when there are none."""
     for path in sorted(directory.glob("shard-*.data")):
-        header = shard_file.read_header(path)
+        header = shard_header.read_header(path)
         if header is None:
             continue
         shards, page_bytes = int(header["shards"]), int(header["page_bytes"])
@@ -241,10 +241,10 @@ def _from_shards(directory: Path) -> Geometry | None:
 def _shard_sizes(directory: Path, geometry: Geometry, shard: int) -> dict[Path, int]:
     """A shard's data file and slots file, and their sizes in bytes."""
     return {
-        shard_file.data_path(directory, shard): fmt.data_file_bytes(
+        shard_header.data_path(directory, shard): fmt.data_file_bytes(
             geometry.slots, geometry.page_bytes
         ),
-        shard_file.slots_path(directory, shard): fmt.slots_file_bytes(geometry.slots),
+        shard_header.slots_path(directory, shard): fmt.slots_file_bytes(geometry.slots),
     }
 
 
@@ -262,8 +262,8 @@ def _make_shards(directory: Path, geometry: Geometry, before: Geometry, alone: b
             (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC),
             strict=True,
         ):
-            header = shard_file.header_bytes(magic, geometry, shard)
-            found = shard_file.read_header(path)
+            header = shard_header.header_bytes(magic, geometry, shard)
+            found = shard_header.read_header(path)
             if found is not None and found.tobytes() != header:
                 raise StoreFormatError(
                     f"{path} belongs to another store or shard; nothing was changed",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine import shard_file
+from light_mem.engine import shard_header
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index import recovery
@@ -67,7 +67,7 @@ def read_at(path: Path, at: int, size: int) -> bytearray:
 
 def read_records(directory: Path, geometry: Geometry, shard: int) -> Table:
     """A copy of a shard's records, RECORD [slots]; FREE for those that the file does not have."""
-    path = shard_file.slots_path(directory, shard)
+    path = shard_header.slots_path(directory, shard)
     raw = read_at(path, fmt.SHARD_HEADER_BYTES, fmt.RECORD.itemsize * geometry.slots)
     return np.frombuffer(raw, fmt.RECORD)
 
@@ -130,7 +130,7 @@ def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | 
 def _slots_within(directory: Path, geometry: Geometry, shard: int) -> int:
     """Slots that the data file really has: a file that was cut short has lost the others."""
     try:
-        size = shard_file.data_path(directory, shard).stat().st_size
+        size = shard_header.data_path(directory, shard).stat().st_size
     except FileNotFoundError:
         return 0
     return max(0, min(geometry.slots, (size - fmt.SHARD_HEADER_BYTES) // geometry.page_bytes))
@@ -178,7 +178,7 @@ def clear_unlisted(directory: Path, file: IndexFile, shard: int) -> None:
     unlisted = np.flatnonzero(free & (recovery.states_of(records) != fmt.FREE))
     if not unlisted.size:
         return
-    descriptor = os.open(shard_file.slots_path(directory, shard), os.O_WRONLY | os.O_CLOEXEC)
+    descriptor = os.open(shard_header.slots_path(directory, shard), os.O_WRONLY | os.O_CLOEXEC)
     try:
         for slot in unlisted.tolist():
             at = fmt.SHARD_HEADER_BYTES + slot * fmt.RECORD.itemsize + _TAG_AT

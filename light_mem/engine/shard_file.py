@@ -7,7 +7,6 @@ the mapping cannot fail for want of room (it would be SIGBUS, which Python canno
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import time
@@ -25,82 +24,11 @@ from light_mem.engine.copy import Copier, FileSink, MappedSink
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
+from light_mem.engine.shard_header import data_path, slots_path
 from light_mem.errors import ServiceClosedError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.recovery import record_crcs, states_of
-
-
-def data_path(directory: Path, shard: int) -> Path:
-    """Where a shard's pages lie."""
-    return directory / f"shard-{shard:03}.data"
-
-
-def slots_path(directory: Path, shard: int) -> Path:
-    """Where a shard's slot records lie."""
-    return directory / f"shard-{shard:03}.slots"
-
-
-def header_bytes(magic: bytes, geometry: Geometry, shard: int) -> bytes:
-    """The header of one of a shard's two files."""
-    header = np.zeros(1, fmt.SHARD_HEADER)
-    header["magic"] = magic
-    header["version"] = fmt.FORMAT_VERSION
-    header["store_id"] = bytes.fromhex(geometry.store_id)
-    header["page_bytes"] = geometry.page_bytes
-    header["shard"] = shard
-    header["shards"] = geometry.shards
-    header["crc"] = fmt.header_crc(header, fmt.SHARD_HEADER_CRC)
-    return header.tobytes()
-
-
-def read_header(path: Path) -> np.void | None:
-    """The header of a shard's file; None when it is missing, cut short or damaged.
-
-    Raises StoreFormatError when it is whole but of another version.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(fmt.SHARD_HEADER.itemsize)
-    except FileNotFoundError:
-        return None
-    if len(raw) < fmt.SHARD_HEADER.itemsize:
-        return None
-    header = np.frombuffer(raw, fmt.SHARD_HEADER)
-    magics = (fmt.DATA_MAGIC.rstrip(b"\0"), fmt.SLOTS_MAGIC.rstrip(b"\0"))
-    if bytes(header["magic"][0]) not in magics:
-        return None
-    if int(header["crc"][0]) != fmt.header_crc(header, fmt.SHARD_HEADER_CRC):
-        return None
-    if int(header["version"][0]) != fmt.FORMAT_VERSION:
-        raise StoreFormatError(
-            f"{path} has format version {int(header['version'][0])}, this library reads "
-            f"{fmt.FORMAT_VERSION}; nothing was changed",
-            path=str(path),
-            field="version",
-            found=int(header["version"][0]),
-            expected=fmt.FORMAT_VERSION,
-        )
-    found: np.void = header[0]
-    return found
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether a file without a readable header holds any data, not only room for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        at = 0
-        while True:
-            at = os.lseek(descriptor, at, os.SEEK_DATA)  # ... or zeros that somebody has read
-            piece = os.pread(descriptor, 1 << 20, at)
-            if piece.strip(b"\0"):
-                return True
-            at += len(piece)
-    except OSError as error:
-        return error.errno != errno.ENXIO  # the end
-    finally:
-        os.close(descriptor)
-
 
 _KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.closing import Closing
-from light_mem.engine import shard_file
+from light_mem.engine import shard_header
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import Ints, Table
@@ -194,7 +194,7 @@ class DataCheck(Closing):
 
     def _read(self, unit: _Unit) -> tuple[list[DamagedBlock], int]:
         try:
-            file = DataFile(shard_file.data_path(self._store.directory, unit.shard))
+            file = DataFile(shard_header.data_path(self._store.directory, unit.shard))
         except FileNotFoundError:
             numbers = range(len(unit.heads))
             return [self._damaged(unit, n, "its file is missing") for n in numbers], 0
@@ -216,7 +216,7 @@ class DataCheck(Closing):
         batch = unit.batch(self._page)
         process = self._process() if unit.apart else None
         if process is not None:
-            path = shard_file.data_path(self._store.directory, unit.shard)
+            path = shard_header.data_path(self._store.directory, unit.shard)
             failed = process.scan(path, batch, told)
             if failed is not None:
                 return failed

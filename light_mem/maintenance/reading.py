@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from light_mem.engine import shard_file
+from light_mem.engine import shard_header
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.inspecting import Listed
@@ -38,7 +38,7 @@ class BlockReader:
 
     def _file(self, shard: int) -> DataFile:
         if shard not in self._files:
-            path = shard_file.data_path(self._store.directory, shard)
+            path = shard_header.data_path(self._store.directory, shard)
             self._files[shard] = DataFile(path)
         return self._files[shard]
 

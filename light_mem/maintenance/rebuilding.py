@@ -22,7 +22,7 @@ from itertools import groupby
 
 import numpy as np
 
-from light_mem.engine import reindex, shard_file
+from light_mem.engine import reindex, shard_file, shard_header
 from light_mem.engine.opening import drop_unfinished, prepare
 from light_mem.index import description, recovery
 from light_mem.index import file as index_file
@@ -119,7 +119,7 @@ def _keep_unrecorded(
     heads, several = blocks_in(before, page_bytes)
     heads = heads[heads < size]
     unknown = heads[~reindex.same_block(entries[heads], before[heads])].tolist()
-    path = shard_file.data_path(store.directory, shard)
+    path = shard_header.data_path(store.directory, shard)
     if not unknown or not path.exists():
         sums.lost += len(unknown) * old.sound
         return

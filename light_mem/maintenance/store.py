@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine import reindex, shard_file
+from light_mem.engine import reindex
 from light_mem.engine.opening import describe
 from light_mem.errors import StoreBusyError, StoreFormatError
 from light_mem.index import description, recovery
@@ -175,17 +175,17 @@ class Store:
         for shard in range(g.shards):
             for path, magic, size in (
                 (
-                    shard_file.data_path(self.directory, shard),
+                    shard_header.data_path(self.directory, shard),
                     fmt.DATA_MAGIC,
                     fmt.data_file_bytes(g.slots, g.page_bytes),
                 ),
                 (
-                    shard_file.slots_path(self.directory, shard),
+                    shard_header.slots_path(self.directory, shard),
                     fmt.SLOTS_MAGIC,
                     fmt.slots_file_bytes(g.slots),
                 ),
             ):
-                problem = _file_problem(path, shard_file.header_bytes(magic, g, shard), size)
+                problem = _file_problem(path, shard_header.header_bytes(magic, g, shard), size)
                 if problem:
                     kind = "foreign" if problem == _FOREIGN else "file"
                     found.append(Finding(kind, shard, -1, "", f"{path.name} {problem}"))
@@ -214,7 +214,7 @@ def _file_problem(path: Path, header: bytes, size: int) -> str:
         return f"has {found} of {size} bytes"
     if bytes(reindex.read_at(path, 0, len(header))) == header:
         return ""
-    if shard_file.read_header(path) is None:
+    if shard_header.read_header(path) is None:
         return "has a damaged header"
     return _FOREIGN
 
