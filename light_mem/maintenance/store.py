@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine import reindex
+from light_mem.engine import reindex, shard_header
 from light_mem.engine.opening import describe
 from light_mem.errors import StoreBusyError, StoreFormatError
 from light_mem.index import description, recovery
