@@ -258,6 +258,43 @@ def test_nothing_is_read_once_the_workers_are_ended(stored: Rig) -> None:
     assert not stored.service._small_reads.read([])
 
 
+def test_a_read_in_whose_middle_its_thread_closes_the_service_ends_and_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome: list[object] = []
+    with rig(tmp_path, page_bytes=PAGE, small_read_bytes=LIMIT, verify=False) as r:
+        r.write([1], [0])
+        preadv = os.preadv
+
+        def closing(*arguments: int) -> int:  # as the handler of a signal would
+            done = preadv(*arguments)  # type: ignore[call-arg, arg-type]
+            r.service.close()
+            return done
+
+        def read() -> None:
+            try:
+                outcome.append(r.service.create("read", [1], [20]))
+            except ServiceClosedError as error:
+                outcome.append(error)
+
+        monkeypatch.setattr(os, "preadv", closing)
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(WAIT)
+        assert not thread.is_alive()
+        assert isinstance(outcome[0], ServiceClosedError)
+    let_go(r)
+
+
+def test_a_read_of_nothing_counts_as_a_task_that_took_no_time(stored: Rig) -> None:
+    before = stored.service.stats(ages=False)
+    assert stored.service.create("read", [], []).ready()
+    numbers = stored.service.stats(ages=False)
+    assert numbers["read_tasks"] - before["read_tasks"] == 1
+    assert numbers["read_latency"] == before["read_latency"]
+    assert numbers["read_ns"] == before["read_ns"]
+
+
 def test_threads_that_read_against_eviction_never_believe_wrong_bytes(tmp_path: Path) -> None:
     readers, enough, keys = 4, 200, 96
     with rig(tmp_path, pages=64, page_bytes=PAGE, slots=64, small_read_bytes=LIMIT) as r:

@@ -44,7 +44,8 @@ class SmallReads:
         # Numbers of worker 0, who stands for the server: nobody else changes them.
         self._numbers = table.workers[:1].view(np.uint64).data
         self._latencies = table.latencies
-        self._guard = threading.Lock()
+        # Reentrant: a signal's handler, or a finalizer, may close in the middle of its thread's read.
+        self._guard = threading.RLock()
         self._closed = not SUPPORTED
 
     def read(self, blocks: Sequence[BlockIO]) -> bool:
@@ -63,6 +64,8 @@ class SmallReads:
                 if not self._load(block):
                     return False
                 moved += block.nbytes
+            if self._closed:  # by this very thread: a descriptor's number may have been another's
+                return False
             numbers = self._numbers
             numbers[_WORDS["blocks_read"]] += len(blocks)
             numbers[_WORDS["bytes_read"]] += moved
@@ -118,6 +121,7 @@ class SmallReads:
         return os.preadv(descriptor, buffers, at, os.RWF_NOWAIT) == nbytes
 
     def close(self) -> None:
-        """No block is read here any more, nor being read, when this returns."""
+        """No block is read here any more, nor being read, when this returns; one that this very
+        thread is reading is not believed."""
         with self._guard:
             self._closed = True
