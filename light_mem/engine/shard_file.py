@@ -151,7 +151,9 @@ class ShardFile:
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
         self._address = self._bytes.ctypes.data
-        self._written_at = np.full(geometry.slots, -np.inf)  # when this process last wrote a slot
+        # When this process last wrote a slot; 0: never. Zeros take no memory until they are written
+        # over: who only reads does not pay 8 bytes a slot.
+        self._written_at = np.zeros(geometry.slots)
         self._written = self._written_at.data
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
