@@ -114,6 +114,7 @@ class LocalCacheService(CacheService):
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)
+            self._memory = kvcache.numpy()  # once it is shared: what is exported is not moved
             engine = LocalStorageEngine.open_store(
                 directory,
                 page_bytes=page_bytes,
@@ -157,7 +158,6 @@ class LocalCacheService(CacheService):
         self._small_reads = SmallReads(engine, table)
         # Where blocks are to leave the page cache, the workers read, who see to that.
         self._small_read_bytes = 0 if page_cache == cache_policy.DROP else small_read_bytes
-        self._memory = kvcache.numpy()
         self._started = False
         self._start_guard = threading.Lock()
         self._finalizer = weakref.finalize(
@@ -198,7 +198,9 @@ class LocalCacheService(CacheService):
         raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
 
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:
-        if layout.nbytes_in_all > self._small_read_bytes or layout.pieces > _SMALL_READ_PIECES:
+        if not 0 < layout.nbytes_in_all <= self._small_read_bytes:
+            return False
+        if layout.pieces > _SMALL_READ_PIECES:
             return False
         if not self._started:
             return False

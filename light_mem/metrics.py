@@ -114,7 +114,7 @@ _COUNTERS = (
     ("lightmem_worker_restarts_total", "Workers that died and were replaced.", "restarts"),
 )
 _COPY_SECONDS = Family(
-    "lightmem_copy_seconds_total", "counter", "Time that workers spent on blocks.", _MODE
+    "lightmem_copy_seconds_total", "counter", "Time spent on blocks that were copied.", _MODE
 )
 _GAUGES = (
     ("lightmem_workers", "Workers that are ready.", "workers"),
@@ -125,7 +125,7 @@ _WANTED = Family("lightmem_configured_workers", "gauge", "Workers there should b
 _LATENCY = Family(
     "lightmem_task_duration_seconds",
     "histogram",
-    "From `create` to ready, of tasks that went through the workers.",
+    "From `create` to ready, of tasks that went through the workers or were read by `create`.",
     _MODE,
 )
 

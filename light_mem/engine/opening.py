@@ -91,7 +91,7 @@ def check_descriptors(shards: int, dropping: bool = False) -> None:
     if needed > soft:
         log.warning(
             "%d shards need up to %d file descriptors here, the soft limit is %d (ulimit -n): "
-            "clear and delete may fail",
+            "clear and delete may fail, and small reads are left to the workers",
             shards,
             needed,
             soft,

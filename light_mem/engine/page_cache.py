@@ -39,6 +39,20 @@ def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
 _sync_file_range = _find_sync_file_range()
 
 
+def _find_mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int] | None:
+    try:
+        call = ctypes.PyDLL(None).mincore  # with the GIL: it takes a microsecond
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    call.restype = ctypes.c_int
+    found: Callable[[int, int, ctypes.Array[ctypes.c_char]], int] = call
+    return found
+
+
+_mincore = _find_mincore()
+
+
 def can_drop() -> bool:
     """Whether this system has the calls; without them only "keep" is left."""
     return _sync_file_range is not None and hasattr(os, "posix_fadvise")
@@ -93,6 +107,19 @@ def drop(descriptor: int, at: int, nbytes: int) -> None:
 def read_no_further(descriptor: int) -> None:
     """From now on reads of this descriptor bring in what they ask for, and nothing behind it."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def holds(address: int, nbytes: int) -> bool:
+    """Whether all pages of mapped bytes are in the page cache, at this moment. Brings nothing in.
+
+    True where the system does not tell.
+    """
+    if _mincore is None:
+        return True
+    first = address - address % _PAGE
+    pages = -(-(address + nbytes - first) // _PAGE)
+    there = ctypes.create_string_buffer(pages)
+    return _mincore(first, pages * _PAGE, there) != 0 or there.raw == b"\1" * pages
 
 
 def read_edges(descriptor: int, at: int, nbytes: int) -> None:

@@ -86,7 +86,10 @@ class ShardFile:
         self._bytes = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
-        self._written_at = np.full(geometry.slots, -np.inf)  # when this process last wrote a slot
+        self._address = self._bytes.ctypes.data
+        # When this process last wrote a slot; 0: never. Zeros take no memory until they are written
+        # over: who only reads does not pay 8 bytes a slot.
+        self._written_at = np.zeros(geometry.slots)
         self._written = self._written_at.data
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
@@ -165,6 +168,10 @@ class ShardFile:
         """The same, for reading past the page cache."""
         span = self.span(run, nbytes)
         return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
+
+    def is_cached(self, run: tuple[int, int], nbytes: int) -> bool:
+        """Whether the first `nbytes` of a run of slots lie in the page cache now."""
+        return page_cache.holds(self._address + run[0] * self.page_bytes, nbytes)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.

@@ -26,7 +26,8 @@ class ServiceNumbers(NamedTuple):
 
     counters    never fall: hashes, tasks, blocks, bytes and ns, by name (README, Operators)
     gauges      now: `workers`, and by mode `*_queue` (blocks), `active_*_tasks`
-    latencies   by mode: from `create` to ready, of tasks that went through the workers
+    latencies   by mode: from `create` to ready, of tasks that went through the workers, or that
+                `create` read itself
     """
 
     counters: dict[str, int]
@@ -56,7 +57,7 @@ def read_numbers(table: TaskTable) -> ServiceNumbers:
 
 
 def copy_rate(nbytes: int, nanoseconds: int) -> float:
-    """Bytes a second while workers were at it; 0.0 before the first block."""
+    """Bytes a second while somebody was at it; 0.0 before the first block."""
     return nbytes * 1e9 / nanoseconds if nanoseconds else 0.0
 
 
