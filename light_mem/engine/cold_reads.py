@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import xxhash
 
+from light_mem.engine import page_cache
 from light_mem.engine.copy import Stopped
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 4 << 20  # of one call: an abort waits for it, some milliseconds
 _MAX_BUFFERS = 1024  # of one call: IOV_MAX of Linux
-# To ask costs some 2 us. Of blocks shorter than this, one that is in the page cache speaks for the
-# next few: what a server reads together was mostly written or read together.
+# To ask costs a microsecond or two. Of blocks shorter than this, one that is in the page cache
+# speaks for the next few: what a server reads together was mostly written or read together.
 _ASK_ALWAYS_BYTES = 1 << 20
 _TRUST = 8
 
@@ -33,27 +34,17 @@ class ColdReads:
     """Knows which blocks are cold, and reads them. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._byte = [bytearray(1)]
         self._trusted = 0
-        self._asks = hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")  # Linux 4.14
 
-    def is_cold(self, span: Span) -> bool:
-        """Whether the end of this span of a file is not in the page cache, or was not lately: the
-        reading around a neighbour may have brought the beginning."""
-        if self._trusted and span.nbytes < _ASK_ALWAYS_BYTES:
+    def is_cold(self, address: int, nbytes: int) -> bool:
+        """Whether the end of `nbytes` mapped at `address` is not in the page cache, or was not
+        lately: the reading around a neighbour may have brought the beginning."""
+        if self._trusted and nbytes < _ASK_ALWAYS_BYTES:
             self._trusted -= 1
             return False
-        if not self._asks:
-            return False
-        try:
-            there = os.preadv(span.descriptor, self._byte, span.at + span.nbytes - 1, os.RWF_NOWAIT)
-        except BlockingIOError:
+        # Not by a read with RWF_NOWAIT: that would begin a read of its own.
+        if not page_cache.holds(address + nbytes - 1, 1):
             return True
-        except OSError:
-            self._asks = False  # a file system or kernel without RWF_NOWAIT
-            return False
-        if not there:
-            return True  # cut short: `read` raises, where the mapping would be SIGBUS
         self._trusted = _TRUST
         return False
 

@@ -154,9 +154,10 @@ class ShardFile:
         if self._dropper is not None and not mapped:
             self._dropper.read(self.read_span(run, nbytes), copier, place, checksum, stopped)
             return
-        span = self.span(run, nbytes)
-        if not mapped and self._cold_reads is not None and self._cold_reads.is_cold(span):
-            self._cold_reads.read(span, place, checksum, stopped)
+        address = self._address + run[0] * self.page_bytes
+        cold = self._cold_reads
+        if not mapped and cold is not None and cold.is_cold(address, nbytes):
+            cold.read(self.span(run, nbytes), place, checksum, stopped)
         else:
             copier.scatter(self.bytes(*run)[:nbytes], place, checksum, stopped)
 
