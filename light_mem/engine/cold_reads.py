@@ -35,6 +35,7 @@ class ColdReads:
 
     def __init__(self) -> None:
         self._trusted = 0
+        self._can_read = hasattr(os, "preadv")
 
     def is_cold(self, address: int, nbytes: int) -> bool:
         """Whether the end of `nbytes` mapped at `address` is not in the page cache, or was not
@@ -43,7 +44,7 @@ class ColdReads:
             self._trusted -= 1
             return False
         # Not by a read with RWF_NOWAIT: that would begin a read of its own.
-        if not page_cache.holds(address + nbytes - 1, 1):
+        if self._can_read and not page_cache.holds(address + nbytes - 1, 1):
             return True
         self._trusted = _TRUST
         return False
