@@ -194,8 +194,10 @@ def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: li
     assert reads == [4 * 4096]
 
 
-def test_a_warm_block_speaks_for_the_next_few_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [False, False]
+def test_only_a_row_of_warm_blocks_speaks_for_the_next_few_small_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[bool] = []
     asked: list[int] = []
 
     def holds(address: int, nbytes: int) -> bool:
@@ -203,13 +205,20 @@ def test_a_warm_block_speaks_for_the_next_few_small_ones(monkeypatch: pytest.Mon
         asked.append(address)
         return answers.pop(0) if answers else True
 
+    def look(times: int, nbytes: int = 100) -> tuple[list[bool], int]:
+        """What is said of so many blocks, and how many were asked for."""
+        before = len(asked)
+        return [cold.is_cold(1000, nbytes) for _ in range(times)], len(asked) - before
+
     monkeypatch.setattr(cold_reads.page_cache, "holds", holds)
     cold = ColdReads()
-    assert [cold.is_cold(1000, 100) for _ in range(4)] == [True, True, False, False]
-    assert asked == [1099] * 3
-    for _ in range(20):
-        cold.is_cold(0, MIB)
-    assert len(asked) == 23
-    for _ in range(9):
-        cold.is_cold(1000, 100)
-    assert len(asked) == 24
+    answers += [False, True] * 10
+    assert look(20) == ([True, False] * 10, 20)
+    assert asked == [1099] * 20
+    assert look(7) == ([False] * 7, 7)  # the last of before was the first in the row
+    assert look(8) == ([False] * 8, 0)
+    assert look(9) == ([False] * 9, 1)
+    answers += [True, True, False]
+    assert look(3, MIB) == ([False, False, True], 3)
+    cold._trusted = 0
+    assert look(8) == ([False] * 8, 8)  # a new row

@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 4 << 20  # of one call: an abort waits for it, some milliseconds
 _MAX_BUFFERS = 1024  # of one call: IOV_MAX of Linux
-# To ask costs a microsecond or two. Of blocks shorter than this, one that is in the page cache
-# speaks for the next few: what a server reads together was mostly written or read together.
+# To ask costs a microsecond or two. Blocks shorter than this are not all asked for: after so many in
+# a row that were in the page cache, as many are taken to be so. Not after one: in a store that is
+# read for the first time, now and then one was read ahead with its neighbour.
 _ASK_ALWAYS_BYTES = 1 << 20
-_TRUST = 8
+_IN_A_ROW = 8
 
 
 class ColdReads:
     """Knows which blocks are cold, and reads them. Not thread-safe."""
 
     def __init__(self) -> None:
+        self._in_a_row = 0
         self._trusted = 0
         self._can_read = hasattr(os, "preadv")
 
@@ -45,8 +47,11 @@ class ColdReads:
             return False
         # Not by a read with RWF_NOWAIT: that would begin a read of its own.
         if self._can_read and not page_cache.holds(address + nbytes - 1, 1):
+            self._in_a_row = 0
             return True
-        self._trusted = _TRUST
+        self._in_a_row += 1
+        if self._in_a_row >= _IN_A_ROW:
+            self._trusted = _IN_A_ROW
         return False
 
     def read(
