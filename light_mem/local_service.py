@@ -65,7 +65,7 @@ class LocalCacheService(CacheService):
                     nodes in turn. A list with one element a worker: a CPU number, or several
     small_read_bytes  a read of at most so many bytes, of blocks that lie in the page cache, is made
                     by `create` itself: sooner than a worker would wake. 0: never. None: what
-                    LIGHTMEM_SMALL_READ_BYTES says, 131072 if nothing
+                    LIGHTMEM_SMALL_READ_BYTES says, 262144 if nothing
     max_blocks      capacity of the task table: blocks that each process may have in tasks
     create_timeout  seconds that `create` waits for room in a full task table
 

@@ -28,7 +28,7 @@ def test_blocks_are_right_or_absent_after_kills_at_random_moments(tmp_path: Path
     assert counts["workers killed"] + counts["servers killed"] + counts["killed at the end"] >= 4
 
 
-@pytest.mark.parametrize("small_read_bytes", ["0", "131072"])
+@pytest.mark.parametrize("small_read_bytes", ["0", "262144"])
 def test_readers_against_eviction_never_get_wrong_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_read_bytes: str
 ) -> None:

@@ -2,7 +2,9 @@
 
 A page fault makes the kernel read around itself, 128 KiB at a time (read_ahead_kb), half of it
 before the fault; `preadv` says how much is wanted, so that the device gets it in one request and
-the page cache takes it in large pieces. From the page cache the mapping is the faster way.
+the page cache takes it in large pieces. Threads wait for the device, so that it has several blocks
+of a batch to do at a time; they hold no lock of Python's while they do. From the page cache the
+mapping is the faster way.
 """
 
 from __future__ import annotations
@@ -20,15 +22,43 @@ from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from typing_extensions import Buffer
 
 PIECE_BYTES = 4 << 20  # of one call: an abort waits for it, some milliseconds
 _MAX_BUFFERS = 1024  # of one call: IOV_MAX of Linux
-# To ask costs a microsecond or two. Blocks shorter than this are not all asked for: after so many in
-# a row that were in the page cache, as many are taken to be so. Not after one: in a store that is
-# read for the first time, now and then one was read ahead with its neighbour.
+_THREADS = 4
+# To ask costs a microsecond or two. Blocks shorter than this are not all asked for: after so many
+# in a row that were in the page cache, as many are taken to be so. Not after one: in a store that
+# is read for the first time, now and then one was read ahead with its neighbour.
 _ASK_ALWAYS_BYTES = 1 << 20
 _IN_A_ROW = 8
+
+
+class Arriving:
+    """A block on its way from the device to its place."""
+
+    def __init__(self, place: Place, future: Future[bool]) -> None:
+        self.nbytes = place.nbytes
+        self._place = place
+        self._future = future
+
+    def finish(self, checksum: xxhash.xxh3_64 | None) -> None:
+        """Wait until all of it is there; raises Stopped, OSError.
+
+        The checksum is of what has arrived, so others who write to the place spoil it.
+        """
+        if not self._future.result():
+            raise Stopped
+        if checksum is not None:
+            for part in self._place.slices():
+                checksum.update(part.data)
+
+    def give_up(self) -> None:
+        """Wait until nothing is written to the place any more."""
+        if not self._future.cancel():
+            self._future.exception()
 
 
 class ColdReads:
@@ -38,6 +68,7 @@ class ColdReads:
         self._in_a_row = 0
         self._trusted = 0
         self._can_read = hasattr(os, "preadv")
+        self._threads: ThreadPoolExecutor | None = None
 
     def is_cold(self, address: int, nbytes: int) -> bool:
         """Whether the end of `nbytes` mapped at `address` is not in the page cache, or was not
@@ -54,27 +85,31 @@ class ColdReads:
             self._trusted = _IN_A_ROW
         return False
 
-    def read(
-        self,
-        span: Span,
-        place: Place,
-        checksum: xxhash.xxh3_64 | None,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """Read a span, as long as the place, to `place`; raises Stopped, OSError.
+    def begin(self, span: Span, place: Place, stopped: Callable[[], bool]) -> Arriving:
+        """Begin to read a span, as long as the place, to `place`. `stopped` is asked by another
+        thread, between two pieces."""
+        if self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
 
-        The checksum is of what has arrived, so others who write to the place spoil it.
-        """
-        at = span.at
-        for buffers, nbytes in _calls(place.slices()):
-            if stopped():
-                raise Stopped
-            if os.preadv(span.descriptor, cast("list[Buffer]", buffers), at) != nbytes:
-                raise OSError(errno.EIO, "a data file ends too early")
-            if checksum is not None:
-                for buffer in buffers:
-                    checksum.update(buffer.data)
-            at += nbytes
+            self._threads = ThreadPoolExecutor(_THREADS, "lightmem-cold")
+        return Arriving(place, self._threads.submit(_read, span, place, stopped))
+
+    def close(self) -> None:
+        """End the threads; nothing may be on its way."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+
+def _read(span: Span, place: Place, stopped: Callable[[], bool]) -> bool:
+    at = span.at
+    for buffers, nbytes in _calls(place.slices()):
+        if stopped():
+            return False
+        if os.preadv(span.descriptor, cast("list[Buffer]", buffers), at) != nbytes:
+            raise OSError(errno.EIO, "a data file ends too early")
+        at += nbytes
+    return True
 
 
 def _calls(slices: list[Bytes1D]) -> Iterator[tuple[list[Bytes1D], int]]:

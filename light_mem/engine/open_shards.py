@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from light_mem.engine.cold_reads import ColdReads
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.fence import Fence
 from light_mem.engine.shard_file import ShardFile
@@ -42,7 +41,6 @@ class OpenShards:
         self._index = index
         self._lookup = lookup
         self._dropper = dropper
-        self._cold_reads = ColdReads()
         self._indexes: dict[int, ShardIndex] = {}
         self._files: dict[int, ShardFile] = {}
         self._guard = threading.RLock()  # a finalizer may leave while this thread has it
@@ -91,7 +89,7 @@ class OpenShards:
                 if file is None:
                     self._fence.check()  # nobody would close them
                     file = self._files[shard] = ShardFile(
-                        self._directory, self._geometry, shard, self._dropper, self._cold_reads
+                        self._directory, self._geometry, shard, self._dropper
                     )
         return file
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.engine.cold_reads import Arriving, ColdReads
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.dropping import Dropper
 from light_mem.errors import LockTimeoutError, StoreFormatError
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from light_mem.engine.shard_file import ShardFile
 
 log = logging.getLogger("light_mem")
+
+# Of blocks that are not in the page cache, what is asked of the device at a time: a few small ones
+# keep it busy, and so does one large one.
+AHEAD_BLOCKS = 4
+AHEAD_BYTES = 16 << 20
 
 
 class Reader:
@@ -45,6 +51,7 @@ class Reader:
         self._verify = verify
         self._files = files
         self._dropper = dropper
+        self._cold = ColdReads()
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.read`."""
@@ -53,19 +60,62 @@ class Reader:
         located = self._lookup.locate_many(entries, keys)
         if self._dropper is not None:
             self._plan(self._dropper, located)
-        for at, where in enumerate(located):
-            try:
-                if where is not None:
-                    outcome = self._load(batch[at], where, partial(stop, at))
-                elif entries[at] >= 0:
-                    outcome = self._drop_senseless(entries[at], batch[at])
-                else:
-                    outcome = Outcome.MISSING
-            except (LockTimeoutError, OSError, StoreFormatError) as error:
-                engine = self._engine
-                engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
-                outcome = Outcome.FAILED
-            report(at, outcome)
+        arriving: dict[int, Arriving] = {}
+        begun = 0  # blocks before this one are on their way, or need not be
+        try:
+            for at, where in enumerate(located):
+                if self._dropper is None:
+                    begun = self._begin(batch, located, arriving, max(at, begun), at, stop)
+                try:
+                    if where is not None:
+                        its = arriving.pop(at, None)
+                        outcome = self._load(batch[at], where, partial(stop, at), its)
+                    elif entries[at] >= 0:
+                        outcome = self._drop_senseless(entries[at], batch[at])
+                    else:
+                        outcome = Outcome.MISSING
+                except (LockTimeoutError, OSError, StoreFormatError) as error:
+                    engine = self._engine
+                    engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
+                    outcome = Outcome.FAILED
+                report(at, outcome)
+        finally:
+            for each in arriving.values():
+                each.give_up()
+
+    def _begin(
+        self,
+        batch: Sequence[BlockIO],
+        located: Sequence[Location | None],
+        arriving: dict[int, Arriving],
+        begun: int,
+        at: int,
+        stop: Stop,
+    ) -> int:
+        """Let blocks that are not in the page cache come from the device: the one that is read
+        next, and while that is one of them, some after it. Returns where to go on."""
+        on_their_way = sum(each.nbytes for each in arriving.values())
+        while begun < len(located) and (
+            begun == at or (0 < on_their_way < AHEAD_BYTES and len(arriving) < AHEAD_BLOCKS)
+        ):
+            where, block = located[begun], batch[begun]
+            if where is not None and len(where.runs) == 1 and where.nbytes == block.nbytes:
+                run = where.runs[0]
+                try:
+                    file = self._files.get(where.shard) or self._engine.file(where.shard)
+                except (OSError, StoreFormatError):
+                    break  # the read itself says what is wrong
+                if self._cold.is_cold(file.address(run[0]), where.nbytes):
+                    arriving[begun] = self._cold.begin(
+                        file.span(run, where.nbytes), block.place, partial(stop, begun)
+                    )
+                    on_their_way += where.nbytes
+            begun += 1
+        return begun
+
+    def close(self) -> None:
+        """End the threads that read."""
+        self._cold.close()
 
     def _plan(self, dropper: Dropper, located: Sequence[Location | None]) -> None:
         """Say what a batch reads, so that the device is kept busy."""
@@ -88,7 +138,7 @@ class Reader:
         block: BlockIO,
         where: Location,
         stopped: Callable[[], bool],
-        mapped: bool = False,
+        arriving: Arriving | None,
     ) -> Outcome:
         low, high, place = block
         nbytes = place.nbytes
@@ -107,7 +157,9 @@ class Reader:
         single = len(where.runs) == 1
         done = 0
         try:
-            for start, length in where.runs:
+            if arriving is not None:
+                arriving.finish(checksum)
+            for start, length in where.runs if arriving is None else ():
                 end = min(nbytes, done + length * file.page_bytes)
                 file.scatter(
                     self._copier,
@@ -116,7 +168,6 @@ class Reader:
                     place if single else place.part(done, end),
                     checksum,
                     stopped,
-                    mapped,
                 )
                 done = end
         except Stopped:
@@ -125,10 +176,10 @@ class Reader:
         if not self._lookup.is_unchanged(where):
             return Outcome.LOST
         if checksum is not None and checksum.intdigest() != where.checksum:
-            if not mapped:
-                # Of what a system call read, the sum is taken in the KV memory: who writes there
-                # meanwhile, against the rules, must not make a sound block look damaged.
-                return self._load(block, where, stopped, mapped=True)
+            if arriving is not None:
+                # That sum was taken in the KV memory: who writes there meanwhile, against the
+                # rules, must not make a sound block look damaged.
+                return self._load(block, where, stopped, None)
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high)
             return Outcome.DAMAGED
         return Outcome.LOADED

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import xxhash
 
 from light_mem.engine import page_cache
-from light_mem.engine.cold_reads import ColdReads
 from light_mem.engine.copy import Copier, FileSink, MappedSink
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
@@ -59,14 +58,11 @@ class ShardFile:
         geometry: Geometry,
         shard: int,
         dropper: Dropper | None = None,
-        cold_reads: ColdReads | None = None,
     ) -> None:
-        """With a `dropper`, what is moved goes past the page cache and not through the mapping;
-        without, what is not in the page cache is left to `cold_reads`."""
+        """With a `dropper`, what is moved goes past the page cache and not through the mapping."""
         self.page_bytes = geometry.page_bytes
         self.shard = shard
         self._dropper = dropper
-        self._cold_reads = cold_reads
         self._data, self._data_fd = _map(
             data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
         )
@@ -145,21 +141,16 @@ class ShardFile:
         place: Place,
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
-        mapped: bool = False,
     ) -> None:
-        """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError.
-
-        `mapped`: through the mapping in any case, so that the checksum is of the slots.
-        """
-        if self._dropper is not None and not mapped:
+        """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError."""
+        if self._dropper is not None:
             self._dropper.read(self.read_span(run, nbytes), copier, place, checksum, stopped)
-            return
-        address = self._address + run[0] * self.page_bytes
-        cold = self._cold_reads
-        if not mapped and cold is not None and cold.is_cold(address, nbytes):
-            cold.read(self.span(run, nbytes), place, checksum, stopped)
         else:
             copier.scatter(self.bytes(*run)[:nbytes], place, checksum, stopped)
+
+    def address(self, slot: int) -> int:
+        """Where in this process a slot is mapped."""
+        return self._address + slot * self.page_bytes
 
     def span(self, run: tuple[int, int], nbytes: int) -> Span:
         """Where in the data file the first `nbytes` of a run of slots lie."""
@@ -172,7 +163,7 @@ class ShardFile:
 
     def is_cached(self, run: tuple[int, int], nbytes: int) -> bool:
         """Whether the first `nbytes` of a run of slots lie in the page cache now."""
-        return page_cache.holds(self._address + run[0] * self.page_bytes, nbytes)
+        return page_cache.holds(self.address(run[0]), nbytes)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.
