@@ -1,7 +1,7 @@
 """Reads of blocks that are not in the page cache: by system calls, straight into the KV memory.
 
-A page fault makes the kernel read around itself, 128 KiB at a time (read_ahead_kb), half of it
-before the fault; `preadv` says how much is wanted, so that the device gets it in one request and
+A page fault makes the kernel read around itself (read_ahead_kb at a time), half of it before the
+fault; `preadv` says how much is wanted, so that the device gets it in one request and
 the page cache takes it in large pieces. Threads wait for the device, so that it has several blocks
 of a batch to do at a time; they hold no lock of Python's while they do. From the page cache the
 mapping is the faster way.
@@ -13,8 +13,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
-
-import xxhash
 
 from light_mem.engine import page_cache
 from light_mem.engine.copy import Stopped
@@ -39,21 +37,14 @@ _IN_A_ROW = 8
 class Arriving:
     """A block on its way from the device to its place."""
 
-    def __init__(self, place: Place, future: Future[bool]) -> None:
-        self.nbytes = place.nbytes
-        self._place = place
+    def __init__(self, nbytes: int, future: Future[bool]) -> None:
+        self.nbytes = nbytes
         self._future = future
 
-    def finish(self, checksum: xxhash.xxh3_64 | None) -> None:
-        """Wait until all of it is there; raises Stopped, OSError.
-
-        The checksum is of what has arrived, so others who write to the place spoil it.
-        """
+    def finish(self) -> None:
+        """Wait until all of it is there; raises Stopped, OSError."""
         if not self._future.result():
             raise Stopped
-        if checksum is not None:
-            for part in self._place.slices():
-                checksum.update(part.data)
 
     def give_up(self) -> None:
         """Wait until nothing is written to the place any more."""
@@ -92,7 +83,7 @@ class ColdReads:
             from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
 
             self._threads = ThreadPoolExecutor(_THREADS, "lightmem-cold")
-        return Arriving(place, self._threads.submit(_read, span, place, stopped))
+        return Arriving(span.nbytes, self._threads.submit(_read, span, place, stopped))
 
     def close(self) -> None:
         """End the threads; nothing may be on its way."""

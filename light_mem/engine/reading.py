@@ -158,7 +158,9 @@ class Reader:
         done = 0
         try:
             if arriving is not None:
-                arriving.finish(checksum)
+                arriving.finish()
+                if checksum is not None:  # as after any copy, of what the slots hold now
+                    checksum.update(file.bytes(*where.runs[0])[:nbytes].data)
             for start, length in where.runs if arriving is None else ():
                 end = min(nbytes, done + length * file.page_bytes)
                 file.scatter(
@@ -176,10 +178,6 @@ class Reader:
         if not self._lookup.is_unchanged(where):
             return Outcome.LOST
         if checksum is not None and checksum.intdigest() != where.checksum:
-            if arriving is not None:
-                # That sum was taken in the KV memory: who writes there meanwhile, against the
-                # rules, must not make a sound block look damaged.
-                return self._load(block, where, stopped, None)
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high)
             return Outcome.DAMAGED
         return Outcome.LOADED
