@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("light_mem")
 
 DEFAULT_MAX_BLOCKS = 65536
-_SMALL_READ_PIECES = 64  # pages or regions: each is a Python object here
+# Each block costs some 50 us whatever its length, each page or region is a Python object: what has
+# more of them is sooner queued than read here.
+_SMALL_READ_BLOCKS = 4
+_SMALL_READ_PIECES = 64
 
 
 class LocalCacheService(CacheService):
@@ -63,9 +66,9 @@ class LocalCacheService(CacheService):
                     beside other users of the page cache
     worker_cpus     None: workers run anywhere. "spread": each has a core of its own, on the NUMA
                     nodes in turn. A list with one element a worker: a CPU number, or several
-    small_read_bytes  a read of at most so many bytes, of blocks that lie in the page cache, is made
-                    by `create` itself: sooner than a worker would wake. 0: never. None: what
-                    LIGHTMEM_SMALL_READ_BYTES says, 262144 if nothing
+    small_read_bytes  a read of at most so many bytes, of up to 4 blocks that lie in the page cache,
+                    is made by `create` itself: sooner than a worker would wake. 0: never. None:
+                    what LIGHTMEM_SMALL_READ_BYTES says, 262144 if nothing
     max_blocks      capacity of the task table: blocks that each process may have in tasks
     create_timeout  seconds that `create` waits for room in a full task table
 
@@ -200,7 +203,7 @@ class LocalCacheService(CacheService):
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:
         if not 0 < layout.nbytes_in_all <= self._small_read_bytes:
             return False
-        if layout.pieces > _SMALL_READ_PIECES:
+        if len(hashes) > _SMALL_READ_BLOCKS or layout.pieces > _SMALL_READ_PIECES:
             return False
         if not self._started:
             return False

@@ -44,7 +44,7 @@ class SmallReads:
         self._engine = engine
         self._lookup = engine.lookup
         self._verify = engine.verify
-        # Numbers of worker 0, who stands for the server: nobody else changes them.
+        # Numbers of worker 0, who stands for the server.
         self._numbers = table.workers[:1].view(np.uint64).data
         self._latencies = table.latencies
         # Reentrant: a signal's handler or a finalizer may close in the middle of a read.
