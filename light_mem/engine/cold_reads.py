@@ -94,7 +94,9 @@ class ColdReads:
 
 def _read(span: Span, place: Place, stopped: Callable[[], bool]) -> bool:
     at = span.at
-    for buffers, nbytes in _calls(place.slices()):
+    slices = place.slices()
+    short = span.nbytes <= PIECE_BYTES and len(slices) <= _MAX_BUFFERS
+    for buffers, nbytes in [(slices, span.nbytes)] if short else _calls(slices):
         if stopped():
             return False
         if os.preadv(span.descriptor, cast("list[Buffer]", buffers), at) != nbytes:
