@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tests.conftest import wait_until
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
@@ -36,6 +38,16 @@ def forget(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def forget_all(path: Path) -> None:
+    """`forget`, until no page is left: the kernel may have one in hand for a moment."""
+
+    def gone() -> bool:
+        forget(path)
+        return not cached(path).any()
+
+    wait_until(gone)
 
 
 def can_forget(directory: Path) -> bool:

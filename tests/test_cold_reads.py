@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from light_mem.engine import cold_reads
+from light_mem.engine import cold_reads, device_threads
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.cold_reads import Arriving, ColdReads
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions, Rows
 from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
-from tests.cached import cached, can_forget, forget
-from tests.conftest import wait_until
+from tests.cached import can_forget, forget, forget_all
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, open_local
 
 MIB = 1 << 20
@@ -47,16 +46,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def forget_all(directory: Path) -> None:
-    """Drop the data file from the page cache; the kernel may have a page in hand for a moment."""
-
-    def gone() -> bool:
-        forget(directory / DATA)
-        return not cached(directory / DATA).any()
-
-    wait_until(gone)
-
-
 def make(directory: Path, blocks: list[Block], page_bytes: int) -> None:
     """A store of these blocks, none of them in the page cache."""
     pages = sum(block.pages for block in blocks)
@@ -64,7 +53,7 @@ def make(directory: Path, blocks: list[Block], page_bytes: int) -> None:
     assert Rig(engine, page_bytes).write(*blocks) == [COPIED_AND_STORED] * len(blocks)
     engine.close()
     del engine  # with its mappings: mapped pages stay
-    forget_all(directory)
+    forget_all(directory / DATA)
 
 
 @contextmanager
@@ -104,7 +93,7 @@ def test_some_blocks_of_a_batch_are_on_their_way_at_a_time(
         calls += 1
         begun.release()
         if calls == 1:
-            for _ in range(cold_reads._THREADS):
+            for _ in range(device_threads._THREADS):
                 assert begun.acquire(timeout=10)
         return read(fd, buffers, at, flags)
 
@@ -181,7 +170,7 @@ def test_a_block_of_many_regions_comes_back_right(
     assert (len(where.runs) > 1) == scattered
     engine.close()
     del engine, rig
-    forget_all(tmp_path / "s")
+    forget_all(tmp_path / "s" / DATA)
     with opened(tmp_path / "s", page) as r:
         found = np.zeros_like(memory)
         block = BlockIO(low, high, Regions(found, regions))
@@ -214,7 +203,7 @@ def test_a_flipped_bit_on_the_device_is_damage(tmp_path: Path, reads: list[int])
         byte = file.read(1)[0]
         file.seek(4096 + 5000)
         file.write(bytes([byte ^ 4]))
-    forget_all(tmp_path / "s")
+    forget_all(tmp_path / "s" / DATA)
     with opened(tmp_path / "s", 4096) as r:
         outcomes = {r.read(block)[0] for block in (Block(1, 4), Block(2, 4))}
         assert outcomes == {Outcome.DAMAGED, Outcome.LOADED}

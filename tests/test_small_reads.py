@@ -17,8 +17,7 @@ import pytest
 import light_mem
 from light_mem import InvalidArgumentError, LocalCacheService, ServiceClosedError, State
 from light_mem.engine import small_reads
-from tests.cached import cached, can_forget, forget
-from tests.conftest import wait_until
+from tests.cached import can_forget, forget, forget_all
 from tests.engine_helpers import let_go
 from tests.service_rig import WAIT, Rig, rig
 
@@ -95,12 +94,7 @@ def test_more_than_a_few_blocks_are_left_to_the_workers(stored: Rig) -> None:
 def test_what_is_not_in_the_page_cache_is_left_to_the_workers(stored: Rig, tmp_path: Path) -> None:
     if not can_forget(tmp_path):
         pytest.skip("this file system drops no pages")
-
-    def gone() -> bool:
-        forget(data_file(stored))
-        return not cached(data_file(stored)).any()
-
-    wait_until(gone)
+    forget_all(data_file(stored))
     task = stored.service.create("read", [3], [20])
     assert not task.ready()
     go_on(stored)

@@ -18,6 +18,7 @@ bytes
   copy.py          copies between the KV memory and slots, with the checksum
   cold_reads.py    reads of what is not in the page cache
   small_reads.py   short reads in the thread that asks
+  device_threads.py  threads that wait for a device
   dropping.py      past the page cache, with read_ahead.py and page_cache.py
 the KV memory
   kvmemory.py      how another process reaches it; maps.py: what lies behind an address

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, cast
 
 from light_mem.engine import page_cache
 from light_mem.engine.copy import Stopped
+from light_mem.engine.device_threads import DeviceThreads, give_up
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Future
 
     from typing_extensions import Buffer
 
 PIECE_BYTES = 4 << 20  # of one call: an abort waits for it, some milliseconds
 _MAX_BUFFERS = 1024  # of one call: IOV_MAX of Linux
-_THREADS = 4
 # To ask costs a microsecond or two. Blocks shorter than this are not all asked for: after so many
 # in a row that were in the page cache, as many are taken to be so. Not after one: in a store that
 # is read for the first time, now and then one was read ahead with its neighbour.
@@ -48,8 +48,7 @@ class Arriving:
 
     def give_up(self) -> None:
         """Wait until nothing is written to the place any more."""
-        if not self._future.cancel():
-            self._future.exception()
+        give_up(self._future)
 
 
 class ColdReads:
@@ -59,7 +58,7 @@ class ColdReads:
         self._in_a_row = 0
         self._trusted = 0
         self._can_read = hasattr(os, "preadv")
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = DeviceThreads("lightmem-cold")
 
     def is_cold(self, address: int, nbytes: int) -> bool:
         """Whether the end of `nbytes` mapped at `address` is not in the page cache, or was not
@@ -79,17 +78,11 @@ class ColdReads:
     def begin(self, span: Span, place: Place, stopped: Callable[[], bool]) -> Arriving:
         """Begin to read a span, as long as the place, to `place`. `stopped` is asked by another
         thread, between two pieces."""
-        if self._threads is None:
-            from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
-
-            self._threads = ThreadPoolExecutor(_THREADS, "lightmem-cold")
         return Arriving(span.nbytes, self._threads.submit(_read, span, place, stopped))
 
     def close(self) -> None:
         """End the threads; nothing may be on its way."""
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
+        self._threads.close()
 
 
 def _read(span: Span, place: Place, stopped: Callable[[], bool]) -> bool:

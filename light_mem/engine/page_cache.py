@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
+from typing import Any
 
 from light_mem.errors import InvalidArgumentError
 
@@ -24,33 +25,24 @@ _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _PAGE = mmap.PAGESIZE
 
 
-def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+def _find(name: str, library: type[ctypes.CDLL], *arguments: Any) -> Callable[..., int] | None:
+    """A call of the C library that returns an int; None where the system lacks it."""
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        call = libc.sync_file_range
-    except (OSError, AttributeError):
-        return None  # Linux alone has it
-    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    call.restype = ctypes.c_int
-    found: Callable[[int, int, int, int], int] = call
-    return found
-
-
-_sync_file_range = _find_sync_file_range()
-
-
-def _find_mincore() -> Callable[[int, int, ctypes.Array[ctypes.c_char]], int] | None:
-    try:
-        call = ctypes.PyDLL(None).mincore  # with the GIL: it takes a microsecond
+        call = getattr(library(None, use_errno=True), name)
     except (OSError, AttributeError):
         return None
-    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    call.argtypes = arguments
     call.restype = ctypes.c_int
-    found: Callable[[int, int, ctypes.Array[ctypes.c_char]], int] = call
+    found: Callable[..., int] = call
     return found
 
 
-_mincore = _find_mincore()
+# Linux alone has it.
+_sync_file_range = _find(
+    "sync_file_range", ctypes.CDLL, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
+)
+# With the GIL: it takes a microsecond.
+_mincore = _find("mincore", ctypes.PyDLL, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 def can_drop() -> bool:

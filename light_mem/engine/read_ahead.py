@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from light_mem.engine.device_threads import DeviceThreads, give_up
 from light_mem.engine.places import Bytes1D
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Future
 
 PIECE_BYTES = 1 << 20
 DEPTH = 8  # pieces under way or waiting to be taken
-_THREADS = 4
 _ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
 
 
@@ -49,7 +49,7 @@ class ReadAhead:
 
     def __init__(self, unit: int) -> None:
         self._piece_bytes = PIECE_BYTES - PIECE_BYTES % unit if unit <= PIECE_BYTES else PIECE_BYTES
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = DeviceThreads("lightmem-read")
         self._free: list[Bytes1D] = []
         self._under_way: deque[_Piece] = deque()
         self._planned: set[Span] = set()
@@ -80,9 +80,7 @@ class ReadAhead:
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
         self._forget()
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
+        self._threads.close()
 
     def _cut(self, span: Span) -> Iterator[Span]:
         for done in range(0, span.nbytes, self._piece_bytes):
@@ -103,10 +101,6 @@ class ReadAhead:
             span = next(self._next, None)
             if span is None:
                 return
-            if self._threads is None:
-                from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
-
-                self._threads = ThreadPoolExecutor(_THREADS, "lightmem-read")
             buffer = self._free.pop() if self._free else self._new_buffer()
             future = self._threads.submit(_load, span, buffer)
             self._under_way.append(_Piece(span, buffer, future))
@@ -121,8 +115,7 @@ class ReadAhead:
             self._drop(self._under_way.popleft())
 
     def _drop(self, piece: _Piece) -> None:
-        if not piece.data.cancel():
-            piece.data.exception()  # its buffer is free only when the read has ended
+        give_up(piece.data)
         self._free.append(piece.buffer)
 
 

@@ -21,7 +21,10 @@ from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
 
 if TYPE_CHECKING:
+    import xxhash
+
     from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.places import Place
     from light_mem.engine.shard_file import ShardFile
 
 log = logging.getLogger("light_mem")
@@ -102,7 +105,7 @@ class Reader:
             if where is not None and len(where.runs) == 1 and where.nbytes == block.nbytes:
                 run = where.runs[0]
                 try:
-                    file = self._files.get(where.shard) or self._engine.file(where.shard)
+                    file = self._file(where.shard)
                 except (OSError, StoreFormatError):
                     break  # the read itself says what is wrong
                 if self._cold.is_cold(file.address(run[0]), where.nbytes):
@@ -124,7 +127,7 @@ class Reader:
             for where in located:
                 if where is not None:
                     left = where.nbytes
-                    file = self._engine.file(where.shard)
+                    file = self._file(where.shard)
                     for run in where.runs:
                         nbytes = min(left, run[1] * file.page_bytes)
                         spans.append(file.read_span(run, nbytes))
@@ -150,28 +153,15 @@ class Reader:
                 nbytes,
             )
             return Outcome.MISSING
-        file = self._files.get(where.shard)
-        if file is None:
-            file = self._engine.file(where.shard)
         checksum = new_checksum(low, high) if self._verify else None
-        single = len(where.runs) == 1
-        done = 0
         try:
-            if arriving is not None:
+            if arriving is None:
+                self._copy(where, place, checksum, stopped)
+            else:
                 arriving.finish()
                 if checksum is not None:  # as after any copy, of what the slots hold now
-                    checksum.update(file.bytes(*where.runs[0])[:nbytes].data)
-            for start, length in where.runs if arriving is None else ():
-                end = min(nbytes, done + length * file.page_bytes)
-                file.scatter(
-                    self._copier,
-                    (start, length),
-                    end - done,
-                    place if single else place.part(done, end),
-                    checksum,
-                    stopped,
-                )
-                done = end
+                    slots = self._file(where.shard).bytes(*where.runs[0])
+                    checksum.update(slots[:nbytes].data)
         except Stopped:
             return Outcome.STOPPED
         # First the tag, then the sum: after an eviction the sum says nothing about damage.
@@ -181,6 +171,27 @@ class Reader:
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high)
             return Outcome.DAMAGED
         return Outcome.LOADED
+
+    def _copy(
+        self,
+        where: Location,
+        place: Place,
+        checksum: xxhash.xxh3_64 | None,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Copy a block, run by run; raises Stopped, OSError, StoreFormatError."""
+        file = self._file(where.shard)
+        single = len(where.runs) == 1
+        done = 0
+        for run in where.runs:
+            end = min(where.nbytes, done + run[1] * file.page_bytes)
+            part = place if single else place.part(done, end)
+            file.scatter(self._copier, run, end - done, part, checksum, stopped)
+            done = end
+
+    def _file(self, shard: int) -> ShardFile:
+        file = self._files.get(shard)
+        return self._engine.file(shard) if file is None else file
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and

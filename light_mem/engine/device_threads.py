@@ -1,0 +1,42 @@
+"""Threads that wait for a device: they hold no lock of Python's while they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_THREADS = 4
+
+
+class DeviceThreads:
+    """Started with the first call. Not thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Have a call made by one of the threads."""
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
+
+            self._pool = ThreadPoolExecutor(_THREADS, self._name)
+        return self._pool.submit(call, *args, **kwargs)
+
+    def close(self) -> None:
+        """Wait for what was submitted and end the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def give_up(call: Future[R]) -> None:
+    """Return when a call has ended, however, or will never begin: its memory is free then."""
+    if not call.cancel():
+        call.exception()
