@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.fence import Fence
 from light_mem.engine.shard_file import ShardFile
+from light_mem.errors import ServiceClosedError, StoreFormatError
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
 from light_mem.index.leases import Leases
@@ -45,6 +46,21 @@ class OpenShards:
         self._files: dict[int, ShardFile] = {}
         self._guard = threading.RLock()  # a finalizer may leave while this thread has it
         self._fence = Fence()
+        self._prepared = 0  # shards before this one
+
+    def prepare_next(self) -> bool:
+        """Open one shard more, ready to be read and changed, before it is needed; whether there
+        was one. Of what fails nothing is said: its first use says it. One thread."""
+        shard = self._prepared
+        if shard >= self._geometry.shards:
+            return False
+        self._prepared += 1
+        try:
+            self.index(shard).prepare()
+            self.file(shard)
+        except (OSError, StoreFormatError, ServiceClosedError):
+            self._prepared = self._geometry.shards  # the next ones would fail as well
+        return True
 
     @property
     def files(self) -> Mapping[int, ShardFile]:

@@ -35,7 +35,8 @@ Key = tuple[int, int]  # low, high
 
 
 class ShardIndex:
-    """One shard in one process. All methods but `change` need to be inside `with change()`."""
+    """One shard in one process. All methods but `change` and `prepare` need to be inside
+    `with change()`."""
 
     def __init__(
         self,
@@ -74,6 +75,10 @@ class ShardIndex:
             self._taking,
             self.retention,
         )
+
+    def prepare(self) -> None:
+        """Do what need not wait for the first `change`; not inside one."""
+        self._lock.prepare()
 
     @contextmanager
     def change(
