@@ -8,6 +8,7 @@ the engine
   writing.py       batches of writes: find room, copy, publish
   dealing.py       in which order a task's writes are queued
   keeping.py       pins, and leases of blocks that are viewed
+  removing.py      taking blocks out, and back what the dead left
   open_shards.py   the shards that a process has open; fence.py: changes, and leaving
   opening.py       makes, opens and resizes a store's files
   reindex.py       a store's index made anew from its slots files, order of use included

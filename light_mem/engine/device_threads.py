@@ -22,18 +22,35 @@ class DeviceThreads:
         self._pool: ThreadPoolExecutor | None = None
 
     def submit(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Have a call made by one of the threads."""
+        """Have a call made by one of the threads; made here when the system gives no thread."""
         if self._pool is None:
             from concurrent.futures import ThreadPoolExecutor  # 10 ms that few workers need
 
             self._pool = ThreadPoolExecutor(_THREADS, self._name)
-        return self._pool.submit(call, *args, **kwargs)
+        try:
+            return self._pool.submit(call, *args, **kwargs)
+        except RuntimeError:
+            # The pool queues a call before it starts the thread for it, so a thread that it has
+            # may make the call yet: not after this, when its memory may be another's.
+            self.close()
+            return _made(call, *args, **kwargs)
 
     def close(self) -> None:
         """Wait for what was submitted and end the threads."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+def _made(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+    from concurrent.futures import Future
+
+    future: Future[R] = Future()
+    try:
+        future.set_result(call(*args, **kwargs))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def give_up(call: Future[R]) -> None:

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine import keeping
+from light_mem.engine import keeping, removing
 from light_mem.engine.base import (
     BlockIO,
     Report,
@@ -38,7 +39,6 @@ from light_mem.engine.writing import Writer
 from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description, retention
 from light_mem.index import file as index_file
-from light_mem.index import keys as keymath
 from light_mem.index.ages import AgeBucket, by_age
 from light_mem.index.file import IndexFile
 from light_mem.index.format import CHANGING, RELINKING
@@ -46,7 +46,7 @@ from light_mem.index.keys import KeyArray
 from light_mem.index.leases import Leases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
-from light_mem.index.owners import Intent, Owner, OwnerInfo, Owners
+from light_mem.index.owners import Owner, OwnerInfo, Owners
 from light_mem.logs import Limited
 
 if TYPE_CHECKING:
@@ -223,23 +223,7 @@ class LocalStorageEngine(StorageEngine):
 
     def drop_damaged(self, shard: int, slot: int, tag: int, low: int, high: int) -> None:
         """Take out a block that was found damaged, if its tag is still this one."""
-        self.limited.warning(
-            "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
-            "it is dropped",
-            keymath.key_text(low, high),
-            slot,
-            shard,
-            self.directory,
-        )
-        try:
-            with self.change(shard) as (index, file):
-                if self.lookup.tag(shard * self.geometry.slots + slot) == tag:
-                    index.remove(slot)
-                    file.clear_records([slot])
-                    self._index.control["removals"][shard] += 1
-                    self._index.control["damaged"][shard] += 1
-        except LockTimeoutError as error:
-            self.limited.warning("the damaged block stays listed: %s", str(error))
+        removing.drop_damaged(self, shard, slot, tag, low, high)
 
     # --- keeping blocks --------------------------------------------------------------------------
 
@@ -280,49 +264,15 @@ class LocalStorageEngine(StorageEngine):
     # --- taking blocks out -----------------------------------------------------------------------
 
     def delete(self, keys: KeyArray) -> int:
-        shards = keymath.shards_of(keymath.mix(keys), self.geometry.shards)
-        deleted = 0
-        for shard in np.unique(shards).tolist():
-            with self.change(shard) as (index, file):
-                for low, high in keys[shards == shard].tolist():
-                    slot = index.find(low, high)
-                    if slot is not None:
-                        expired = index.retention.has_expired(slot)
-                        index.remove(slot)
-                        file.clear_records([slot])
-                        self._index.control["removals"][shard] += 1
-                        deleted += not expired
-        return deleted
+        return removing.delete(self, keys)
 
     def clear(self) -> int:
-        cleared = 0
-        for shard in range(self.geometry.shards):
-            with self.change(shard) as (index, file):
-                slots = index.clear()
-                file.clear_records(slots)
-                cleared += len(slots)
-        return cleared
+        return removing.clear(self)
 
     def reclaim(self) -> int:
         """Give back the slots that dead processes were filling, and those taken out that only they
         had leased; returns how many were dead."""
-
-        def take_back(owner: int, intents: list[Intent]) -> None:
-            for shard, slot in self.leases.of_owner(owner):
-                if shard >= self.geometry.shards or slot >= self.geometry.slots:
-                    continue
-                with self.change(shard) as (index, _):
-                    index.release(slot, self.leases.of_shard(shard, but=owner))
-                    self.leases.forget(owner, shard, slot)
-            for shard, slot in intents:
-                if shard >= self.geometry.shards or slot >= self.geometry.slots:
-                    continue
-                with self.change(shard) as (index, file):
-                    if index.is_marked(slot, owner):
-                        file.clear_records([slot])
-                        index.give_back(slot)
-
-        return self._owners.reclaim(take_back)
+        return self._owners.reclaim(partial(removing.take_back, self))
 
     def recover(self) -> int:
         """Tidy up after dead processes: give back their slots, put in order the shards in which

@@ -1,0 +1,91 @@
+"""Taking blocks out of an engine's store: on demand, for damage, and what the dead left behind.
+
+Kill points: a block leaves the index, then its records go, in one hold of its shard's lock; a
+holder who died in between is followed by one who clears the records of what is not listed. What
+a dead process was filling or had leased goes before its record does: a kill in between leaves the
+rest to the next one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from light_mem.errors import LockTimeoutError
+from light_mem.index import keys as keymath
+from light_mem.index.keys import KeyArray
+from light_mem.index.owners import Intent
+
+if TYPE_CHECKING:
+    from light_mem.engine.local import LocalStorageEngine
+
+
+def delete(engine: LocalStorageEngine, keys: KeyArray) -> int:
+    """Take out the blocks of these keys; returns how many were stored and had not expired."""
+    shards = keymath.shards_of(keymath.mix(keys), engine.geometry.shards)
+    deleted = 0
+    for shard in np.unique(shards).tolist():
+        with engine.change(shard) as (index, file):
+            for low, high in keys[shards == shard].tolist():
+                slot = index.find(low, high)
+                if slot is not None:
+                    expired = index.retention.has_expired(slot)
+                    index.remove(slot)
+                    file.clear_records([slot])
+                    index.control["removals"] += 1
+                    deleted += not expired
+    return deleted
+
+
+def clear(engine: LocalStorageEngine) -> int:
+    """Take out all blocks, shard by shard; returns how many."""
+    cleared = 0
+    for shard in range(engine.geometry.shards):
+        with engine.change(shard) as (index, file):
+            slots = index.clear()
+            file.clear_records(slots)
+            cleared += len(slots)
+    return cleared
+
+
+def drop_damaged(
+    engine: LocalStorageEngine, shard: int, slot: int, tag: int, low: int, high: int
+) -> None:
+    """Take out a block that was found damaged, if its tag is still this one; says so in the log."""
+    engine.limited.warning(
+        "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
+        "it is dropped",
+        keymath.key_text(low, high),
+        slot,
+        shard,
+        engine.directory,
+    )
+    try:
+        with engine.change(shard) as (index, file):
+            if engine.lookup.tag(shard * engine.geometry.slots + slot) == tag:
+                index.remove(slot)
+                file.clear_records([slot])
+                index.control["removals"] += 1
+                index.control["damaged"] += 1
+    except LockTimeoutError as error:
+        engine.limited.warning("the damaged block stays listed: %s", str(error))
+
+
+def take_back(engine: LocalStorageEngine, owner: int, intents: list[Intent]) -> None:
+    """Give back the slots that a dead owner was filling, and those that were taken out while only
+    the dead had them leased."""
+    geometry = engine.geometry
+    for shard, slot in engine.leases.of_owner(owner):
+        if shard >= geometry.shards or slot >= geometry.slots:
+            continue
+        with engine.change(shard) as (index, _):
+            index.release(slot, engine.leases.of_shard(shard, but=owner))
+            engine.leases.forget(owner, shard, slot)
+    for shard, slot in intents:
+        if shard >= geometry.shards or slot >= geometry.slots:
+            continue
+        with engine.change(shard) as (index, file):
+            if index.is_marked(slot, owner):
+                file.clear_records([slot])
+                index.give_back(slot)
