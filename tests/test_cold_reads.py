@@ -237,6 +237,68 @@ def test_who_writes_to_the_pages_meanwhile_makes_no_block_look_damaged(
         assert r.find(Block(1)) == [True]
 
 
+@pytest.mark.parametrize("pages", [1, 5])
+def test_a_short_read_is_finished_by_further_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    make(tmp_path / "s", [Block(1, pages)], 4096)
+    read, asked = os.preadv, []
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        """At most 2,048 bytes, then at most 5,000, ... : inside pages and at their ends."""
+        asked.append(sum(map(len, buffers)))
+        limit = 2048 if len(asked) % 2 else 5000
+        part = np.empty(min(limit, asked[-1]), np.uint8)
+        count = read(fd, [part], at, flags)
+        done = 0
+        for buffer in buffers:
+            some = part[done : min(count, done + len(buffer))]
+            buffer[: len(some)] = some
+            done += len(some)
+        return count
+
+    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
+    with opened(tmp_path / "s", 4096) as r:
+        assert r.read(Block(1, pages)) == [Outcome.LOADED]
+    whole = pages * 4096
+    assert asked == [left for n in range(9) for left in (whole - 7048 * n, whole - 7048 * n - 2048)
+                     if left > 0]  # fmt: skip
+
+
+def test_whatever_ends_the_wait_for_a_block_nothing_is_on_its_way_afterwards(
+    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C, where a program of the user's has an engine of its own."""
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    read, given_up, ended = os.preadv, threading.Event(), threading.Event()
+    give_up = Arriving.give_up
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        assert given_up.wait(10)
+        done = read(fd, buffers, at, flags)
+        ended.set()
+        return done
+
+    def interrupt(self: Arriving) -> None:
+        raise KeyboardInterrupt
+
+    def note(self: Arriving) -> None:
+        given_up.set()
+        give_up(self)
+
+    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
+    monkeypatch.setattr(Arriving, "finish", interrupt)
+    monkeypatch.setattr(Arriving, "give_up", note)
+    with opened(tmp_path / "s", 4096) as r:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                r.read(Block(1, 4))
+            assert ended.is_set()
+        finally:
+            given_up.set()
+    assert reads
+
+
 def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: list[int]) -> None:
     make(tmp_path / "s", [Block(1, 4)], 4096)
     with opened(tmp_path / "s", 4096) as r:

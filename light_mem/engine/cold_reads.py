@@ -9,7 +9,6 @@ mapping is the faster way.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
@@ -92,10 +91,24 @@ def _read(span: Span, place: Place, stopped: Callable[[], bool]) -> bool:
     for buffers, nbytes in [(slices, span.nbytes)] if short else _calls(slices):
         if stopped():
             return False
-        if os.preadv(span.descriptor, cast("list[Buffer]", buffers), at) != nbytes:
-            raise OSError(errno.EIO, "a data file ends too early")
-        at += nbytes
+        end = at + nbytes
+        while at < end:
+            count = os.preadv(span.descriptor, cast("list[Buffer]", buffers), at)
+            if not count:
+                raise OSError("a data file ends too early")
+            at += count
+            if at < end:  # an error in the middle, say: the next call tells which
+                buffers = _after(buffers, count)
     return True
+
+
+def _after(buffers: list[Bytes1D], count: int) -> list[Bytes1D]:
+    """What is left of buffers whose first `count` bytes are full."""
+    for n, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[n + 1 :]]
+        count -= len(buffer)
+    return []
 
 
 def _calls(slices: list[Bytes1D]) -> Iterator[tuple[list[Bytes1D], int]]:

@@ -71,7 +71,7 @@ class Reader:
                     begun = self._begin(batch, located, arriving, max(at, begun), at, stop)
                 try:
                     if where is not None:
-                        its = arriving.pop(at, None)
+                        its = arriving.get(at)
                         outcome = self._load(batch[at], where, partial(stop, at), its)
                     elif entries[at] >= 0:
                         outcome = self._drop_senseless(entries[at], batch[at])
@@ -81,6 +81,7 @@ class Reader:
                     engine = self._engine
                     engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
                     outcome = Outcome.FAILED
+                arriving.pop(at, None)  # not before: a Ctrl-C may end the wait for it
                 report(at, outcome)
         finally:
             for each in arriving.values():
