@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from light_mem.engine import cold_reads, device_threads
+from light_mem.engine import cold_reads, device_threads, reading
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.cold_reads import Arriving, ColdReads
 from light_mem.engine.local import LocalStorageEngine
@@ -102,6 +103,33 @@ def test_some_blocks_of_a_batch_are_on_their_way_at_a_time(
     with opened(tmp_path / "s", 4096) as r:
         assert r.read(*blocks) == [Outcome.LOADED] * 8
     assert calls == 8
+
+
+def test_no_more_bytes_than_agreed_are_on_their_way(
+    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "s", [Block(n, 4) for n in range(6)], 4096)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+    monkeypatch.setattr(reading, "AHEAD_BYTES", 5 * 4096)  # reached with the second block
+    begun: list[int] = []
+    memory = np.zeros((24, 4096), np.uint8)
+    batch = [
+        BlockIO(*keymath.as_key(n), Rows(memory, np.arange(4 * n, 4 * n + 4))) for n in range(6)
+    ]
+    with opened(tmp_path / "s", 4096) as r:
+        r.engine.read(batch, lambda at, outcome: begun.append(len(reads)))
+    assert begun == [2, 3, 4, 5, 6, 6]
+
+
+def test_a_block_of_another_length_is_missing_and_not_begun(
+    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+    with opened(tmp_path / "s", 4096) as r:
+        wanted = [Outcome.MISSING, Outcome.LOADED, Outcome.MISSING]
+        assert r.read(Block(1, 2), Block(2, 4), Block(1, 5)) == wanted
+    assert reads == [4 * 4096]
 
 
 def test_an_error_ends_when_nothing_is_on_its_way_any_more(
@@ -297,6 +325,69 @@ def test_whatever_ends_the_wait_for_a_block_nothing_is_on_its_way_afterwards(
         finally:
             given_up.set()
     assert reads
+
+
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (errno.EIO, Outcome.DAMAGED),
+        (errno.ENODATA, Outcome.DAMAGED),
+        (errno.ENOMEM, Outcome.FAILED),
+    ],
+)
+def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, error: int, outcome: Outcome
+) -> None:
+    make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
+    engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache=policy)
+    engine.file(0)  # asks the file system whether it has O_DIRECT, by reading
+    read = os.preadv
+    lost = engine.lookup.locate(engine.lookup.find_one(1, 0), 1, 0)
+    assert lost is not None
+    lost_at = engine.file(0).span(lost.runs[0], 1).at
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        if at == lost_at:
+            raise OSError(error, os.strerror(error))
+        return read(fd, buffers, at, flags)
+
+    with monkeypatch.context() as m:
+        m.setattr(cold_reads.os, "preadv", preadv)
+        m.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+        r = Rig(engine, 4096)
+        assert r.read(Block(1, 4), Block(2, 4)) == [outcome, Outcome.LOADED]
+    dropped = outcome is Outcome.DAMAGED
+    assert r.find(Block(1), Block(2)) == [not dropped, True]
+    assert engine.stats()["damaged"] == dropped
+    assert r.write(Block(1, 4)) == [COPIED_AND_STORED if dropped else (Outcome.PRESENT,)]
+    assert r.read(Block(1, 4)) == [Outcome.LOADED]
+    engine.close()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_block_whose_slots_another_gets_while_it_is_on_its_way_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    other = Rig(open_local(tmp_path / "s", 4, page_bytes=4096), 4096)
+    read, late = os.preadv, [False, True]
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        took_over = other.write(Block(2, 4)) if late.pop() else None
+        done = read(fd, buffers, at, flags)
+        if took_over is None:
+            took_over = other.write(Block(1, 4))
+        assert took_over == [COPIED_AND_STORED]
+        return done
+
+    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+    with opened(tmp_path / "s", 4096, verify) as r:
+        assert r.read(Block(1, 4)) == [Outcome.LOST]  # its slots were taken before the bytes came
+        assert r.read(Block(2, 4)) == [Outcome.LOST]  # ... and after
+    other.engine.close()
+    assert not late
 
 
 def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: list[int]) -> None:

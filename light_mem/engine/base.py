@@ -23,7 +23,7 @@ class Outcome(IntEnum):
     LOADED = 4  # read: the pages hold the block, verified
     MISSING = 5  # read: not stored, or of another length
     LOST = 6  # read: evicted while it was copied
-    DAMAGED = 7  # read: the bytes do not fit the checksum; the block was taken out
+    DAMAGED = 7  # read: lost on the device, or not what was written; the block was taken out
     NO_ROOM = 8  # write: no slot could be freed in time
     STOPPED = 9  # aborted by the caller
     FAILED = 10  # an I/O error, or a lock that was not free in time

@@ -221,9 +221,17 @@ class LocalStorageEngine(StorageEngine):
             self.limited.warning("%s: writing out failed: %s", self.directory, str(error))
             return True
 
-    def drop_damaged(self, shard: int, slot: int, tag: int, low: int, high: int) -> None:
+    def drop_damaged(
+        self,
+        shard: int,
+        slot: int,
+        tag: int,
+        low: int,
+        high: int,
+        problem: str = "its bytes do not fit its checksum",
+    ) -> None:
         """Take out a block that was found damaged, if its tag is still this one."""
-        removing.drop_damaged(self, shard, slot, tag, low, high)
+        removing.drop_damaged(self, shard, slot, tag, low, high, problem)
 
     # --- keeping blocks --------------------------------------------------------------------------
 

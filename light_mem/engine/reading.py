@@ -6,6 +6,7 @@ copy, tell. Only a block found damaged is taken out under the lock.
 
 from __future__ import annotations
 
+import errno
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,9 @@ log = logging.getLogger("light_mem")
 # keep it busy, and so does one large one.
 AHEAD_BLOCKS = 4
 AHEAD_BYTES = 16 << 20
+# What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
+# the page cache, and one whose protection information does not fit.
+_UNREADABLE = (errno.EIO, errno.ENODATA, errno.EILSEQ)
 
 
 class Reader:
@@ -154,34 +158,43 @@ class Reader:
                 nbytes,
             )
             return Outcome.MISSING
+        file = self._file(where.shard)
         checksum = new_checksum(low, high) if self._verify else None
+        problem = ""
         try:
             if arriving is None:
-                self._copy(where, place, checksum, stopped)
+                self._copy(file, where, place, checksum, stopped)
             else:
                 arriving.finish()
                 if checksum is not None:  # as after any copy, of what the slots hold now
-                    slots = self._file(where.shard).bytes(*where.runs[0])
+                    slots = file.bytes(*where.runs[0])
                     checksum.update(slots[:nbytes].data)
         except Stopped:
             return Outcome.STOPPED
+        except OSError as error:
+            # Kept, such a block would be found and never read, and never be written again.
+            if error.errno not in _UNREADABLE:
+                raise
+            problem = f"the device does not give its bytes ({error})"
         # First the tag, then the sum: after an eviction the sum says nothing about damage.
         if not self._lookup.is_unchanged(where):
             return Outcome.LOST
-        if checksum is not None and checksum.intdigest() != where.checksum:
-            self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high)
+        if not problem and checksum is not None and checksum.intdigest() != where.checksum:
+            problem = "its bytes do not fit its checksum"
+        if problem:
+            self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high, problem)
             return Outcome.DAMAGED
         return Outcome.LOADED
 
     def _copy(
         self,
+        file: ShardFile,
         where: Location,
         place: Place,
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy a block, run by run; raises Stopped, OSError, StoreFormatError."""
-        file = self._file(where.shard)
+        """Copy a block, run by run; raises Stopped, OSError."""
         single = len(where.runs) == 1
         done = 0
         for run in where.runs:
@@ -205,5 +218,6 @@ class Reader:
             listed = index.find(block.low, block.high) == slot and self._lookup.tag(entry) == tag
             if not listed or self._lookup.locate(entry, block.low, block.high) is not None:
                 return Outcome.MISSING
-        self._engine.drop_damaged(shard, slot, tag, block.low, block.high)
+        problem = "its runs of slots make no sense"
+        self._engine.drop_damaged(shard, slot, tag, block.low, block.high, problem)
         return Outcome.DAMAGED

@@ -50,16 +50,19 @@ def clear(engine: LocalStorageEngine) -> int:
 
 
 def drop_damaged(
-    engine: LocalStorageEngine, shard: int, slot: int, tag: int, low: int, high: int
+    engine: LocalStorageEngine, shard: int, slot: int, tag: int, low: int, high: int, problem: str
 ) -> None:
-    """Take out a block that was found damaged, if its tag is still this one; says so in the log."""
+    """Take out a block that was found damaged, if its tag is still this one; says so in the log.
+
+    `problem`: what is wrong with it, in words.
+    """
     engine.limited.warning(
-        "block %s in slot %d of shard %d of %s is damaged: its bytes do not fit its checksum; "
-        "it is dropped",
+        "block %s in slot %d of shard %d of %s is damaged: %s; it is dropped",
         keymath.key_text(low, high),
         slot,
         shard,
         engine.directory,
+        problem,
     )
     try:
         with engine.change(shard) as (index, file):
