@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from light_mem.maintenance import VerifyReport
 
 DEFAULT_CREATE_TIMEOUT = 10.0
-# An abort waits for copies in hand: a piece each, some 100 us. Longer means a stopped worker.
+# An abort waits for copies in hand: a piece each, some 100 us, or ms where it comes from a device.
+# Longer means a stopped worker.
 _ABORT_SECONDS = 10.0
 
 
@@ -212,10 +213,11 @@ class CacheService(Closing, ABC):
         touches its pages any more.
 
         Blocks nobody has begun are Aborted at once; a worker that copies one stops at the next
-        piece (some 100 us) and says so when it is through with its batch: this waits for it, with
-        durability "flush" for a sync. Blocks that are Finished stay so. Raises LockTimeoutError
-        when a worker does not answer for `timeout` seconds (SIGSTOP, a sync): its pages are not
-        safe before the task is ready.
+        piece (some 100 us, or what the device takes for 4 MiB that are not in the page cache) and
+        says so when it is through with its batch: this waits for it, with durability "flush" for a
+        sync. Blocks that are Finished stay so. Raises LockTimeoutError when a worker does not
+        answer for `timeout` seconds (SIGSTOP, a sync, a device that hangs): its pages are not safe
+        before the task is ready.
         """
         self._check()
         timeout = blocks.seconds("timeout", timeout)

@@ -48,7 +48,8 @@ class BlockIO(NamedTuple):
 
 
 Report = Callable[[int, Outcome], None]  # (position in the batch, outcome)
-Stop = Callable[[int], bool]  # whether the block at this position was aborted
+# Whether the block at this position was aborted; an engine's own threads may ask, at the same time.
+Stop = Callable[[int], bool]
 
 
 def check_places(batch: Sequence[BlockIO], page_bytes: int) -> None:

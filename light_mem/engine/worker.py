@@ -64,7 +64,8 @@ for _outcome in Outcome:
 
 
 class Worker:
-    """One worker over a task table, the KV memory and a store. Single-threaded."""
+    """One worker over a task table, the KV memory and a store. One thread; the engine's threads,
+    which wait for a device, ask it whether a task was aborted."""
 
     def __init__(
         self,
