@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from light_mem import State
-from light_mem.engine import page_cache
+from light_mem.engine import page_cache, read_ahead
 from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.device_threads import DeviceThreads
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.places import Regions
+from light_mem.engine.places import Regions, Rows
 from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
 from tests.cached import cached, can_forget, forget
@@ -132,6 +133,43 @@ def test_regions_come_back_right(tmp_path: Path) -> None:
     r.engine.read([block], lambda _, outcome: outcomes.append(outcome))
     assert outcomes == [*COPIED_AND_STORED, Outcome.LOADED]
     assert np.array_equal(memory, wanted)
+    r.engine.close()
+
+
+def test_a_read_past_the_page_cache_stops_between_two_pieces(tmp_path: Path) -> None:
+    r = open_dropping(tmp_path / "store", 8, MIB)
+    r.write(Block(1, 4))
+    asked = 0
+
+    def stop(_: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 3
+
+    assert r.read(Block(1, 4), stop=stop) == [Outcome.STOPPED]
+    assert asked == 3
+    assert r.read(Block(1, 4)) == [Outcome.LOADED]  # what had been read ahead is not mistaken
+    r.engine.close()
+
+
+def test_the_blocks_of_a_batch_are_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = open_dropping(tmp_path / "store", 24, 4096)
+    r.write(*[Block(n) for n in range(24)])
+    submitted: list[Span] = []
+    submit = DeviceThreads.submit
+
+    def note(self: DeviceThreads, call: Any, span: Span, *rest: Any) -> Any:
+        submitted.append(span)
+        return submit(self, call, span, *rest)
+
+    monkeypatch.setattr(DeviceThreads, "submit", note)
+    so_far: list[int] = []
+    memory = np.zeros((24, 4096), np.uint8)
+    batch = [BlockIO(*keymath.as_key(n), Rows(memory, np.array([n]))) for n in range(24)]
+    r.engine.read(batch, lambda at, outcome: so_far.append(len(submitted)))
+    assert so_far == [min(24, read_ahead.DEPTH + 1 + n) for n in range(24)]
     r.engine.close()
 
 

@@ -114,6 +114,26 @@ def test_a_read_that_fails_fails_its_span_alone(descriptor: int, wanted: np.ndar
     reader.close()
 
 
+@pytest.mark.parametrize("most", [4096, 5000, 3 * 4096 - 1])
+def test_a_short_read_is_finished_from_where_the_device_can_go_on(
+    descriptor: int, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    read, places = os.preadv, []
+
+    def preadv(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        places.append(at)
+        count = min(most, read(fd, buffers, at, flags))
+        buffers[0][count:] = bytes(len(buffers[0]) - count)  # as if it had not been read
+        return count
+
+    monkeypatch.setattr(read_ahead.os, "preadv", preadv)
+    reader = ReadAhead(1)
+    assert take(reader, Span(descriptor, 5000, 50_000)) == wanted[5000:55_000].tobytes()
+    reader.close()
+    assert len(places) > 3
+    assert all(at % 4096 == 0 for at in places)
+
+
 def test_what_is_dirty_in_the_page_cache_is_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
     writer = os.open(path, os.O_RDWR | os.O_CREAT)
