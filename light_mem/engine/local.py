@@ -228,7 +228,7 @@ class LocalStorageEngine(StorageEngine):
         tag: int,
         low: int,
         high: int,
-        problem: str = "its bytes do not fit its checksum",
+        problem: str = removing.WRONG_SUM,
     ) -> None:
         """Take out a block that was found damaged, if its tag is still this one."""
         removing.drop_damaged(self, shard, slot, tag, low, high, problem)

@@ -17,6 +17,7 @@ from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.cold_reads import Arriving, ColdReads
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.removing import WRONG_SUM
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
@@ -180,7 +181,7 @@ class Reader:
         if not self._lookup.is_unchanged(where):
             return Outcome.LOST
         if not problem and checksum is not None and checksum.intdigest() != where.checksum:
-            problem = "its bytes do not fit its checksum"
+            problem = WRONG_SUM
         if problem:
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high, problem)
             return Outcome.DAMAGED

@@ -20,6 +20,8 @@ from light_mem.index.owners import Intent
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
 
+WRONG_SUM = "its bytes do not fit its checksum"  # the usual `problem` of `drop_damaged`
+
 
 def delete(engine: LocalStorageEngine, keys: KeyArray) -> int:
     """Take out the blocks of these keys; returns how many were stored and had not expired."""

@@ -103,9 +103,14 @@ class Contestant:
         }
 
     @property
+    def processes(self) -> int:
+        """How many processes have it, each with a share of the blocks."""
+        return len(self._processes)
+
+    @property
     def many_passes(self) -> bool:
         """Whether passes may follow each other without the others waiting for each."""
-        alone = self.kind.one_process_each or len(self._processes) == 1
+        alone = self.kind.one_process_each or self.processes == 1
         return alone and (self.kind.evicts or self.kind.delete is rivals.Rival.delete)
 
     def _look(self) -> None:

@@ -54,9 +54,9 @@ def _measure(
     run: Run, what: str, contestants: list[tuple[Contestant, str]], plan: Plan
 ) -> dict[str, Any]:
     samples = {name: {"write": Samples(), "read": Samples()} for _, name in contestants}
-    for contestant, name in contestants:
+    for contestant, _ in contestants:
         # A slot is any server's next: all workers must have written all slots once.
-        servers = int(name.split()[-1]) if what == "servers" else 1
+        servers = contestant.processes if what == "servers" else 1
         for _ in range(run.warm * servers):
             contestant.move("write")
         contestant.move("read")
