@@ -18,9 +18,9 @@ bytes
   places.py        where in the KV memory a block lies: rows, or regions
   copy.py          copies between the KV memory and slots, with the checksum
   cold_reads.py    reads of what is not in the page cache
+  first_touch.py   pages of the KV memory that a worker stores to for the first time
   small_reads.py   short reads in the thread that asks
-  device_threads.py  threads that wait for a device
-  dropping.py      past the page cache, with read_ahead.py and page_cache.py
+  dropping.py      past the page cache, with read_ahead.py, device_threads.py, page_cache.py
 the KV memory
   kvmemory.py      how another process reaches it; maps.py: what lies behind an address
 workers

@@ -352,7 +352,6 @@ class LocalStorageEngine(StorageEngine):
         if self._closed:
             return
         self._closed = True
-        self._reader.close()
         try:
             self._writer.close()
         except (LockTimeoutError, OSError, StoreFormatError) as error:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.cold_reads import Arriving, ColdReads
+from light_mem.engine.cold_reads import ColdReads
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.removing import WRONG_SUM
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import keys as keymath
@@ -31,10 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("light_mem")
 
-# Of blocks that are not in the page cache, what is asked of the device at a time: a few small ones
-# keep it busy, and so does one large one.
-AHEAD_BLOCKS = 4
-AHEAD_BYTES = 16 << 20
+# How many blocks that are not in the page cache the device is asked for at a time.
+EXPECTED_BLOCKS = 4
 # What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
 # the page cache, and one whose protection information does not fit.
 _UNREADABLE = (errno.EIO, errno.ENODATA, errno.EILSEQ)
@@ -59,95 +58,77 @@ class Reader:
         self._verify = verify
         self._files = files
         self._dropper = dropper
-        self._cold = ColdReads()
+        self._touch = FirstTouch()
+        self._cold = ColdReads() if dropper is None else None
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
-        """`StorageEngine.read`."""
+        """`StorageEngine.read`. In the order of the files: that is how a device reads ahead."""
         keys = [block[:2] for block in batch]
         entries = self._lookup.find_each(keys)
         located = self._lookup.locate_many(entries, keys)
+        order = sorted(range(len(batch)), key=entries.__getitem__)
+        ahead = [where for at in order if (where := located[at]) is not None]
         if self._dropper is not None:
-            self._plan(self._dropper, located)
-        arriving: dict[int, Arriving] = {}
-        begun = 0  # blocks before this one are on their way, or need not be
-        try:
-            for at, where in enumerate(located):
-                if self._dropper is None:
-                    begun = self._begin(batch, located, arriving, max(at, begun), at, stop)
-                try:
-                    if where is not None:
-                        its = arriving.get(at)
-                        outcome = self._load(batch[at], where, partial(stop, at), its)
-                    elif entries[at] >= 0:
-                        outcome = self._drop_senseless(entries[at], batch[at])
-                    else:
-                        outcome = Outcome.MISSING
-                except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    engine = self._engine
-                    engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
-                    outcome = Outcome.FAILED
-                arriving.pop(at, None)  # not before: a Ctrl-C may end the wait for it
-                report(at, outcome)
-        finally:
-            for each in arriving.values():
-                each.give_up()
+            self._plan(self._dropper, ahead)
+        expected = begun = 0  # of those ahead
+        for at in order:
+            where = located[at]
+            try:
+                if where is not None:
+                    begun += 1
+                    if self._cold is not None and self._cold.going_on:
+                        expected = self._expect(self._cold, ahead, begun, expected)
+                    outcome = self._load(batch[at], where, partial(stop, at))
+                elif entries[at] >= 0:
+                    outcome = self._drop_senseless(entries[at], batch[at])
+                else:
+                    outcome = Outcome.MISSING
+            except (LockTimeoutError, OSError, StoreFormatError) as error:
+                engine = self._engine
+                engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
+                outcome = Outcome.FAILED
+            report(at, outcome)
 
-    def _begin(
-        self,
-        batch: Sequence[BlockIO],
-        located: Sequence[Location | None],
-        arriving: dict[int, Arriving],
-        begun: int,
-        at: int,
-        stop: Stop,
-    ) -> int:
-        """Let blocks that are not in the page cache come from the device: the one that is read
-        next, and while that is one of them, some after it. Returns where to go on."""
-        on_their_way = sum(each.nbytes for each in arriving.values())
-        while begun < len(located) and (
-            begun == at or (0 < on_their_way < AHEAD_BYTES and len(arriving) < AHEAD_BLOCKS)
-        ):
-            where, block = located[begun], batch[begun]
-            if where is not None and len(where.runs) == 1 and where.nbytes == block.nbytes:
-                run = where.runs[0]
-                try:
-                    file = self._file(where.shard)
-                except (OSError, StoreFormatError):
-                    break  # the read itself says what is wrong
-                if self._cold.is_cold(file.address(run[0]), where.nbytes):
-                    arriving[begun] = self._cold.begin(
-                        file.span(run, where.nbytes), block.place, partial(stop, begun)
-                    )
-                    on_their_way += where.nbytes
-            begun += 1
-        return begun
-
-    def close(self) -> None:
-        """End the threads that read."""
-        self._cold.close()
-
-    def _plan(self, dropper: Dropper, located: Sequence[Location | None]) -> None:
+    def _plan(self, dropper: Dropper, ahead: Sequence[Location]) -> None:
         """Say what a batch reads, so that the device is kept busy."""
         spans = []
         try:
-            for where in located:
-                if where is not None:
-                    left = where.nbytes
-                    file = self._file(where.shard)
-                    for run in where.runs:
-                        nbytes = min(left, run[1] * file.page_bytes)
-                        spans.append(file.read_span(run, nbytes))
-                        left -= nbytes
+            for where in ahead:
+                file = self._file(where.shard)
+                spans += [file.read_span(run, nbytes) for run, nbytes in self._runs(where)]
         except (OSError, StoreFormatError):
             pass  # the reads themselves say what is wrong, each for its block
         dropper.plan(spans)
+
+    def _expect(self, cold: ColdReads, ahead: Sequence[Location], begun: int, expected: int) -> int:
+        """Tell the device of the next blocks, those aside that lie behind the one before them.
+        Returns where to go on."""
+        for at in range(max(begun, expected), min(len(ahead), begun + EXPECTED_BLOCKS - 1)):
+            last, where = ahead[at - 1], ahead[at]
+            (first, _), *more = where.runs
+            if more or where.shard != last.shard or first != sum(last.runs[-1]):
+                file = self._file(where.shard)
+                for run, nbytes in self._runs(where):
+                    cold.expect(file.span(run, nbytes))
+            expected = at + 1
+        return expected
+
+    def _runs(self, where: Location) -> Iterator[tuple[tuple[int, int], int]]:
+        """The runs of a block, and how many bytes of it lie in each."""
+        if len(where.runs) == 1:
+            yield where.runs[0], where.nbytes
+            return
+        left = where.nbytes
+        for run in where.runs:
+            nbytes = min(left, run[1] * self._engine.geometry.page_bytes)
+            yield run, nbytes
+            left -= nbytes
 
     def _load(
         self,
         block: BlockIO,
         where: Location,
         stopped: Callable[[], bool],
-        arriving: Arriving | None,
     ) -> Outcome:
         low, high, place = block
         nbytes = place.nbytes
@@ -163,13 +144,8 @@ class Reader:
         checksum = new_checksum(low, high) if self._verify else None
         problem = ""
         try:
-            if arriving is None:
-                self._copy(file, where, place, checksum, stopped)
-            else:
-                arriving.finish()
-                if checksum is not None:  # as after any copy, of what the slots hold now
-                    slots = file.bytes(*where.runs[0])
-                    checksum.update(slots[:nbytes].data)
+            self._touch.before_store(place)
+            self._copy(file, where, place, checksum, stopped)
         except Stopped:
             return Outcome.STOPPED
         except OSError as error:
@@ -196,13 +172,16 @@ class Reader:
         stopped: Callable[[], bool],
     ) -> None:
         """Copy a block, run by run; raises Stopped, OSError."""
-        single = len(where.runs) == 1
-        done = 0
-        for run in where.runs:
-            end = min(where.nbytes, done + run[1] * file.page_bytes)
-            part = place if single else place.part(done, end)
-            file.scatter(self._copier, run, end - done, part, checksum, stopped)
-            done = end
+        cold, done = self._cold, 0
+        for run, nbytes in self._runs(where):
+            part = place if nbytes == where.nbytes else place.part(done, done + nbytes)
+            if cold is not None and cold.is_cold(file.address(run[0]), nbytes):
+                cold.read(file.span(run, nbytes), part, stopped)
+                if checksum is not None:  # as after any copy, of what the slots hold now
+                    checksum.update(file.bytes(*run)[:nbytes].data)
+            else:
+                file.scatter(self._copier, run, nbytes, part, checksum, stopped)
+            done += nbytes
 
     def _file(self, shard: int) -> ShardFile:
         file = self._files.get(shard)

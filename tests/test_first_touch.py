@@ -1,0 +1,100 @@
+"""Pages of the KV memory are mapped many at a time, before the first store to them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import sys
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from light_mem.engine.first_touch import AROUND_BYTES, FirstTouch
+from light_mem.engine.places import Place, Regions, Rows
+
+NBYTES = 16 << 20
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux's page faults")
+
+
+def shared_memory() -> npt.NDArray[np.uint8]:
+    """Shared memory that is there, but not mapped by this process. No fixture: its mapping holds a
+    descriptor, and pytest keeps what a fixture gave for longer than the test."""
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, NBYTES)
+    for at in range(0, NBYTES, 1 << 20):
+        os.pwrite(descriptor, bytes(1 << 20), at)
+    array = np.frombuffer(mmap.mmap(descriptor, NBYTES), np.uint8)
+    os.close(descriptor)
+    return array
+
+
+def faults(place: Place, touch: FirstTouch | None) -> int:
+    """How many faults it takes to store to a place."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    if touch is not None:
+        touch.before_store(place)
+    if isinstance(place, Rows):
+        place.memory[place.numbers] = 1
+    else:
+        for part in place.slices():
+            part[:] = 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def places(memory: npt.NDArray[np.uint8], kind: str) -> list[Place]:
+    """All of the memory, in some order, as several blocks."""
+    rng = np.random.default_rng(3)
+    if kind == "regions":
+        cuts = np.sort(rng.choice(NBYTES // 100, 199, replace=False) * 100).tolist()
+        pairs = [(a, b - a) for a, b in zip([0, *cuts], [*cuts, NBYTES], strict=True)]
+        rng.shuffle(pairs)
+        return [Regions(memory, [(int(a), int(n)) for a, n in pairs[at::8]]) for at in range(8)]
+    row_bytes = int(kind)
+    rows = NBYTES // row_bytes
+    table = memory[: rows * row_bytes].reshape(rows, row_bytes)
+    return [Rows(table, part) for part in np.array_split(rng.permutation(rows), 8)]
+
+
+@pytest.mark.parametrize("kind", ["64", "3840", "8192", "61440", "1000000", "regions"])
+def test_a_store_to_memory_that_was_touched_seldom_faults(kind: str) -> None:
+    memory, touch = shared_memory(), FirstTouch()
+    first = [faults(place, touch) for place in places(memory, kind)]
+    again = [faults(place, touch) for place in places(memory, kind)]
+    pages = NBYTES // mmap.PAGESIZE
+    # One for each AROUND_BYTES, some for rows that reach over an edge, and this program's own.
+    assert sum(first) < pages // 8
+    assert sum(again) < pages // 32
+
+
+def test_without_it_every_page_faults() -> None:
+    blocks = places(shared_memory(), "8192")
+    assert sum(faults(place, None) for place in blocks) >= NBYTES // mmap.PAGESIZE
+
+
+def test_memory_that_is_not_there_yet_comes_into_being_only_where_it_is_stored_to() -> None:
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, NBYTES)
+    memory = np.frombuffer(mmap.mmap(descriptor, NBYTES), np.uint8).reshape(-1, 4096)
+    numbers = np.arange(0, len(memory), 32)
+    FirstTouch().before_store(Rows(memory, numbers))
+    assert os.fstat(descriptor).st_blocks * 512 == len(numbers) * 4096
+    os.close(descriptor)
+
+
+def test_rows_and_regions_of_several_memories_in_turn() -> None:
+    touch = FirstTouch()
+    for nbytes in (100, 3 * AROUND_BYTES, 200):
+        memory = np.zeros(nbytes, np.uint8)
+        for place in (
+            Regions(memory, [(nbytes - 1, 1), (0, nbytes)]),
+            Regions(memory, []),
+            Rows(
+                memory.reshape(-1, 20) if nbytes % 20 == 0 else memory.reshape(3, -1), np.array([2])
+            ),
+        ):
+            touch.before_store(place)
+            touch.before_store(place)
+        assert not memory.any()
