@@ -112,10 +112,10 @@ class Copier:
         self, place: Place, sink: Sink, checksum: xxhash.xxh3_64, stopped: Callable[[], bool]
     ) -> None:
         """Copy what lies at `place` into `sink`; raises Stopped, and OSError of the sink."""
-        if _is_one_small_piece(place):
+        if _is_one_piece(place):
             if stopped():
                 raise Stopped
-            self._gather_small(place.memory, place.numbers, sink, 0, checksum)
+            self._gather_rows(place.memory, place.numbers, sink, 0, checksum)
             return
         if not _is_scattered(place):
             for at, piece in _straight_pieces(place):
@@ -129,26 +129,26 @@ class Copier:
             return
         memory, rows = place
         row_bytes = memory.shape[1]
-        small = row_bytes < SMALL_PAGE_BYTES
         for a, b in _pieces(len(rows), max(1, PIECE_BYTES // row_bytes)):
             if stopped():
                 raise Stopped
-            if small:
-                self._gather_small(memory, rows[a:b], sink, a * row_bytes, checksum)
-            else:
-                if sink.reads_first:
-                    _update(checksum, memory, rows[a:b])
-                sink.put_rows(a * row_bytes, memory, rows[a:b])
-                if not sink.reads_first:
-                    _update(checksum, memory, rows[a:b])
+            self._gather_rows(memory, rows[a:b], sink, a * row_bytes, checksum)
 
-    def _gather_small(
+    def _gather_rows(
         self, memory: Bytes2D, rows: RowNumbers, sink: Sink, at: int, checksum: xxhash.xxh3_64
     ) -> None:
-        piece = self._scratch[: len(rows) * memory.shape[1]]
-        memory.take(rows, 0, piece.reshape(len(rows), -1), "clip")
-        sink.put(at, piece)
-        checksum.update(piece.data)
+        """Copy the rows of one piece."""
+        if memory.shape[1] < SMALL_PAGE_BYTES:
+            piece = self._scratch[: len(rows) * memory.shape[1]]
+            memory.take(rows, 0, piece.reshape(len(rows), -1), "clip")
+            sink.put(at, piece)
+            checksum.update(piece.data)
+            return
+        if sink.reads_first:
+            _update(checksum, memory, rows)
+        sink.put_rows(at, memory, rows)
+        if not sink.reads_first:
+            _update(checksum, memory, rows)
 
     def scatter(
         self,
@@ -158,7 +158,7 @@ class Copier:
         stopped: Callable[[], bool],
     ) -> None:
         """Copy `source`, as long as the place, to `place`; raises Stopped."""
-        if _is_one_small_piece(place):
+        if _is_one_piece(place):
             if stopped():
                 raise Stopped
             elements = self._elements(place.memory)
@@ -201,14 +201,10 @@ def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None
         checksum.update(memory[row].data)
 
 
-def _is_one_small_piece(place: Place) -> TypeGuard[Rows]:
+def _is_one_piece(place: Place) -> TypeGuard[Rows]:
     """Whether it is rows that one call copies well wherever they lie: to ask more of a block of
     some 100 KB costs more than the answer saves."""
-    if type(place) is not Rows:
-        return False
-    row_bytes = place.memory.shape[1]
-    small = row_bytes < SMALL_PAGE_BYTES and row_bytes * len(place.numbers) <= PIECE_BYTES
-    return bool(small)
+    return type(place) is Rows and place.memory.shape[1] * len(place.numbers) <= PIECE_BYTES
 
 
 def _is_scattered(place: Place) -> TypeGuard[Rows]:
