@@ -39,7 +39,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "--max-entries",
             "1000",
         ],
-        *["--shapes", "0", "--contestants", "baseline", "lightmem", "plain", "cpp-lightmem"],
+        *[
+            "--shapes",
+            "0",
+            "--contestants",
+            "baseline",
+            "lightmem",
+            "bare",
+            "plain",
+            "cpp-lightmem",
+        ],
         *["--directory", str(place), "--json", str(place / "out.json")],
         *["--csv", str(place / "out.csv")],
     )
@@ -64,7 +73,7 @@ def test_every_part_has_figures(results: dict[str, Any]) -> None:
 def test_each_work_of_a_shape_has_rate_ratio_and_samples(results: dict[str, Any]) -> None:
     found = results["copies"]["246 KB"]
     assert found["bytes"] % found["block_bytes"] == 0
-    for name in ("memory to memory", "LightMem", "pwritev/preadv"):
+    for name in ("memory to memory", "LightMem", "copies alone", "pwritev/preadv"):
         for work in ("first fill", "write", "read", "mixed"):
             figures = found["contestants"][name][work]
             assert figures["lowest"] <= figures["GBps"] <= figures["highest"]

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from benchmark import cold
+from benchmark import cold, rivals
 from benchmark.contestant import Contestant
 from benchmark.plan import Plan, Shape
 from benchmark.run import Run
 from benchmark.samples import Samples
 
 WORK = ("first fill", "write", "read", "mixed", "cold read")
-_FIRST_FILLS = ("lightmem", "plain", "cpp-lightmem")  # these several times, each in a new store
+# These fill several times, each a new store.
+_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem")
 _SETTLE_SECONDS = 0.3
 _SECONDS = 0.15  # that a sample takes at least, in as many passes as it needs
 
@@ -72,7 +73,7 @@ def _compare(
     stayed: dict[str, float] = {}
     for _ in range(min(run.rounds, 5)):
         for contestant in contestants:
-            if contestant.name != "memory to memory":
+            if contestant.name != rivals.BASE:
                 stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
     for contestant in contestants:
         contestant.awake(True)
@@ -166,7 +167,7 @@ def _summaries(
         name: {work: s.summary() for work, s in by_work.items() if s.all}
         for name, by_work in samples.items()
     }
-    base = found.get("memory to memory", {})
+    base = found.get(rivals.BASE, {})
     for name, by_work in found.items():
         for work, summary in by_work.items():
             like = {"first fill": "write", "cold read": "read"}.get(work, work)

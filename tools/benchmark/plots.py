@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_OURS, _BASE = "LightMem", "memory to memory"
+from benchmark import rivals
+
+_OURS, _BASE = "LightMem", rivals.BASE
 _COLOURS = {_OURS: "#c2410c", _BASE: "#9ca3af"}
 
 

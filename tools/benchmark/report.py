@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmark import rivals
 from benchmark.machine import dirty_room
 from benchmark.run import Run
 
@@ -174,15 +175,22 @@ def show_end(run: Run) -> None:
 
 
 def _against(results: dict[str, Any]) -> list[str]:
-    """LightMem against the best other store, by block shape."""
+    """LightMem against what bounds it and against the best other store, by block shape."""
     lines = []
     for shape, found in results.get("copies", {}).items():
         ours = found["contestants"].get("LightMem")
         others = {
             k: v
             for k, v in found["contestants"].items()
-            if k not in ("LightMem", "memory to memory")
+            if k not in ("LightMem", rivals.BASE, rivals.BARE)
         }
+        bare = found["contestants"].get(rivals.BARE)
+        if ours and bare:
+            parts = [
+                f"{work} {ours[work]['GBps'] / bare[work]['GBps']:.2f}"
+                for work in ("first fill", "write", "read", "cold read")
+            ]
+            lines.append(f"LightMem as a share of {rivals.BARE}, {shape}: " + ", ".join(parts))
         if not ours or not others:
             continue
         parts = []

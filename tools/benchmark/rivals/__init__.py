@@ -6,12 +6,13 @@ import importlib
 
 from benchmark.rivals.base import NotInstalledError, Rival, Setup
 
-__all__ = ["ALL", "NotInstalledError", "Rival", "Setup", "find"]
+__all__ = ["ALL", "BARE", "BASE", "NotInstalledError", "Rival", "Setup", "find"]
 
 # name on the command line -> module, class
 ALL = {
     "baseline": ("baseline", "Baseline"),
     "lightmem": ("lightmem", "LightMem"),
+    "bare": ("bare", "Bare"),
     "plain": ("plain", "PlainFile"),
     "lmdb": ("lmdb_store", "Lmdb"),
     "diskcache": ("diskcache_store", "DiskCache"),
@@ -21,6 +22,9 @@ ALL = {
     "hicache": ("hicache_file", "HiCache"),
     "cpp-lightmem": ("cpp_lightmem", "CppLightMem"),
 }
+
+# Printed names of those that are no stores: what any store could reach at most, and what LightMem.
+BASE, BARE = "memory to memory", "copies alone"
 
 
 def find(name: str) -> type[Rival]:
