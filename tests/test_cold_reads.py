@@ -343,10 +343,116 @@ def test_the_device_is_told_of_the_next_blocks_unless_they_follow_the_one_before
     monkeypatch.setattr(cold_reads.os, "posix_fadvise", note)
     with opened(tmp_path / "s", 4096) as r:
         wanted = [blocks[n] for n in (11, 9, 0, 1, 2, 4, 5, 7)]  # in whatever order
-        assert r.read(*wanted) == [Outcome.LOADED] * 8
+        wanted[4:4] = [Block(98, 2), Block(99, 2)]  # which are not stored
+        loaded = [Outcome.LOADED] * 8
+        assert r.read(*wanted) == [*loaded[:4], Outcome.MISSING, Outcome.MISSING, *loaded[4:]]
+        wanted[4:6] = []
         # Not before one is known to be cold, and three ahead of the one that is read.
         assert told == [(1, 8, 2), (2, 14, 2), (3, 18, 2), (4, 22, 2)]
         told.clear()
         monkeypatch.setattr(cold_reads, "_EXPECT_BYTES", 8192)
         assert r.read(*wanted) == [Outcome.LOADED] * 8
         assert not told
+
+
+def test_a_shard_that_cannot_be_opened_spoils_no_block_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_local(tmp_path / "s", 24, page_bytes=4096, shards=2)
+    blocks = [Block(n, 2) for n in range(12)]
+    assert Rig(engine, 4096).write(*blocks) == [COPIED_AND_STORED] * 12
+    shard = {b: engine.lookup.find_one(b.key, 0) // engine.geometry.slots for b in blocks}
+    engine.close()
+    del engine
+    os.truncate(tmp_path / "s" / "shard-001.data", 2 * 4096)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+    wanted = [Outcome.FAILED if shard[b] else Outcome.LOADED for b in blocks]
+    assert wanted.count(Outcome.LOADED) > 2
+    assert Outcome.FAILED in wanted
+    with opened(tmp_path / "s", 4096) as r:
+        assert r.read(*blocks) == wanted
+
+
+def test_what_the_device_is_told_ahead_cannot_fail_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [Block(n, 2) for n in range(8)]
+    make(tmp_path / "s", blocks, 4096)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(tmp_path / "s", 4096) as r:
+        with monkeypatch.context() as m:
+            m.setattr(cold_reads.os, "posix_fadvise", refuse)
+            assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
+        assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
+
+
+@pytest.mark.parametrize("lacking", ["posix_fadvise", "preadv"])
+def test_a_system_without_the_calls_reads_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int], lacking: str
+) -> None:
+    """macOS has preadv, but no posix_fadvise."""
+    blocks = [Block(n, 2) for n in range(8)]
+    make(tmp_path / "s", blocks, 4096)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+    monkeypatch.delattr(os, lacking)
+    with opened(tmp_path / "s", 4096) as r:
+        assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
+    assert bool(reads) == (lacking != "preadv")
+
+
+def test_the_device_is_told_of_every_run_and_of_what_lies_in_another_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from light_mem.engine.reading import Reader
+    from light_mem.index.lookup import Location
+
+    told: list[Span] = []
+
+    class Cold(ColdReads):
+        def expect(self, span: Span) -> None:
+            told.append(span)
+
+    def at(shard: int, *runs: tuple[int, int], nbytes: int) -> Location:
+        return Location(0, shard, runs[0][0], 0, 0, nbytes, list(runs))
+
+    engine = open_local(tmp_path / "s", 32, page_bytes=4096, shards=2)
+    reader: Reader = engine._reader
+    ahead = [
+        at(0, (0, 1), (4, 2), nbytes=9000),
+        at(0, (6, 1), nbytes=4096),  # right after the last run of the one before
+        at(0, (7, 1), (9, 2), nbytes=9000),  # after it as well, but not all of it
+        at(1, (11, 1), nbytes=4096),  # the same number in another file
+    ]
+    assert reader._expect(Cold(), ahead, 1, 0) == 4
+    first, other = engine.file(0), engine.file(1)
+    assert told == [
+        first.span((7, 1), 4096), first.span((9, 2), 9000 - 4096), other.span((11, 1), 4096)
+    ]  # fmt: skip
+    engine.close()
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_pages_are_touched_before_they_are_stored_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: bool
+) -> None:
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: not cold)
+    seen: list[bool] = []
+
+    def before_store(_: object, place: Rows) -> None:
+        seen.append(not place.memory.any())
+
+    monkeypatch.setattr("light_mem.engine.first_touch.FirstTouch.before_store", before_store)
+    outcomes: list[Outcome] = []
+    with opened(tmp_path / "s", 4096) as r:
+        batch = [
+            BlockIO(*keymath.as_key(key), Rows(np.zeros((4, 4096), np.uint8), np.arange(4)))
+            for key in (1, 99)  # the second is not stored: its pages are let alone
+        ]
+        r.engine.read(batch, lambda _, outcome: outcomes.append(outcome))
+    assert sorted(outcomes) == [Outcome.LOADED, Outcome.MISSING]
+    assert seen == [True]

@@ -226,3 +226,43 @@ def test_a_copy_stops_between_two_pieces(page_bytes: int, straight: bool) -> Non
         wanted = memory[rows] if move is gather else memory
         done = int((moved == wanted).reshape(-1).cumprod().sum())
         assert PIECE_BYTES < done <= 2 * PIECE_BYTES + 2 * page_bytes
+
+
+@pytest.mark.parametrize("page_bytes", [4096, SMALL_PAGE_BYTES])
+@pytest.mark.parametrize("more", [0, 1, 60 * 1024])
+def test_a_block_longer_than_a_piece_is_no_single_piece(page_bytes: int, more: int) -> None:
+    """`more` bytes than a piece, in rows that lie anyhow: asked whether to stop before each."""
+    count = PIECE_BYTES // page_bytes + -(-more // page_bytes)
+    memory, rows = memory_of(page_bytes, count), np.arange(count, dtype=np.intp)[::-1].copy()
+    asked: list[None] = []
+
+    def stopped() -> bool:
+        asked.append(None)
+        return False
+
+    slots, checksum = np.zeros((count, page_bytes), np.uint8), new_checksum(*KEY)
+    gather(Copier(), memory, rows, slots, checksum, stopped)
+    assert np.array_equal(slots, memory[rows])
+    assert checksum.intdigest() == expected_sum(memory[rows])
+    back = np.zeros_like(memory)
+    scatter(Copier(), slots, back, rows, None, stopped)
+    assert np.array_equal(back, memory)
+    assert len(asked) == 2 * (1 + (more > 0))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_large_rows_are_summed_when_the_sink_wants_it(first: bool) -> None:
+    memory, rows = memory_of(SMALL_PAGE_BYTES, 4), np.array([2, 0, 1], np.intp)
+    checksum, seen = new_checksum(*KEY), []
+
+    class Spy:
+        reads_first = first
+
+        def put(self, at: int, piece: np.ndarray) -> None:
+            raise AssertionError
+
+        def put_rows(self, at: int, *_: object) -> None:
+            seen.append(checksum.intdigest())
+
+    Copier().gather(Rows(memory, rows), Spy(), checksum, not_stopped)
+    assert seen == [expected_sum(memory[rows]) if first else expected_sum(memory[:0])]

@@ -89,7 +89,7 @@ def test_rows_and_regions_of_several_memories_in_turn() -> None:
     for nbytes in (100, 3 * AROUND_BYTES, 200):
         memory = np.zeros(nbytes, np.uint8)
         for place in (
-            Regions(memory, [(nbytes - 1, 1), (0, nbytes)]),
+            Regions(memory, [(nbytes - 1, 1), (0, nbytes), (0, 0), (nbytes, 0)]),
             Regions(memory, []),
             Rows(
                 memory.reshape(-1, 20) if nbytes % 20 == 0 else memory.reshape(3, -1), np.array([2])
@@ -98,3 +98,26 @@ def test_rows_and_regions_of_several_memories_in_turn() -> None:
             touch.before_store(place)
             touch.before_store(place)
         assert not memory.any()
+
+
+def test_memory_is_touched_once_and_other_memory_anew() -> None:
+    touch = FirstTouch()
+    for _ in range(2):  # the second is touched as the first was
+        memory = shared_memory()
+        (place,) = [Rows(memory.reshape(-1, 8192), np.arange(NBYTES // 8192))]
+        assert faults(place, touch) < NBYTES // mmap.PAGESIZE // 8
+        its = touch._memories[Rows]
+        assert its.array is place.memory
+        assert its._touched.all()
+        assert its.left == 0
+
+
+def test_what_is_left_is_counted_by_what_faults_once() -> None:
+    memory = np.zeros(8 * AROUND_BYTES, np.uint8)
+    table, touch = memory.reshape(-1, 4096), FirstTouch()
+    touch.before_store(Rows(table, np.arange(0, 40)))  # some sixteen rows in each
+    left = touch._memories[Rows].left
+    touched = touch._memories[Rows]._touched
+    assert left == len(touched) - np.count_nonzero(touched) > 0
+    touch.before_store(Rows(table, np.arange(0, 40)))
+    assert touch._memories[Rows].left == left

@@ -45,6 +45,7 @@ class ColdReads:
         self._trusted = 0
         self._cold_bytes = 0  # still to be read like the last cold run
         self._can_read = hasattr(os, "preadv")
+        self._can_expect = hasattr(os, "posix_fadvise")  # macOS has preadv alone
 
     @property
     def going_on(self) -> bool:
@@ -73,7 +74,7 @@ class ColdReads:
     def expect(self, span: Span) -> None:
         """Have the device begin with a span that is read soon, but not right after what lies
         before it in the file."""
-        if span.nbytes < _EXPECT_BYTES:
+        if self._can_expect and span.nbytes < _EXPECT_BYTES:
             os.posix_fadvise(*span, os.POSIX_FADV_WILLNEED)
 
     def read(self, span: Span, place: Place, stopped: Callable[[], bool]) -> None:
