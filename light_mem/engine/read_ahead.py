@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 20
 DEPTH = 8  # pieces under way or waiting to be taken
+_HUGE_PAGE = 2 << 20
 _ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
 
 
@@ -101,13 +102,33 @@ class ReadAhead:
             span = next(self._next, None)
             if span is None:
                 return
-            buffer = self._free.pop() if self._free else self._new_buffer()
+            if not self._free:
+                self._free = self._new_buffers()
+            buffer = self._free.pop()
             future = self._threads.submit(_load, span, buffer)
             self._under_way.append(_Piece(span, buffer, future))
 
-    def _new_buffer(self) -> Bytes1D:
-        memory = mmap.mmap(-1, self._piece_bytes + 2 * _ALIGN)  # begins on a page
-        return np.frombuffer(memory, np.uint8)
+    def _new_buffers(self) -> list[Bytes1D]:
+        """Buffers for all pieces under way and the one in the caller's hands, in huge pages.
+
+        A device takes a request as a list of what lies together in memory, and a list of 256 pages
+        of the kernel's costs it, or the host of a virtual machine, several times the transfer
+        (measured: 0.6 GB/s instead of 3.8, and three times the processor).
+        """
+        stride = self._piece_bytes + 2 * _ALIGN  # what is read around a piece
+        stride += -stride % _ALIGN
+        count = DEPTH + 1
+        whole = count * stride + -count * stride % _HUGE_PAGE  # else the last would not be huge
+        # Private: huge pages of shared memory are another setting, and usually off.
+        memory = mmap.mmap(-1, whole + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel without them
+        array = np.frombuffer(memory, np.uint8)
+        start = -array.ctypes.data % _HUGE_PAGE
+        return [array[at : at + stride] for at in range(start, start + count * stride, stride)]
 
     def _forget(self) -> None:
         self._next = iter(())
