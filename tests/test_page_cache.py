@@ -155,8 +155,8 @@ def test_a_read_past_the_page_cache_stops_between_two_pieces(tmp_path: Path) -> 
 def test_the_blocks_of_a_batch_are_read_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    r = open_dropping(tmp_path / "store", 24, 4096)
-    r.write(*[Block(n) for n in range(24)])
+    r = open_dropping(tmp_path / "store", 48, 4096)
+    r.write(*[Block(n) for n in range(48)])
     submitted: list[Span] = []
     submit = DeviceThreads.submit
 
@@ -167,9 +167,29 @@ def test_the_blocks_of_a_batch_are_read_ahead(
     monkeypatch.setattr(DeviceThreads, "submit", note)
     so_far: list[int] = []
     memory = np.zeros((24, 4096), np.uint8)
-    batch = [BlockIO(*keymath.as_key(n), Rows(memory, np.array([n]))) for n in range(24)]
+    # Every second one: none follows the one before it.
+    batch = [BlockIO(*keymath.as_key(2 * n), Rows(memory, np.array([n]))) for n in range(24)]
     r.engine.read(batch, lambda at, outcome: so_far.append(len(submitted)))
     assert so_far == [min(24, read_ahead.DEPTH + 1 + n) for n in range(24)]
+    r.engine.close()
+
+
+def test_blocks_that_follow_each_other_come_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = open_dropping(tmp_path / "store", 600, 4096)
+    blocks = [Block(n, 2) for n in range(300)]
+    r.write(*blocks)
+    read, calls = os.preadv, 0
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        nonlocal calls
+        calls += 1
+        return read(fd, buffers, at, flags)
+
+    monkeypatch.setattr(read_ahead.os, "preadv", preadv)
+    assert r.read(*blocks[::-1]) == [Outcome.LOADED] * 300  # in whatever order they are asked for
+    assert calls == -(-600 * 4096 // read_ahead.PIECE_BYTES)
     r.engine.close()
 
 

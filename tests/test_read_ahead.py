@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -78,7 +79,83 @@ def test_spans_may_be_left_out_left_early_asked_again_or_unplanned(
     reader.plan(spans[3:])
     check(spans[3])
     reader.close()
-    assert len(reader._free) <= DEPTH + 1  # every buffer came back, and no more were made
+    assert len(reader._free) == DEPTH  # every buffer came back, and no more were made
+
+
+def test_short_spans_that_follow_each_other_are_one_request(
+    descriptor: int, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[Span] = []
+    load = read_ahead._load
+
+    def note(span: Span, buffer: np.ndarray) -> np.ndarray:
+        began.append(span)
+        return load(span, buffer)
+
+    monkeypatch.setattr(read_ahead, "_load", note)
+    lengths = [1, 300_000, 4096, 600_000, 200_000, PIECE_BYTES, 5, 0, 7]
+    ends = np.cumsum(lengths).tolist()
+    spans = [Span(descriptor, end - n, n) for end, n in zip(ends, lengths, strict=True)]
+    spans += [Span(descriptor, ends[-1] + 1, 9), Span(descriptor, 0, 50)]  # a gap, and backwards
+    requests = {
+        Span(descriptor, 0, 904_097),
+        Span(descriptor, 904_097, 200_000),
+        Span(descriptor, 1_104_097, PIECE_BYTES),
+        Span(descriptor, 1_104_097 + PIECE_BYTES, 12),
+        *spans[-2:],
+    }
+    reader = ReadAhead(1)
+    for left_out in (set(), {0}, {1, 2}, {3, 7}, {4, 5, 6}, set(range(9))):
+        began.clear()
+        reader.plan(spans)
+        for n, span in enumerate(spans):
+            if n not in left_out:
+                assert take(reader, span) == wanted[span.at : span.at + span.nbytes].tobytes()
+        assert len(began) == len(set(began))
+        assert set(began) <= requests  # one that is left out whole may not have begun
+        if not left_out & {4, 5}:
+            assert set(began) == requests
+    reader.close()
+    assert len(reader._free) == DEPTH
+
+
+def test_a_part_that_fails_fails_no_other_of_its_request(
+    descriptor: int, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        if at <= 20_480 < at + len(buffers[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers, at, flags)
+
+    monkeypatch.setattr(read_ahead.os, "preadv", preadv)
+    spans = [Span(descriptor, n * 8192, 8192) for n in range(6)]
+    reader = ReadAhead(4096)
+    reader.plan(spans)
+    for n, span in enumerate(spans):
+        if n == 2:
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                take(reader, span)
+        else:
+            assert take(reader, span) == wanted[span.at : span.at + 8192].tobytes()
+    reader.close()
+    assert len(reader._free) == DEPTH
+
+
+def test_a_plan_in_the_middle_of_a_span_loses_no_buffer(
+    descriptor: int, wanted: np.ndarray
+) -> None:
+    reader = ReadAhead(4096)
+    first = Span(descriptor, 0, 3 * PIECE_BYTES)
+    pieces = reader.pieces(first)
+    next(pieces)
+    other = Span(descriptor, 5 * PIECE_BYTES, 2 * PIECE_BYTES)
+    reader.plan([other])
+    pieces.close()
+    assert take(reader, other) == wanted[other.at : other.at + other.nbytes].tobytes()
+    reader.close()
+    assert len(reader._free) == DEPTH
 
 
 def test_no_more_than_the_depth_is_under_way(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 PIECE_BYTES = 1 << 20
-DEPTH = 8  # pieces under way or waiting to be taken
+DEPTH = 8  # requests under way or waiting to be taken
 _HUGE_PAGE = 2 << 20
 _ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
 
@@ -36,10 +36,26 @@ class Span(NamedTuple):
     nbytes: int
 
 
-class _Piece(NamedTuple):
-    span: Span
-    buffer: Bytes1D
-    data: Future[Bytes1D]
+class _Request:
+    """Pieces that follow each other in a file, read together."""
+
+    def __init__(self, parts: Sequence[Span], buffer: Bytes1D) -> None:
+        self.parts = deque(parts)  # those that may be asked for yet
+        self.buffer = buffer
+        self.span = Span(parts[0].descriptor, parts[0].at, sum(part.nbytes for part in parts))
+        self.data: Future[Bytes1D]
+
+    def take(self) -> Bytes1D:
+        """The bytes of the first part that is left; raises OSError."""
+        part = self.parts[0]
+        try:
+            whole = self.data.result()
+        except OSError:
+            if part == self.span:
+                raise
+            return _load(part, self.buffer)  # what ails one part is not the others' fault
+        at = part.at - self.span.at
+        return whole[at : at + part.nbytes]
 
 
 class ReadAhead:
@@ -52,15 +68,15 @@ class ReadAhead:
         self._piece_bytes = PIECE_BYTES - PIECE_BYTES % unit if unit <= PIECE_BYTES else PIECE_BYTES
         self._threads = DeviceThreads("lightmem-read")
         self._free: list[Bytes1D] = []
-        self._under_way: deque[_Piece] = deque()
+        self._under_way: deque[_Request] = deque()
         self._planned: set[Span] = set()
-        self._next: Iterator[Span] = iter(())
+        self._next: Iterator[list[Span]] = iter(())
 
     def plan(self, spans: Sequence[Span]) -> None:
         """These are read next, in this order; each may be left out, or left before its end."""
         self._forget()
         self._planned = set(spans)
-        self._next = (piece for span in spans for piece in self._cut(span))
+        self._next = self._requests(spans)
         self._begin()
 
     def pieces(self, span: Span) -> Generator[Bytes1D, None, None]:
@@ -71,12 +87,14 @@ class ReadAhead:
         if span not in self._planned:
             self.plan([span])
         for wanted in self._cut(span):
-            piece = self._take(wanted)
+            request = self._find(wanted)
             try:
-                yield piece.data.result()
+                yield request.take()
             finally:
-                self._free.append(piece.buffer)
-                self._begin()
+                if self._under_way and self._under_way[0] is request:  # else planned anew meanwhile
+                    request.parts.popleft()
+                    if not request.parts:
+                        self._done_with_first()
 
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
@@ -87,29 +105,51 @@ class ReadAhead:
         for done in range(0, span.nbytes, self._piece_bytes):
             yield Span(span.descriptor, span.at + done, min(self._piece_bytes, span.nbytes - done))
 
-    def _take(self, wanted: Span) -> _Piece:
+    def _requests(self, spans: Sequence[Span]) -> Iterator[list[Span]]:
+        """The pieces of spans, those together that follow each other and are short."""
+        parts: list[Span] = []
+        nbytes = 0
+        for piece in (piece for span in spans for piece in self._cut(span)):
+            if parts and (
+                nbytes + piece.nbytes > self._piece_bytes
+                or piece[:2] != (parts[0].descriptor, parts[0].at + nbytes)
+            ):
+                yield parts
+                parts, nbytes = [], 0
+            parts.append(piece)
+            nbytes += piece.nbytes
+        if parts:
+            yield parts
+
+    def _find(self, wanted: Span) -> _Request:
+        """The first request, with this piece as the first that is left of it."""
         while True:
             if not self._under_way:  # before what is under way: asked for twice, or out of order
                 self.plan([wanted])
-            piece = self._under_way.popleft()
-            if piece.span == wanted:
-                return piece
-            self._drop(piece)
-            self._begin()
+            request = self._under_way[0]
+            while request.parts and request.parts[0] != wanted:
+                request.parts.popleft()
+            if request.parts:
+                return request
+            self._done_with_first()
+
+    def _done_with_first(self) -> None:
+        self._drop(self._under_way.popleft())
+        self._begin()
 
     def _begin(self) -> None:
         while len(self._under_way) < DEPTH:
-            span = next(self._next, None)
-            if span is None:
+            parts = next(self._next, None)
+            if parts is None:
                 return
             if not self._free:
                 self._free = self._new_buffers()
-            buffer = self._free.pop()
-            future = self._threads.submit(_load, span, buffer)
-            self._under_way.append(_Piece(span, buffer, future))
+            request = _Request(parts, self._free.pop())
+            request.data = self._threads.submit(_load, request.span, request.buffer)
+            self._under_way.append(request)
 
     def _new_buffers(self) -> list[Bytes1D]:
-        """Buffers for all pieces under way and the one in the caller's hands, in huge pages.
+        """Buffers for all requests under way, in huge pages.
 
         A device takes a request as a list of what lies together in memory, and a list of 256 pages
         of the kernel's costs it, or the host of a virtual machine, several times the transfer
@@ -117,8 +157,7 @@ class ReadAhead:
         """
         stride = self._piece_bytes + 2 * _ALIGN  # what is read around a piece
         stride += -stride % _ALIGN
-        count = DEPTH + 1
-        whole = count * stride + -count * stride % _HUGE_PAGE  # else the last would not be huge
+        whole = DEPTH * stride + -DEPTH * stride % _HUGE_PAGE  # else the last would not be huge
         # Private: huge pages of shared memory are another setting, and usually off.
         memory = mmap.mmap(-1, whole + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -128,16 +167,16 @@ class ReadAhead:
                 pass  # a kernel without them
         array = np.frombuffer(memory, np.uint8)
         start = -array.ctypes.data % _HUGE_PAGE
-        return [array[at : at + stride] for at in range(start, start + count * stride, stride)]
+        return [array[at : at + stride] for at in range(start, start + DEPTH * stride, stride)]
 
     def _forget(self) -> None:
         self._next = iter(())
         while self._under_way:
             self._drop(self._under_way.popleft())
 
-    def _drop(self, piece: _Piece) -> None:
-        give_up(piece.data)
-        self._free.append(piece.buffer)
+    def _drop(self, request: _Request) -> None:
+        give_up(request.data)
+        self._free.append(request.buffer)
 
 
 def open_direct(path: str | os.PathLike[str]) -> int:
