@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from benchmark import machine
+from benchmark.cold import device_buffer
 from benchmark.memory_limit import memory_limit
 from benchmark.resident import resident, write_out
 from rich.console import Console
@@ -55,8 +56,8 @@ class Plain:
         self._nbytes = nbytes - nbytes % PIECE
         self._files = sorted((directory / "store").glob("shard-*.data"))
         self._flags = flags
-        self._buffer = mmap.mmap(-1, PIECE)  # aligned, as O_DIRECT wants it
-        self._buffer.write(os.urandom(PIECE))
+        self._buffer = device_buffer(PIECE)
+        self._buffer[:] = os.urandom(PIECE)
         if not self._path.exists():
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT)
             os.posix_fallocate(descriptor, 0, self._nbytes)
