@@ -32,6 +32,7 @@ from light_mem.engine.kvmemory import (
     close_source,
     share_tensor,
 )
+from light_mem.engine.maps import HUGE_PAGE_BYTES, private_memory
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, SharedMemoryFullError
 
 ROOT = Path(__file__).parents[1]
@@ -255,19 +256,37 @@ def test_allocate_kvcache_gives_zeroed_memory_that_is_shared_without_moving() ->
     close_source(source)
 
 
-@pytest.mark.skipif(
+def _asks_for_huge_pages(address: int, nbytes: int) -> bool:
+    """Whether one mapping with MADV_HUGEPAGE ("hg" in proc(5)) holds these bytes."""
+    for mapping in psutil.Process().memory_maps(grouped=False):
+        start, end = (int(part, 16) for part in mapping.addr.split("-"))
+        if start <= address and address + nbytes <= end:
+            smaps = Path("/proc/self/smaps").read_text()
+            flags = smaps[smaps.index(mapping.addr) :].partition("VmFlags:")[2].splitlines()[0]
+            return "hg" in flags.split()
+    return False
+
+
+has_huge_pages = pytest.mark.skipif(
     not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages"
 )
+
+
+@has_huge_pages
 def test_allocated_memory_asks_for_huge_pages() -> None:
     tensor = allocate_kvcache(ROWS, COLUMNS)
-    mine = next(
-        mapping
-        for mapping in psutil.Process().memory_maps(grouped=False)
-        if int(mapping.addr.split("-")[0], 16) == tensor.data_ptr()
-    )
-    smaps = Path("/proc/self/smaps").read_text()
-    flags = smaps[smaps.index(mine.addr) :].partition("VmFlags:")[2].splitlines()[0].split()
-    assert "hg" in flags  # MADV_HUGEPAGE, proc(5)
+    assert _asks_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+@has_huge_pages
+@pytest.mark.parametrize("nbytes", [1, 4096, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1])
+def test_private_memory_is_whole_huge_pages_from_its_start_on(nbytes: int) -> None:
+    memory = private_memory(nbytes)
+    assert len(memory) == nbytes
+    assert not memory.any()
+    address = memory.ctypes.data
+    assert address % HUGE_PAGE_BYTES == 0
+    assert _asks_for_huge_pages(address, -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
 
 
 def test_part_of_an_allocated_tensor_is_shared_at_its_offset() -> None:

@@ -37,11 +37,12 @@ from typing import Any
 import numpy as np
 import xxhash
 from benchmark import machine
-from benchmark.cold import device_buffer
 from benchmark.memory_limit import memory_limit
 from benchmark.resident import resident, write_out
 from rich.console import Console
 from rich.table import Table
+
+from light_mem.engine.maps import private_memory
 
 MIB = 1 << 20
 PIECE = 8 * MIB
@@ -56,8 +57,8 @@ class Plain:
         self._nbytes = nbytes - nbytes % PIECE
         self._files = sorted((directory / "store").glob("shard-*.data"))
         self._flags = flags
-        self._buffer = device_buffer(PIECE)
-        self._buffer[:] = os.urandom(PIECE)
+        self._buffer = private_memory(PIECE)
+        self._buffer[:] = np.frombuffer(os.urandom(PIECE), np.uint8)
         if not self._path.exists():
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT)
             os.posix_fallocate(descriptor, 0, self._nbytes)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAPS = "/proc/self/maps"
+HUGE_PAGE_BYTES = 2 << 20  # the smallest kind of x86-64 and of arm64 with pages of 4 KiB
 
 
 class Region(NamedTuple):
@@ -164,6 +165,32 @@ def map_file(fd: int, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
     stop = min(stop + -stop % unit, status.st_size)
     memory = mmap.mmap(fd, stop - start, offset=start)
     return np.frombuffer(memory, np.uint8, nbytes, offset - start)
+
+
+def prefer_huge_pages(memory: mmap.mmap) -> None:
+    """Have the kernel back a mapping by huge pages, where it has them and gives them to who asks
+    (`advise` or `madvise` in /sys/kernel/mm/transparent_hugepage: `shmem_enabled` for shared
+    memory, `enabled` for private)."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
+
+
+def private_memory(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed private memory of this process, uint8 [nbytes], all of it in huge pages if possible.
+
+    For O_DIRECT: a device takes a request as a list of what lies together in memory, and a list of
+    256 pages of the kernel's costs it, or the host of a virtual machine, several times the transfer
+    (measured, reads of 1 MiB: 0.6 GB/s instead of 3.8, and three times the processor).
+    """
+    whole = nbytes + -nbytes % HUGE_PAGE_BYTES  # else the last part would not be huge
+    memory = mmap.mmap(-1, whole + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    prefer_huge_pages(memory)
+    array = np.frombuffer(memory, np.uint8)
+    start = -array.ctypes.data % HUGE_PAGE_BYTES
+    return array[start : start + nbytes]
 
 
 def map_sysv(shmid: int, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:

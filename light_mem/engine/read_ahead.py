@@ -14,9 +14,8 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from light_mem.engine.device_threads import DeviceThreads, give_up
+from light_mem.engine.maps import private_memory
 from light_mem.engine.places import Bytes1D
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 20
 DEPTH = 8  # requests under way or waiting to be taken
-_HUGE_PAGE = 2 << 20
 _ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
 
 
@@ -149,25 +147,11 @@ class ReadAhead:
             self._under_way.append(request)
 
     def _new_buffers(self) -> list[Bytes1D]:
-        """Buffers for all requests under way, in huge pages.
-
-        A device takes a request as a list of what lies together in memory, and a list of 256 pages
-        of the kernel's costs it, or the host of a virtual machine, several times the transfer
-        (measured: 0.6 GB/s instead of 3.8, and three times the processor).
-        """
+        """Buffers for all requests under way."""
         stride = self._piece_bytes + 2 * _ALIGN  # what is read around a piece
         stride += -stride % _ALIGN
-        whole = DEPTH * stride + -DEPTH * stride % _HUGE_PAGE  # else the last would not be huge
-        # Private: huge pages of shared memory are another setting, and usually off.
-        memory = mmap.mmap(-1, whole + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without them
-        array = np.frombuffer(memory, np.uint8)
-        start = -array.ctypes.data % _HUGE_PAGE
-        return [array[at : at + stride] for at in range(start, start + DEPTH * stride, stride)]
+        memory = private_memory(DEPTH * stride)
+        return [memory[at : at + stride] for at in range(0, DEPTH * stride, stride)]
 
     def _forget(self) -> None:
         self._next = iter(())

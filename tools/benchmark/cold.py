@@ -12,30 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.machine import forget
+from light_mem.engine.maps import private_memory
 
-__all__ = ["device_buffer", "forget", "size", "ways"]
+__all__ = ["forget", "size", "ways"]
 
 _PIECE = 8 << 20
-_HUGE_PAGE = 2 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ; Python has no name for it yet
 
 
 def _files(directory: Path) -> list[Path]:
     return sorted((directory / "store").glob("shard-*.data"))
-
-
-def device_buffer(nbytes: int) -> memoryview:
-    """Memory for O_DIRECT, in huge pages where the kernel has them: a device, or the host of a
-    virtual machine, takes a list of 4 KiB pages several times slower."""
-    whole = nbytes + -nbytes % _HUGE_PAGE
-    memory = mmap.mmap(-1, whole + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them
-    start = -np.frombuffer(memory, np.uint8).ctypes.data % _HUGE_PAGE
-    return memoryview(memory)[start : start + nbytes]
 
 
 def size(directory: Path) -> int:
@@ -60,7 +46,7 @@ def _threads(files: list[Path], count: int, flags: int) -> float:
     failed: list[BaseException] = []
 
     def read(number: int) -> None:
-        buffer = device_buffer(_PIECE)
+        buffer = private_memory(_PIECE)
         try:
             for path, at in parts[
                 number * len(parts) // count : (number + 1) * len(parts) // count
