@@ -34,6 +34,20 @@ def wanted() -> np.ndarray:
     return page_bytes_of("file", 0, FILE_BYTES)
 
 
+@pytest.fixture
+def began(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
+    """The requests that were made of the device."""
+    began: list[Span] = []
+    load = read_ahead._load
+
+    def note(span: Span, buffer: np.ndarray) -> np.ndarray:
+        began.append(span)
+        return load(span, buffer)
+
+    monkeypatch.setattr(read_ahead, "_load", note)
+    return began
+
+
 def take(reader: ReadAhead, span: Span) -> bytes:
     return b"".join(piece.tobytes() for piece in reader.pieces(span))
 
@@ -83,16 +97,8 @@ def test_spans_may_be_left_out_left_early_asked_again_or_unplanned(
 
 
 def test_short_spans_that_follow_each_other_are_one_request(
-    descriptor: int, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    descriptor: int, wanted: np.ndarray, began: list[Span]
 ) -> None:
-    began: list[Span] = []
-    load = read_ahead._load
-
-    def note(span: Span, buffer: np.ndarray) -> np.ndarray:
-        began.append(span)
-        return load(span, buffer)
-
-    monkeypatch.setattr(read_ahead, "_load", note)
     lengths = [1, 300_000, 4096, 600_000, 200_000, PIECE_BYTES, 5, 0, 7]
     ends = np.cumsum(lengths).tolist()
     spans = [Span(descriptor, end - n, n) for end, n in zip(ends, lengths, strict=True)]
@@ -158,17 +164,7 @@ def test_a_plan_in_the_middle_of_a_span_loses_no_buffer(
     assert len(reader._free) == DEPTH
 
 
-def test_no_more_than_the_depth_is_under_way(
-    descriptor: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began: list[Span] = []
-    load = read_ahead._load
-
-    def note(span: Span, buffer: np.ndarray) -> np.ndarray:
-        began.append(span)
-        return load(span, buffer)
-
-    monkeypatch.setattr(read_ahead, "_load", note)
+def test_no_more_than_the_depth_is_under_way(descriptor: int, began: list[Span]) -> None:
     reader = ReadAhead(4096)
     span = Span(descriptor, 0, 12 * PIECE_BYTES)
     reader.plan([span])
