@@ -193,6 +193,22 @@ def test_blocks_that_follow_each_other_come_together(
     r.engine.close()
 
 
+def test_without_memory_to_read_into_blocks_fail_and_are_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = open_dropping(tmp_path / "store", 8, 4096)
+    r.write(Block(1, 2), Block(2, 2))
+
+    def refuse(nbytes: int) -> np.ndarray:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as m:
+        m.setattr(read_ahead, "private_memory", refuse)
+        assert r.read(Block(1, 2), Block(2, 2)) == [Outcome.FAILED] * 2
+    assert r.read(Block(1, 2), Block(2, 2)) == [Outcome.LOADED] * 2
+    r.engine.close()
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     r = open_dropping(tmp_path / "store", 8, 4096)
     r.write(Block(1, 2), Block(2, 2))

@@ -232,3 +232,95 @@ def test_closing_ends_the_threads(descriptor: int) -> None:
     reader.close()
     assert not any(t.name.startswith("lightmem-read") for t in threading.enumerate())
     reader.close()
+
+
+def test_what_one_span_failed_with_is_not_tried_again(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+
+    def preadv(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        places.append(at)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(read_ahead.os, "preadv", preadv)
+    reader = ReadAhead(4096)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        take(reader, Span(descriptor, 0, 4096))  # a bad sector may cost seconds
+    reader.close()
+    assert places == [0]
+
+
+def test_a_plan_in_the_middle_of_a_span_leaves_the_new_one_whole(
+    descriptor: int, began: list[Span]
+) -> None:
+    reader = ReadAhead(4096)
+    pieces = reader.pieces(Span(descriptor, 0, 3 * PIECE_BYTES))
+    next(pieces)
+    other = Span(descriptor, 5 * PIECE_BYTES, PIECE_BYTES)
+    reader.plan([other])
+    reader._under_way[0].data.result()  # else it may be cancelled and begun but once
+    pieces.close()
+    take(reader, other)
+    reader.close()
+    assert began.count(other) == 1
+
+
+def test_who_goes_on_in_the_same_request_keeps_its_piece(descriptor: int) -> None:
+    reader = ReadAhead(4096)
+    first, second = Span(descriptor, 0, 4096), Span(descriptor, 4096, 4096)
+    reader.plan([first, second])
+    pieces = reader.pieces(first)
+    next(pieces)
+    held = next(more := reader.pieces(second))
+    pieces.close()
+    assert not any(np.shares_memory(held, buffer) for buffer in reader._free)
+    more.close()
+    reader.close()
+    assert len(reader._free) == DEPTH
+
+
+def test_a_buffer_is_not_used_again_while_a_thread_writes_to_it(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, begun, go_on = read_ahead._load, threading.Event(), threading.Event()
+    busy: list[np.ndarray] = []
+    shared: list[bool] = []
+
+    def slow(span: Span, buffer: np.ndarray) -> np.ndarray:
+        shared.append(any(np.shares_memory(buffer, other) for other in busy))
+        busy.append(buffer)
+        if span.at == 0:
+            begun.set()
+            go_on.wait(10)
+        data = load(span, buffer)
+        busy[:] = [other for other in busy if other is not buffer]
+        return data
+
+    monkeypatch.setattr(read_ahead, "_load", slow)
+    reader = ReadAhead(4096)
+    reader.plan([Span(descriptor, 0, 4096)])
+    assert begun.wait(10)
+    timer = threading.Timer(0.2, go_on.set)
+    timer.start()
+    reader.plan([Span(descriptor, n * PIECE_BYTES, 4096) for n in range(1, 9)])
+    assert go_on.is_set()  # it waited for the one under way
+    reader.close()
+    timer.join()
+    assert not any(shared)
+
+
+def test_spans_of_two_files_are_not_one_request(tmp_path: Path) -> None:
+    descriptors = []
+    for name in ("a", "b"):
+        page_bytes_of(name, 0, 16_384).tofile(tmp_path / name)
+        descriptors.append(os.open(tmp_path / name, os.O_RDONLY))
+    spans = [Span(descriptors[n % 2], n * 4096, 4096) for n in range(4)]  # as if they followed
+    reader = ReadAhead(4096)
+    reader.plan(spans)
+    for n, span in enumerate(spans):
+        wanted = page_bytes_of("ab"[n % 2], 0, 16_384)[span.at : span.at + 4096]
+        assert take(reader, span) == wanted.tobytes()
+    reader.close()
+    for descriptor in descriptors:
+        os.close(descriptor)

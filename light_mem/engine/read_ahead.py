@@ -48,7 +48,7 @@ class _Request:
         part = self.parts[0]
         try:
             whole = self.data.result()
-        except OSError:
+        except Exception:
             if part == self.span:
                 raise
             return _load(part, self.buffer)  # what ails one part is not the others' fault
@@ -78,18 +78,21 @@ class ReadAhead:
         self._begin()
 
     def pieces(self, span: Span) -> Generator[Bytes1D, None, None]:
-        """The bytes of a span, piece by piece, each good until the next is asked for.
+        """The bytes of a span, piece by piece, each good until the next is asked for, or `plan` or
+        `close` is called.
 
         One that was not planned is read all the same. Raises OSError.
         """
-        if span not in self._planned:
+        if span.nbytes and span not in self._planned:
             self.plan([span])
         for wanted in self._cut(span):
             request = self._find(wanted)
             try:
                 yield request.take()
             finally:
-                if self._under_way and self._under_way[0] is request:  # else planned anew meanwhile
+                # Else it was planned anew meanwhile, or somebody else has gone on.
+                first = self._under_way[0] if self._under_way else None
+                if first is request and request.parts[0] == wanted:
                     request.parts.popleft()
                     if not request.parts:
                         self._done_with_first()

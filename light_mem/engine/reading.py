@@ -92,13 +92,17 @@ class Reader:
     def _plan(self, dropper: Dropper, ahead: Sequence[Location]) -> None:
         """Say what a batch reads, so that the device is kept busy."""
         spans = []
-        try:
-            for where in ahead:
+        # What fails here the reads themselves say, each for its block.
+        for where in ahead:
+            try:
                 file = self._file(where.shard)
-                spans += [file.read_span(run, nbytes) for run, nbytes in self._runs(where)]
-        except (OSError, StoreFormatError):
-            pass  # the reads themselves say what is wrong, each for its block
-        dropper.plan(spans)
+            except (OSError, StoreFormatError):
+                continue
+            spans += [file.read_span(run, nbytes) for run, nbytes in self._runs(where)]
+        try:
+            dropper.plan(spans)
+        except OSError:
+            pass  # no memory, say
 
     def _expect(self, cold: ColdReads, ahead: Sequence[Location], begun: int, expected: int) -> int:
         """Tell the device of the next blocks, those aside that lie behind the one before them.
