@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmark.plan import Plan
+from benchmark.rivals import BARE
 from benchmark.rivals.base import Pages, Rival
 from light_mem.engine.cold_reads import ColdReads
 from light_mem.engine.copy import Copier, FileSink, MappedSink, new_checksum
@@ -29,7 +30,7 @@ class Bare(Rival):
     `preadv`, both through the mapping from then on.
     """
 
-    name = "copies alone"
+    name = BARE
     how = "a process a worker; a worker's copies and checksums into one mapped file, in place"
     lacks = "no index, no eviction, no states, no tasks, nothing safe from a kill"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmark.rivals import BASE
 from benchmark.rivals.base import Pages, Rival, gather, page_aligned
 
 
 class Baseline(Rival):
     """Gathers pages into private memory, and scatters them back."""
 
-    name = "memory to memory"
+    name = BASE
     how = "a process a worker; every block has its own place in private memory"
     lacks = "stores nothing"
     persistent = False
