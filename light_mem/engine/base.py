@@ -11,7 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.places import Place
+from light_mem.index.format import MAX_INTENTS
 from light_mem.index.keys import KeyArray
+
+# Blocks that a process writes to one shard at a time. The other half of its intents is for what
+# failed.
+WRITE_BATCH = MAX_INTENTS // 2
 
 
 class Outcome(IntEnum):

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
+from light_mem.engine.base import WRITE_BATCH
 from light_mem.engine.table_layout import (
     ABORTED,
     COPIED,
@@ -38,7 +39,7 @@ LANE_BYTE = 1  # ... and the first of the lanes' locks
 # Bytes claimed at a time: enough to make a hold of the shard's lock cheap. Reads take none; their
 # batch is small so that the last worker of a task is not long alone.
 BATCH_BYTES = {READ: 16 << 20, WRITE: 32 << 20}
-BATCH_BLOCKS = 64
+BATCH_BLOCKS = WRITE_BATCH  # a few more would be two holds of the shard's lock more for them alone
 # ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
 # 300 us for a write), more than what the other half would wait for.
 LEAST_BYTES = 1 << 20

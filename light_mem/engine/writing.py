@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.shard_file import Written
 from light_mem.errors import LockTimeoutError, StoreFormatError
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 # How long a write waits for slots that others are filling. A shard whose every slot is being
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
-MAX_BATCH = MAX_INTENTS // 2  # of one shard at a time; the other half is for what failed
 _ROOM_PAUSE = 0.002
 
 
@@ -68,8 +67,8 @@ class Writer:
             report(at, outcome)
 
         for shard, positions in by_shard.items():
-            for first in range(0, len(positions), MAX_BATCH):
-                part = positions[first : first + MAX_BATCH]
+            for first in range(0, len(positions), WRITE_BATCH):
+                part = positions[first : first + WRITE_BATCH]
                 try:
                     self._write_shard(shard, part, batch, settle, stop)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
