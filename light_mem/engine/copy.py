@@ -20,12 +20,13 @@ import numpy.typing as npt
 import xxhash
 
 from light_mem.engine.places import Bytes1D, Bytes2D, Place, RowNumbers, Rows
-from light_mem.index.keys import key_bytes
+from light_mem.index.keys import KEY_BYTES, key_bytes
 
 PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
 # Pages below this go to the slots by way of a scratch piece: together they are long enough for
 # copies around the cache (see `program.COPY_TUNABLES`), and one checksum call serves them all.
 SMALL_PAGE_BYTES = 32 * 1024
+_LINE = 64  # bytes of a cache line
 
 
 class Stopped(Exception):
@@ -105,14 +106,44 @@ class Copier:
     """Copies of one worker; holds its piece of scratch memory. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._scratch = np.empty(PIECE_BYTES, np.uint8)
+        room = np.empty(2 * _LINE + PIECE_BYTES, np.uint8)
+        start = _LINE + -room.ctypes.data % _LINE
+        self._scratch = room[start : start + PIECE_BYTES]
+        # A whole block's key goes right before its bytes: one call then sums up both.
+        self._key = room[start - KEY_BYTES : start].data
+        self._keyed = room[start - KEY_BYTES : start + PIECE_BYTES].data
+        self._use_pieces_of(0, 0)
         self._memory: Bytes2D | None = None
+
+    def _use_pieces_of(self, rows: int, row_bytes: int) -> None:
+        """Have a scratch piece of so many rows at hand: most blocks are alike."""
+        self._shape = rows, row_bytes
+        self._piece = self._scratch[: rows * row_bytes]
+        self._table = self._piece.reshape(rows, row_bytes)
+        self._keyed_piece = self._keyed[: KEY_BYTES + rows * row_bytes]
+
+    def gather_whole(self, low: int, high: int, place: Rows, sink: Sink) -> int:
+        """Copy a block that `is_one_piece` into `sink`; returns its checksum. Raises OSError of the
+        sink. No other call does it in as few steps, and a block of some 100 KB is as many as this
+        takes of them: they are cold each time, for the copies have gone through the caches."""
+        memory, rows = place
+        shape = len(rows), memory.shape[1]
+        if shape[1] >= SMALL_PAGE_BYTES:
+            checksum = new_checksum(low, high)
+            self._gather_rows(memory, rows, sink, 0, checksum)
+            return checksum.intdigest()
+        if shape != self._shape:
+            self._use_pieces_of(*shape)
+        memory.take(rows, 0, self._table, "clip")
+        sink.put(0, self._piece)
+        self._key[:] = key_bytes(low, high)
+        return xxhash.xxh3_64_intdigest(self._keyed_piece)
 
     def gather(
         self, place: Place, sink: Sink, checksum: xxhash.xxh3_64, stopped: Callable[[], bool]
     ) -> None:
         """Copy what lies at `place` into `sink`; raises Stopped, and OSError of the sink."""
-        if _is_one_piece(place):
+        if is_one_piece(place):
             if stopped():
                 raise Stopped
             self._gather_rows(place.memory, place.numbers, sink, 0, checksum)
@@ -158,7 +189,7 @@ class Copier:
         stopped: Callable[[], bool],
     ) -> None:
         """Copy `source`, as long as the place, to `place`; raises Stopped."""
-        if _is_one_piece(place):
+        if is_one_piece(place):
             if stopped():
                 raise Stopped
             elements = self._elements(place.memory)
@@ -201,7 +232,7 @@ def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None
         checksum.update(memory[row].data)
 
 
-def _is_one_piece(place: Place) -> TypeGuard[Rows]:
+def is_one_piece(place: Place) -> TypeGuard[Rows]:
     """Whether it is rows that one call copies well wherever they lie: to ask more of a block of
     some 100 KB costs more than the answer saves."""
     return type(place) is Rows and place.memory.shape[1] * len(place.numbers) <= PIECE_BYTES

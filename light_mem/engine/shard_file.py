@@ -19,7 +19,16 @@ import numpy.typing as npt
 import xxhash
 
 from light_mem.engine import page_cache
-from light_mem.engine.copy import Copier, FileSink, MappedSink
+from light_mem.engine.base import BlockIO
+from light_mem.engine.copy import (
+    Copier,
+    FileSink,
+    MappedSink,
+    Sink,
+    Stopped,
+    is_one_piece,
+    new_checksum,
+)
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
@@ -97,18 +106,38 @@ class ShardFile:
     def gather(
         self,
         copier: Copier,
+        runs: Sequence[tuple[int, int]],
+        block: BlockIO,
+        stopped: Callable[[], bool],
+    ) -> int:
+        """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError."""
+        low, high, place = block
+        if len(runs) == 1 and self._dropper is None and is_one_piece(place):
+            if stopped():
+                raise Stopped
+            start, length = runs[0]
+            now = time.monotonic()
+            digest = copier.gather_whole(low, high, place, self._sink(start, length, now))
+            self._written_at[start : start + length] = now
+            return digest
+        checksum = new_checksum(low, high)
+        done = 0
+        for run in runs:
+            end = done + run[1] * self.page_bytes
+            part = place if len(runs) == 1 else place.part(done, end)
+            self._gather_run(copier, run, part, checksum, stopped)
+            done = end
+        return checksum.intdigest()
+
+    def _gather_run(
+        self,
+        copier: Copier,
         run: tuple[int, int],
         place: Place,
         checksum: xxhash.xxh3_64,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy what lies at `place` into a run of slots, whole or up to Stopped; raises OSError.
-
-        Through the mapping where this process has written a moment ago, else by `pwrite`: mapped
-        slots that were never touched cost a fault every 4 KiB, and so do those that the kernel has
-        written to the device since, for it protects them to notice the next store (measured with
-        two writers of 60 MB blocks: 10 to 11 GB/s while they are dirty, 4.0 after; `pwrite` 5.3).
-        """
+        """Copy what lies at `place` into a run of slots, whole or up to Stopped; raises OSError."""
         if self._dropper is not None:
             span = self.span(run, place.nbytes)
             try:
@@ -118,14 +147,23 @@ class ShardFile:
             return
         start, length = run
         now = time.monotonic()
+        copier.gather(place, self._sink(start, length, now), checksum, stopped)
+        self._written_at[start : start + length] = now
+
+    def _sink(self, start: int, length: int, now: float) -> Sink:
+        """How a run of slots is written: through the mapping where this process has written a
+        moment before `now`, else by `pwrite`.
+
+        Mapped slots that were never touched cost a fault every 4 KiB, and so do those that the
+        kernel has written to the device since, for it protects them to notice the next store
+        (measured with two writers of 60 MB blocks: 10 to 11 GB/s while they are dirty, 4.0 after;
+        `pwrite` 5.3).
+        """
         # The ends stand for the run: where slots between them are older, some faults are all.
         oldest = min(self._written[start], self._written[start + length - 1])
         if now - oldest < DIRTY_SECONDS:
-            copier.gather(place, MappedSink(self.bytes(start, length)), checksum, stopped)
-        else:
-            at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
-            copier.gather(place, FileSink(self._data_fd, at), checksum, stopped)
-        self._written_at[start : start + length] = now
+            return MappedSink(self.bytes(start, length))
+        return FileSink(self._data_fd, fmt.SHARD_HEADER_BYTES + start * self.page_bytes)
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.copy import Copier, Stopped
 from light_mem.engine.shard_file import Written
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import keys as keymath
@@ -161,32 +161,20 @@ class Writer:
     ) -> dict[int, Written]:
         """Copy into the slots; what was written, by position in the batch."""
         file = self._engine.file(shard)
-        page_bytes = self._geometry.page_bytes
         written: dict[int, Written] = {}
         for _, where in taken:
             file.expect(where.runs)
+        keep = self._engine.keep_for
         for at, where in taken:
-            low, high, place = batch[at]
-            checksum = new_checksum(low, high)
-
-            done = 0
+            block = batch[at]
             try:
-                for run in where.runs:
-                    end = done + run[1] * page_bytes
-                    part = place if len(where.runs) == 1 else place.part(done, end)
-                    file.gather(self._copier, run, part, checksum, partial(stop, at))
-                    done = end
+                digest = file.gather(self._copier, where.runs, block, partial(stop, at))
             except Stopped:
                 continue
             report(at, Outcome.COPIED)
+            low, high, place = block
             written[at] = Written(
-                low,
-                high,
-                checksum.intdigest(),
-                place.nbytes,
-                where.runs,
-                time.time_ns(),
-                self._engine.keep_for((low, high)),
+                low, high, digest, place.nbytes, where.runs, time.time_ns(), keep((low, high))
             )
         if written:
             file.write_records(list(written.values()))

@@ -27,6 +27,7 @@ U64Array: TypeAlias = "npt.NDArray[np.uint64]"
 
 _MASK = (1 << 64) - 1
 _PAIR = struct.Struct("<QQ")
+KEY_BYTES = _PAIR.size  # of `key_bytes`
 _HEX = re.compile(r"[0-9a-f]*")
 # Odd multipliers of the splitmix64 / MurmurHash3 finalisers (public domain): full avalanche, so
 # that small ints, which users do pass as hashes, spread over shards and buckets.
