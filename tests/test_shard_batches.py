@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from light_mem.index import keys as keymath
+from light_mem.index.keys import MixedKeys
 from light_mem.index.shard import Allocation, ShardIndex
 from tests.engine_helpers import PAGE, assert_consistent, new_index, replica, stored_keys
 
@@ -21,7 +22,7 @@ def store(index: ShardIndex, keys: list[int], lengths: list[int], now: int) -> l
         where = index.allocate_many(lengths, [])
         index.mark_many(where, owner=1)
     with index.change():
-        pairs = [(key, 0) for key in keys[: len(where)]]
+        pairs = MixedKeys.of([(key, 0) for key in keys[: len(where)]])
         sizes = [length * PAGE for length in lengths[: len(where)]]
         index.publish_many([w.slot for w in where], pairs, [0] * len(where), sizes, now)
     return where

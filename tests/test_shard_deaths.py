@@ -12,6 +12,7 @@ from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
+from light_mem.index.keys import MixedKeys
 from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
 from tests.deaths import Files, moments, restore
@@ -58,7 +59,7 @@ def write_many(index: ShardIndex, slots: dict[int, int]) -> None:
         index.mark_many(where, owner=1)
     with index.change():
         assert index.find_many([(key, 0) for key in (100, 101, 102, 103)]) == [-1] * 4
-        keys = [(key, 0) for key in (100, 101, 102, 103)]
+        keys = MixedKeys.of([(key, 0) for key in (100, 101, 102, 103)])
         index.publish_many(
             [w.slot for w in where], keys, [0] * 4, [2 * PAGE] * 4, now=1, keeps=[0] * 4
         )
@@ -78,7 +79,7 @@ def evict_many(index: ShardIndex, slots: dict[int, int]) -> None:
         assert {w.slot for w in where} == set(evicted)
         index.mark_many(where, owner=1)
     with index.change():
-        keys = [(key, 0) for key in (100, 101, 102, 103)]
+        keys = MixedKeys.of([(key, 0) for key in (100, 101, 102, 103)])
         index.publish_many(
             [w.slot for w in where], keys, [0] * 4, [2 * PAGE] * 4, now=1, keeps=[0] * 4
         )

@@ -235,10 +235,12 @@ class LocalStorageEngine(StorageEngine):
 
     # --- keeping blocks --------------------------------------------------------------------------
 
-    def keep_for(self, key: tuple[int, int]) -> int:
-        """The `keep` with which a block is written now."""
-        keep = self.keeps.get(key)
-        return retention.keep_for(self.time_to_live) if keep is None else keep
+    def keeps_for(self, keys: Sequence[tuple[int, int]]) -> list[int]:
+        """The `keep` of each block that is written now."""
+        usual = retention.keep_for(self.time_to_live)
+        if not self.keeps:
+            return [usual] * len(keys)
+        return [self.keeps.get(key, usual) for key in keys]
 
     def pin(self, keys: KeyArray) -> int:
         """Pin blocks, so that they are not evicted; see `keeping.pin`. Any thread."""

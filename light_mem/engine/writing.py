@@ -21,8 +21,9 @@ from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped
 from light_mem.engine.shard_file import Written
 from light_mem.errors import LockTimeoutError, StoreFormatError
-from light_mem.index import keys as keymath
+from light_mem.index.description import Geometry
 from light_mem.index.format import MAX_INTENTS
+from light_mem.index.keys import MixedKeys, shards_of
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
@@ -35,6 +36,32 @@ if TYPE_CHECKING:
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
 _ROOM_PAUSE = 0.002
+
+Taken = tuple[int, "Allocation"]  # position in the batch, its room
+
+
+class _Job:
+    """One batch to write, and who is told of it."""
+
+    def __init__(
+        self, batch: Sequence[BlockIO], geometry: Geometry, report: Report, stop: Stop
+    ) -> None:
+        self.batch = batch
+        self.report = report
+        self.stop = stop
+        self.open = set(range(len(batch)))  # without a final outcome
+        self.keys = MixedKeys.of([block[:2] for block in batch])
+        self.nbytes = [block.place.nbytes for block in batch]
+        slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
+        self.slots = [slots_of[nbytes] for nbytes in self.nbytes]
+        self.by_shard: dict[int, list[int]] = defaultdict(list)
+        for at, shard in enumerate(shards_of(self.keys.mixed, geometry.shards).tolist()):
+            self.by_shard[shard].append(at)
+
+    def settle(self, at: int, outcome: Outcome) -> None:
+        """Tell the final outcome of a block."""
+        self.open.discard(at)
+        self.report(at, outcome)
 
 
 class Writer:
@@ -56,28 +83,19 @@ class Writer:
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.write`."""
-        by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, (low, high, _) in enumerate(batch):
-            by_shard[keymath.shard_of(keymath.mix_one(low, high), self._geometry.shards)].append(at)
-        open_blocks = set(range(len(batch)))
-
-        def settle(at: int, outcome: Outcome) -> None:
-            if outcome is not Outcome.COPIED:
-                open_blocks.discard(at)
-            report(at, outcome)
-
-        for shard, positions in by_shard.items():
+        job = _Job(batch, self._geometry, report, stop)
+        for shard, positions in job.by_shard.items():
             for first in range(0, len(positions), WRITE_BATCH):
                 part = positions[first : first + WRITE_BATCH]
                 try:
-                    self._write_shard(shard, part, batch, settle, stop)
+                    self._write_shard(shard, part, job)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
                     engine = self._engine
                     engine.limited.warning(
                         "write to shard %d of %s failed: %s", shard, engine.directory, str(error)
                     )
-                    for at in open_blocks.intersection(part):
-                        settle(at, Outcome.FAILED)
+                    for at in job.open.intersection(part):
+                        job.settle(at, Outcome.FAILED)
 
     def close(self) -> None:
         """Give back the slots of failed batches; raises LockTimeoutError, OSError."""
@@ -85,32 +103,28 @@ class Writer:
             with self._engine.change(shard, timeout=1) as (index, file):
                 self._give_back_orphans(shard, index, file)
 
-    def _write_shard(
-        self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report, stop: Stop
-    ) -> None:
+    def _write_shard(self, shard: int, positions: list[int], job: _Job) -> None:
         """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
         waiting = positions
         deadline = time.monotonic() + ROOM_SECONDS
         while waiting:
-            taken, waiting = self._allocate(shard, waiting, batch, report)
-            written = self._copy_in(shard, taken, batch, report, stop)
+            taken, waiting = self._allocate(shard, waiting, job)
+            written = self._copy_in(shard, taken, job)
             if taken:
-                self._publish(shard, taken, written, report)
+                self._publish(shard, taken, written, job)
                 deadline = time.monotonic() + ROOM_SECONDS
             elif waiting:
-                waiting = self._wait_for_room(waiting, deadline, report, stop)
+                waiting = self._wait_for_room(waiting, deadline, job)
 
-    def _wait_for_room(
-        self, waiting: list[int], deadline: float, report: Report, stop: Stop
-    ) -> list[int]:
+    def _wait_for_room(self, waiting: list[int], deadline: float, job: _Job) -> list[int]:
         """Wait a moment; returns the blocks that shall go on waiting."""
         late = time.monotonic() > deadline
         left: list[int] = []
         for at in waiting:
-            if stop(at):
-                report(at, Outcome.STOPPED)
+            if job.stop(at):
+                job.settle(at, Outcome.STOPPED)
             elif late:
-                report(at, Outcome.NO_ROOM)
+                job.settle(at, Outcome.NO_ROOM)
             else:
                 left.append(at)
         if left:
@@ -119,25 +133,18 @@ class Writer:
         return left
 
     def _allocate(
-        self, shard: int, positions: list[int], batch: Sequence[BlockIO], report: Report
-    ) -> tuple[list[tuple[int, Allocation]], list[int]]:
+        self, shard: int, positions: list[int], job: _Job
+    ) -> tuple[list[Taken], list[int]]:
+        """Take room; returns what was given, by position in the batch, and who waits for more."""
         evicted: list[int] = []
-        outcomes: list[tuple[int, Outcome]] = []
-        wanted: list[tuple[int, int]] = []  # position, slots
         with self._engine.change(shard) as (index, file):
             self._give_back_orphans(shard, index, file)
-            found = index.find_many([batch[at][:2] for at in positions])
-            for at, stored in zip(positions, found, strict=True):
-                nbytes = batch[at].nbytes
-                slots = self._geometry.slots_of(nbytes)
-                if self._is_present(index, stored, nbytes):
-                    outcomes.append((at, Outcome.PRESENT))
-                elif slots > self._geometry.slots:
-                    outcomes.append((at, Outcome.NO_ROOM))
-                else:
-                    wanted.append((at, slots))
+            found = index.find_mixed(job.keys.at(positions))
+            wanted, outcomes = self._wanted(index, positions, found, job)
             # First come, first served: what finds no room waits, and so does what follows.
-            given = index.allocate_many([n for _, n in wanted], evicted, self._engine.evicts)
+            given = index.allocate_many(
+                [job.slots[at] for at in wanted], evicted, self._engine.evicts
+            )
             # The order binds: intents name the slots before the slots are marked. The records of
             # evicted blocks go before their slots are marked too: a holder that dies in between
             # leaves either FREE slots, whose records the next holder clears, or cleared records.
@@ -147,109 +154,114 @@ class Writer:
             index.mark_many(given, self._owner.number)
             self._all_new = index.stamp() if max(found) < 0 else None
         for at, outcome in outcomes:
-            report(at, outcome)
-        taken = [(at, where) for (at, _), where in zip(wanted, given, strict=False)]
-        return taken, [at for at, _ in wanted[len(given) :]]
+            job.settle(at, outcome)
+        return list(zip(wanted, given, strict=False)), wanted[len(given) :]
 
-    def _copy_in(
-        self,
-        shard: int,
-        taken: list[tuple[int, Allocation]],
-        batch: Sequence[BlockIO],
-        report: Report,
-        stop: Stop,
-    ) -> dict[int, Written]:
+    def _wanted(
+        self, index: ShardIndex, positions: list[int], found: list[int], job: _Job
+    ) -> tuple[list[int], list[tuple[int, Outcome]]]:
+        """Which blocks want room, and what became of the others; `found`: where they are stored."""
+        wanted: list[int] = []
+        outcomes: list[tuple[int, Outcome]] = []
+        for at, stored in zip(positions, found, strict=True):
+            if stored >= 0 and self._is_present(index, stored, job.nbytes[at]):
+                outcomes.append((at, Outcome.PRESENT))
+            elif job.slots[at] > self._geometry.slots:
+                outcomes.append((at, Outcome.NO_ROOM))
+            else:
+                wanted.append(at)
+        return wanted, outcomes
+
+    def _copy_in(self, shard: int, taken: list[Taken], job: _Job) -> dict[int, Written]:
         """Copy into the slots; what was written, by position in the batch."""
-        file = self._engine.file(shard)
-        written: dict[int, Written] = {}
+        file, copier = self._engine.file(shard), self._copier
+        digests: list[tuple[int, Allocation, int]] = []
         for _, where in taken:
             file.expect(where.runs)
-        keep = self._engine.keep_for
         for at, where in taken:
-            block = batch[at]
             try:
-                digest = file.gather(self._copier, where.runs, block, partial(stop, at))
+                digest = file.gather(copier, where.runs, job.batch[at], partial(job.stop, at))
             except Stopped:
                 continue
-            report(at, Outcome.COPIED)
-            low, high, place = block
-            written[at] = Written(
-                low, high, digest, place.nbytes, where.runs, time.time_ns(), keep((low, high))
-            )
-        if written:
-            file.write_records(list(written.values()))
-            if self._flush:
-                file.sync()
+            job.report(at, Outcome.COPIED)
+            digests.append((at, where, digest))
+        if not digests:
+            return {}
+        now = time.time_ns()
+        keeps = self._engine.keeps_for([job.batch[at][:2] for at, _, _ in digests])
+        written = {
+            at: Written(*job.batch[at][:2], digest, job.nbytes[at], where.runs, now, keep)
+            for (at, where, digest), keep in zip(digests, keeps, strict=True)
+        }
+        file.write_records(list(written.values()))
+        if self._flush:
+            file.sync()
         return written
 
     def _publish(
-        self,
-        shard: int,
-        taken: list[tuple[int, Allocation]],
-        written: dict[int, Written],
-        report: Report,
+        self, shard: int, taken: list[Taken], written: dict[int, Written], job: _Job
     ) -> None:
         outcomes: list[tuple[int, Outcome]] = []
-        fresh: dict[tuple[int, int], tuple[int, Written]] = {}
+        fresh: dict[tuple[int, int], int] = {}  # positions
         with self._engine.change(shard) as (index, file):
-            for at, where in taken:
+            ours = index.are_marked([where.slot for _, where in taken], self._owner.number)
+            for (at, where), is_ours in zip(taken, ours, strict=True):
                 block = written.get(at)
-                if not index.is_marked(where.slot, self._owner.number):
+                if not is_ours:
                     outcomes.append((at, Outcome.FAILED))  # cleared or put in order meanwhile
                 elif block is None:
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.STOPPED))
-                elif (block.low, block.high) in fresh:  # twice in one batch
+                elif fresh.setdefault(block[:2], at) != at:  # twice in one batch
                     self._withdraw(index, file, where.slot)
                     outcomes.append((at, Outcome.PRESENT))
-                else:
-                    fresh[block.low, block.high] = at, block
             if fresh:
-                outcomes += self._publish_fresh(index, file, list(fresh.values()))
+                outcomes += self._publish_fresh(index, file, list(fresh.values()), written, job)
         self._intend(shard, [])
         for at, outcome in outcomes:
-            report(at, outcome)
+            job.settle(at, outcome)
 
     def _publish_fresh(
-        self, index: ShardIndex, file: ShardFile, blocks: list[tuple[int, Written]]
+        self,
+        index: ShardIndex,
+        file: ShardFile,
+        fresh: list[int],
+        written: dict[int, Written],
+        job: _Job,
     ) -> list[tuple[int, Outcome]]:
-        """Publish blocks of different keys, unless another process was faster."""
-        keys = [block[:2] for _, block in blocks]
-        outcomes = [(at, Outcome.STORED) for at, _ in blocks]
-        still_new = index.stamp() == self._all_new
-        stored = [] if still_new else index.find_many(keys)
+        """Publish blocks of different keys, by position, unless another process was faster."""
+        outcomes: list[tuple[int, Outcome]] = []
+        keys = job.keys.at(fresh)
+        stored = [] if index.stamp() == self._all_new else index.find_mixed(keys)
         if stored and max(stored) >= 0:
             left = []
-            for n, slot in enumerate(stored):
-                at, block = blocks[n]
-                if self._is_present(index, slot, block.nbytes):
+            for at, slot in zip(fresh, stored, strict=True):
+                block = written[at]
+                if slot >= 0 and self._is_present(index, slot, block.nbytes):
                     self._withdraw(index, file, block.runs[0][0])
-                    outcomes[n] = at, Outcome.PRESENT
+                    outcomes.append((at, Outcome.PRESENT))
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
                     index.remove(slot)
                     file.clear_records([slot])
-                left.append(n)
-            blocks, keys = [blocks[n] for n in left], [keys[n] for n in left]
-        written = [block for _, block in blocks]
+                left.append(at)
+            fresh, keys = left, job.keys.at(left)
+        blocks = [written[at] for at in fresh]
         index.publish_many(
-            [block.runs[0][0] for block in written],
+            [block.runs[0][0] for block in blocks],
             keys,
-            [block.checksum for block in written],
-            [block.nbytes for block in written],
+            [block.checksum for block in blocks],
+            [block.nbytes for block in blocks],
             time.time_ns(),
-            [block.keep for block in written],
+            [block.keep for block in blocks],
         )
-        return outcomes
+        return outcomes + [(at, Outcome.STORED) for at in fresh]
 
     @staticmethod
     def _is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
-        """Whether a block of this length is stored at `slot` (-1: no) and has not expired."""
-        return (
-            slot >= 0
-            and int(index.entries["nbytes"][slot]) == nbytes
-            and not index.retention.has_expired(slot)
-        )
+        """Whether the block listed at `slot` is of this length and has not expired."""
+        same = int(index.entries["nbytes"][slot]) == nbytes
+        return same and not index.retention.has_expired(slot)
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:

@@ -45,7 +45,8 @@ class Allocator:
     ) -> None:
         self._control = control
         self._entries = entries
-        self._tags = entries["tag"]
+        self._tags, self._nbytes = entries["tag"], entries["nbytes"]
+        self._runs, self._next_runs = entries["run"], entries["next_run"]
         self._page_bytes = page_bytes
         self._chains = chains
         self._space = space
@@ -163,16 +164,18 @@ class Allocator:
         oldest = self._order.oldest_many(count)
         if not oldest:
             return []
-        entries = self._entries[oldest]
-        pages = -(-entries["nbytes"].astype(np.int64) // self._page_bytes)
-        fits = (entries["run"] == length) & (entries["next_run"] == 0) & (pages == length)
-        fits &= np.array(oldest) + length <= len(self._entries)
-        good = len(oldest) if fits.all() else int(fits.argmin())
-        self._order.put_back(oldest[good:])
-        victims = oldest[:good]
+        slots = np.array(oldest, np.int64)
+        pages = -(-self._nbytes[slots].view(np.int64) // self._page_bytes)
+        fits = (self._runs[slots] == length) & (self._next_runs[slots] == 0) & (pages == length)
+        fits &= slots + length <= len(self._entries)
+        if fits.all():
+            victims, good = oldest, len(oldest)
+        else:
+            good = int(fits.argmin())
+            self._order.put_back(oldest[good:])
+            victims, slots = oldest[:good], slots[:good]
         if not victims:
             return []
-        slots = np.array(victims, np.int64)
         self._control["evictions"] += good
         self._tags[slots] = tags_of(fmt.FREE, 0, next_generations(self._tags[slots]))
         self._chains.cut_out_many(slots)

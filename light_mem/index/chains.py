@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
-from light_mem.index.keys import KeyArray
+from light_mem.index.keys import U64Array
 
 Slots = npt.NDArray[np.int64]
 FEW = 3  # up to here Python ints are faster than numpy calls
@@ -26,29 +26,32 @@ class Chains:
         self._tags = entries["tag"]
         self._low, self._high = entries["low"], entries["high"]
         self._mask = len(heads) - 1
+        self._mask64 = np.uint64(self._mask)
 
-    def begun(self, keys: KeyArray) -> npt.NDArray[np.bool_]:
-        """Which keys' chains hold any entry at all, bool [n]."""
-        return np.asarray(self._heads[self._buckets(keys)] != 0)
+    def begun(self, mixed: U64Array) -> npt.NDArray[np.bool_]:
+        """Which mixed keys' chains hold any entry at all, bool [n]."""
+        return np.asarray(self._heads[self._buckets(mixed)] != 0)
 
-    def _buckets(self, keys: KeyArray) -> Slots:
-        return np.asarray(keymath.mix(keys) & np.uint64(self._mask), np.int64)
+    def _buckets(self, mixed: U64Array) -> Slots:
+        return np.asarray(mixed & self._mask64, np.int64)
 
     def put_in(self, slot: int, low: int, high: int, tag: int) -> None:
         """Make the block of an entry, whose other fields are in place, visible."""
-        bucket = keymath.mix_one(low, high) & self._mask
+        self._put(keymath.mix_one(low, high) & self._mask, slot, tag)
+
+    def _put(self, bucket: int, slot: int, tag: int) -> None:
         self._next[slot] = self._heads[bucket]
         self._tags[slot] = tag
         self._heads[bucket] = slot + 1
 
-    def put_in_many(self, slots: Slots, keys: KeyArray, tags: npt.NDArray[np.uint64]) -> None:
-        """`put_in` for different blocks."""
-        buckets = self._buckets(keys)
+    def put_in_many(self, slots: Slots, mixed: U64Array, tags: npt.NDArray[np.uint64]) -> None:
+        """`put_in` for different blocks, by their mixed keys."""
+        buckets = self._buckets(mixed)
         if not _all_differ(buckets):
-            for slot, (low, high), tag in zip(
-                slots.tolist(), keys.tolist(), tags.tolist(), strict=True
+            for bucket, slot, tag in zip(
+                buckets.tolist(), slots.tolist(), tags.tolist(), strict=True
             ):
-                self.put_in(slot, low, high, tag)
+                self._put(bucket, slot, tag)
             return
         self._next[slots] = self._heads[buckets]
         self._tags[slots] = tags
@@ -65,12 +68,14 @@ class Chains:
             for slot in slots.tolist():
                 self.cut_out(slot)
             return
-        keys = np.stack([self._low[slots], self._high[slots]], axis=1)
-        buckets = self._buckets(keys)
+        buckets = self._buckets(keymath.mix_columns(self._low[slots], self._high[slots]))
         # Two of one chain may follow each other: each cut must see the one before.
         first = self._heads[buckets] == slots + 1
         if not _all_differ(buckets):
             first[:] = False
+        elif first.all():
+            self._heads[buckets] = self._next[slots]
+            return
         self._heads[buckets[first]] = self._next[slots[first]]
         for bucket, slot in zip(buckets[~first].tolist(), slots[~first].tolist(), strict=True):
             self._cut(bucket, slot)

@@ -13,6 +13,7 @@ import re
 import reprlib
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeAlias
 
@@ -100,6 +101,32 @@ def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
     return np.ascontiguousarray(big_endian[:, ::-1], dtype=np.uint64)
 
 
+@dataclass(frozen=True)
+class MixedKeys:
+    """Keys of a batch with their `mix`: shard and bucket of each are asked for several times.
+
+    pairs  uint64 [n, 2]: (low, high)
+    mixed  uint64 [n]
+    """
+
+    pairs: KeyArray
+    mixed: U64Array
+
+    @classmethod
+    def of(cls, keys: Sequence[tuple[int, int]]) -> MixedKeys:
+        """Of (low, high) each."""
+        pairs = np.array(keys, np.uint64).reshape(-1, 2)
+        return cls(pairs, mix(pairs))
+
+    def __len__(self) -> int:
+        return len(self.mixed)
+
+    def at(self, positions: Sequence[int]) -> MixedKeys:
+        """The keys at these positions."""
+        chosen = np.array(positions, np.intp)
+        return MixedKeys(self.pairs[chosen], self.mixed[chosen])
+
+
 def as_key(value: HashValue) -> tuple[int, int]:
     """(low, high) of one hash; raises InvalidArgumentError."""
     if type(value) is int and 0 <= value < 1 << 128:
@@ -120,7 +147,12 @@ def key_text(low: int, high: int) -> str:
 
 def mix(keys: KeyArray) -> U64Array:
     """A well-mixed 64-bit number a key, shape [n]. `mix_one` gives the same for one key."""
-    x = keys[:, 0] ^ (keys[:, 1] * np.uint64(_M1))
+    return mix_columns(keys[:, 0], keys[:, 1])
+
+
+def mix_columns(low: U64Array, high: U64Array) -> U64Array:
+    """`mix` of keys whose halves lie apart."""
+    x = low ^ (high * np.uint64(_M1))
     x ^= x >> np.uint64(30)
     x *= np.uint64(_M2)
     x ^= x >> np.uint64(27)

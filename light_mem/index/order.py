@@ -25,6 +25,10 @@ from light_mem.index.format import KEEP_PINNED, LIVE, STATE_MASK
 MIN_BATCH = 1024  # blocks sorted out at a time at least
 MAX_BATCH = 16384  # sorting more would hold the lock for longer than the scan itself
 BATCH_PART = 8  # ... and an eighth of all, so that the scan costs little a block
+_STATE = np.uint64(STATE_MASK)
+
+Slots = npt.NDArray[np.int64]
+Times = npt.NDArray[np.uint64]
 
 
 class EvictionOrder:
@@ -42,8 +46,11 @@ class EvictionOrder:
         self._used = used
         self._keeps = keeps
         self._leased = leased
-        # (time of use, slot): the oldest ones, youngest first; and those that were used meanwhile.
-        self._oldest: list[tuple[int, int]] = []
+        # The sorted part, oldest first, from `_next` on; and (time of use, slot) of those that were
+        # used meanwhile.
+        self._times = np.empty(0, np.uint64)
+        self._slots = np.empty(0, np.int64)
+        self._next = 0
         self._again: SortedList = SortedList()
         self._horizon = 0  # no block outside the candidates was used before this time
 
@@ -63,45 +70,55 @@ class EvictionOrder:
                 return found
         return []
 
+    @property
+    def _left(self) -> int:
+        """How many of the sorted part have not been taken."""
+        return len(self._slots) - self._next
+
     def _pop_many(self, count: int) -> list[int]:
         leased = self._leased()
         found: list[int] = []
-        while len(found) < count and (self._oldest or self._again):
-            if self._again:
-                taken = [self._pop_one()]
-            else:
-                taken = self._oldest[: -1 - (count - len(found)) : -1]
-                del self._oldest[-len(taken) :]
-            slots = [slot for _, slot in taken]
-            stays = (self._tags[slots] & np.uint64(STATE_MASK)) != LIVE
+        while len(found) < count and (self._left or self._again):
+            slots, times = self._take(count - len(found))
+            now = self._used[slots]
+            stays = (self._tags[slots] & _STATE) != LIVE
             stays |= self._keeps[slots] >= KEEP_PINNED
-            times = self._used[slots].tolist()
-            for at, (passed, now) in enumerate(zip(stays.tolist(), times, strict=True)):
-                if passed or slots[at] in leased:
+            if not leased and not stays.any() and (now == times).all():
+                found += slots.tolist()
+                continue
+            taken = zip(slots.tolist(), times.tolist(), now.tolist(), stays.tolist(), strict=True)
+            for at, (slot, then, used, passed) in enumerate(taken):
+                if passed or slot in leased:
                     continue
-                if now == taken[at][0]:
-                    found.append(slots[at])
-                elif now <= self._horizon:
-                    self._again.add((now, slots[at]))
-                    # It may be older than the rest of what was taken.
-                    self._oldest += reversed(taken[at + 1 :])
+                if used == then:
+                    found.append(slot)
+                elif used <= self._horizon:
+                    self._again.add((used, slot))
+                    # It may be older than the rest of what was taken, all of the sorted part.
+                    self._next -= len(slots) - at - 1
                     break
         return found
 
-    def _pop_one(self) -> tuple[int, int]:
-        if self._oldest and self._oldest[-1] < self._again[0]:
-            return self._oldest.pop()
-        first: tuple[int, int] = self._again.pop(0)
-        return first
+    def _take(self, count: int) -> tuple[Slots, Times]:
+        """Up to `count` candidates, the oldest first, with the times they had."""
+        if self._again:
+            time, slot = self._again[0]
+            first = self._next
+            if not self._left or (time, slot) < (self._times[first], self._slots[first]):
+                del self._again[0]
+                return np.array([slot], np.int64), np.array([time], np.uint64)
+            count = 1
+        taken = slice(self._next, self._next + count)
+        slots, times = self._slots[taken], self._times[taken]
+        self._next += len(slots)
+        return slots, times
 
     def put_back(self, slots: list[int]) -> None:
         """Blocks that were found oldest stay after all."""
         self._again.update((int(self._used[slot]), slot) for slot in slots)
 
     def _refill(self) -> bool:
-        live = np.flatnonzero(
-            ((self._tags & np.uint64(STATE_MASK)) == LIVE) & (self._keeps < KEEP_PINNED)
-        )
+        live = np.flatnonzero(((self._tags & _STATE) == LIVE) & (self._keeps < KEEP_PINNED))
         leased = self._leased()
         if leased:
             live = live[~np.isin(live, list(leased))]
@@ -117,6 +134,7 @@ class EvictionOrder:
             if ties.size < 2 * count:
                 part = ties
             live, used = live[part], used[part]
-        self._oldest = sorted(zip(used.tolist(), live.tolist(), strict=True), reverse=True)
+        order = np.lexsort((live, used))
+        self._times, self._slots, self._next = used[order], live[order], 0
         self._horizon = int(used.max())
         return True

@@ -23,6 +23,7 @@ from light_mem.index import format as fmt
 from light_mem.index.allocation import Allocation, Allocator
 from light_mem.index.chains import FEW, Chains, next_generations, tags_of
 from light_mem.index.file import IndexFile
+from light_mem.index.keys import MixedKeys
 from light_mem.index.leases import ShardLeases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
@@ -32,6 +33,7 @@ from light_mem.index.retention import Retention
 from light_mem.index.taking import Taking
 
 Key = tuple[int, int]  # low, high
+_STATE_AND_OWNER = np.uint64(fmt.STATE_MASK | fmt.OWNER_MASK << fmt.OWNER_SHIFT)
 
 
 class ShardIndex:
@@ -135,20 +137,28 @@ class ShardIndex:
     def find_many(self, keys: list[Key]) -> list[int]:
         """First slots of the listed blocks of these keys of this shard, -1: not listed. A block
         that has expired is listed until it is taken out, and counts as absent."""
-        first = self.shard * self._f.slots
-        entries = self._find(keys) if len(keys) <= FEW else self._find_some(keys)
-        return [-1 if entry < 0 else entry - first for entry in entries]
+        if len(keys) > FEW:
+            return self.find_mixed(MixedKeys.of(keys))
+        return self._slots_of(self._find(keys))
 
-    def _find_some(self, keys: list[Key]) -> list[int]:
+    def find_mixed(self, keys: MixedKeys) -> list[int]:
+        """`find_many`, for a batch."""
         entries = [-1] * len(keys)
         # Most keys of a write are new, and where blocks are of many pages most chains are empty.
-        some = np.flatnonzero(self._chains.begun(np.array(keys, np.uint64))).tolist()
-        for at, entry in zip(some, self._find([keys[at] for at in some]), strict=True):
+        some = np.flatnonzero(self._chains.begun(keys.mixed))
+        if not some.size:
+            return entries
+        pairs: list[Key] = keys.pairs[some].tolist()
+        for at, entry in zip(some.tolist(), self._find(pairs), strict=True):
             entries[at] = entry
-        return entries
+        return self._slots_of(entries)
 
     def _find(self, keys: list[Key]) -> list[int]:
         return self._lookup.find_each(keys, touch=False, expired=True)
+
+    def _slots_of(self, entries: list[int]) -> list[int]:
+        first = self.shard * self._f.slots
+        return [-1 if entry < 0 else entry - first for entry in entries]
 
     def stamp(self) -> tuple[int, int]:
         """Another one when a block of this shard may have been stored since; asked in a hold."""
@@ -187,12 +197,13 @@ class ShardIndex:
 
     def mark_many(self, allocations: list[Allocation], owner: int) -> None:
         """`mark` for everything that was allocated in this hold."""
-        if any(len(where.runs) > 1 for where in allocations) or len(allocations) <= FEW:
+        if len(allocations) <= FEW or any(len(where.runs) > 1 for where in allocations):
             for where in allocations:
                 self.mark(where.runs, owner)
             return
-        starts = np.array([where.slot for where in allocations], np.int64)
-        self._entries["run"][starts] = [where.runs[0][1] for where in allocations]
+        runs = np.array([where.runs[0] for where in allocations], np.int64)
+        starts = runs[:, 0]
+        self._entries["run"][starts] = runs[:, 1]
         self._entries["next_run"][starts] = 0
         self._tags[starts] = tags_of(fmt.WRITING, owner, next_generations(self._tags[starts]))
         self._space.unmarked = []
@@ -203,6 +214,15 @@ class ShardIndex:
         return (
             tag & fmt.STATE_MASK == fmt.WRITING and tag >> fmt.OWNER_SHIFT & fmt.OWNER_MASK == owner
         )
+
+    def are_marked(self, slots: list[int], owner: int) -> list[bool]:
+        """`is_marked` for several."""
+        if len(slots) <= FEW:
+            return [self.is_marked(slot, owner) for slot in slots]
+        mine = np.uint64(fmt.make_tag(fmt.WRITING, owner, 0))
+        tags = self._tags[np.array(slots, np.int64)]
+        marked: list[bool] = ((tags & _STATE_AND_OWNER) == mine).tolist()
+        return marked
 
     def publish(
         self,
@@ -229,7 +249,7 @@ class ShardIndex:
     def publish_many(
         self,
         firsts: list[int],
-        keys: list[Key],
+        keys: MixedKeys,
         checksums: list[int],
         nbytes: list[int],
         now: int,
@@ -239,13 +259,12 @@ class ShardIndex:
         keeps = keeps or [0] * len(firsts)
         if len(firsts) <= FEW:
             for slot, (low, high), checksum, size, keep in zip(
-                firsts, keys, checksums, nbytes, keeps, strict=True
+                firsts, keys.pairs.tolist(), checksums, nbytes, keeps, strict=True
             ):
                 self.publish(slot, low, high, checksum, size, now, keep)
             return
         entries, slots = self._entries, np.array(firsts, np.int64)
-        pairs = np.array(keys, np.uint64)
-        entries["low"][slots], entries["high"][slots] = pairs[:, 0], pairs[:, 1]
+        entries["low"][slots], entries["high"][slots] = keys.pairs[:, 0], keys.pairs[:, 1]
         entries["checksum"][slots] = np.array(checksums, np.uint64)
         entries["nbytes"][slots], entries["used"][slots] = nbytes, now
         entries["keep"][slots] = keeps
@@ -253,7 +272,7 @@ class ShardIndex:
             for slot in firsts:
                 self.retention.arrives(slot)
         generations = self._tags[slots] >> np.uint64(fmt.GENERATION_SHIFT)
-        self._chains.put_in_many(slots, pairs, tags_of(fmt.LIVE, 0, generations))
+        self._chains.put_in_many(slots, keys.mixed, tags_of(fmt.LIVE, 0, generations))
         self._control["blocks"] += len(slots)
         self._control["inserts"] += len(slots)
 
