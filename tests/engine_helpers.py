@@ -3,7 +3,7 @@ whose bytes follow from their keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +126,23 @@ class Block(NamedTuple):
     pages: int = 1
 
 
+def collect(outcomes: list[Outcome]) -> Callable[[Sequence[int], Outcome], None]:
+    """A report that appends what it is told."""
+
+    def report(positions: Sequence[int], outcome: Outcome) -> None:
+        outcomes.extend([outcome] * len(positions))
+
+    return report
+
+
+def _into(outcomes: list[list[Outcome]]) -> Callable[[Sequence[int], Outcome], None]:
+    def report(positions: Sequence[int], outcome: Outcome) -> None:
+        for at in positions:
+            outcomes[at].append(outcome)
+
+    return report
+
+
 class Rig:
     """Writes and reads blocks through one engine, and looks at every byte."""
 
@@ -152,7 +169,7 @@ class Rig:
         """All outcomes of each block, in order."""
         outcomes: list[list[Outcome]] = [[] for _ in blocks]
         batch = self._batch(blocks, fill=True)
-        self.engine.write(batch, lambda at, outcome: outcomes[at].append(outcome), stop)
+        self.engine.write(batch, _into(outcomes), stop)
         return [tuple(o) for o in outcomes]
 
     def read(self, *blocks: Block, stop: Callable[[int], bool] = never) -> list[Outcome]:
@@ -160,7 +177,7 @@ class Rig:
         missing one whose pages were touched."""
         outcomes: list[list[Outcome]] = [[] for _ in blocks]
         batch = self._batch(blocks, fill=False)
-        self.engine.read(batch, lambda at, outcome: outcomes[at].append(outcome), stop)
+        self.engine.read(batch, _into(outcomes), stop)
         for block, io, got in zip(blocks, batch, outcomes, strict=True):
             assert len(got) == 1
             found = io.place.memory[io.place.numbers]

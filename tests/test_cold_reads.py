@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from light_mem.engine.places import Regions, Rows
 from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
 from tests.cached import can_forget, forget, forget_all
-from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, open_local
+from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, collect, open_local
 
 MIB = 1 << 20
 DATA = "shard-000.data"
@@ -117,7 +117,7 @@ def test_a_block_of_many_regions_comes_back_right(
     regions = [(n * 97, 79) for n in range(1500)]
     low, high = keymath.as_key("many")
     outcomes: list[Outcome] = []
-    report: Callable[[int, Outcome], None] = lambda _, outcome: outcomes.append(outcome)  # noqa: E731
+    report = collect(outcomes)
     engine.write([BlockIO(low, high, Regions(memory, regions))], report)
     assert outcomes[-1] is Outcome.STORED
     where = engine.lookup.locate(engine.lookup.find_one(low, high), low, high)
@@ -186,7 +186,8 @@ def test_who_writes_to_the_pages_meanwhile_makes_no_block_look_damaged(
     with opened(tmp_path / "s", 4096) as r:
         place = Rows(np.zeros((4, 4096), np.uint8), np.arange(4))
         r.engine.read(
-            [BlockIO(*keymath.as_key(1), place)], lambda _, outcome: outcomes.append(outcome)
+            [BlockIO(*keymath.as_key(1), place)],
+            collect(outcomes),
         )
         assert calls
         assert outcomes == [Outcome.LOADED]
@@ -453,6 +454,6 @@ def test_pages_are_touched_before_they_are_stored_to(
             BlockIO(*keymath.as_key(key), Rows(np.zeros((4, 4096), np.uint8), np.arange(4)))
             for key in (1, 99)  # the second is not stored: its pages are let alone
         ]
-        r.engine.read(batch, lambda _, outcome: outcomes.append(outcome))
+        r.engine.read(batch, collect(outcomes))
     assert sorted(outcomes) == [Outcome.LOADED, Outcome.MISSING]
     assert seen == [True]

@@ -52,7 +52,7 @@ class BlockIO(NamedTuple):
         return self.place.nbytes
 
 
-Report = Callable[[int, Outcome], None]  # (position in the batch, outcome)
+Report = Callable[[Sequence[int], Outcome], None]  # (positions in the batch, outcome of each)
 # Whether the block at this position was aborted; an engine's own threads may ask, at the same time.
 Stop = Callable[[int], bool]
 

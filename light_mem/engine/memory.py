@@ -63,7 +63,7 @@ class MemoryStorageEngine(StorageEngine):
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self._page_bytes)
         for at, block in enumerate(batch):
-            report(at, self._write_one(at, block, report, stop))
+            report([at], self._write_one(at, block, report, stop))
 
     def _write_one(self, at: int, block: BlockIO, report: Report, stop: Stop) -> Outcome:
         key = block.low, block.high
@@ -75,7 +75,7 @@ class MemoryStorageEngine(StorageEngine):
         stored = np.empty(block.nbytes, np.uint8)
         if not _copy(block, stored, at, stop, to_memory=False):
             return Outcome.STOPPED
-        report(at, Outcome.COPIED)
+        report([at], Outcome.COPIED)
         with self._guard:
             if self._has(block):
                 return Outcome.PRESENT
@@ -100,7 +100,7 @@ class MemoryStorageEngine(StorageEngine):
                 outcome = Outcome.LOADED
             else:
                 outcome = Outcome.STOPPED
-            report(at, outcome)
+            report([at], outcome)
 
     def delete(self, keys: KeyArray) -> int:
         wanted = set(map(tuple, keys.tolist()))

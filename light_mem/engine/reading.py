@@ -87,7 +87,7 @@ class Reader:
                 engine = self._engine
                 engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
                 outcome = Outcome.FAILED
-            report(at, outcome)
+            report([at], outcome)
 
     def _plan(self, dropper: Dropper, ahead: Sequence[Location]) -> None:
         """Say what a batch reads, so that the device is kept busy."""

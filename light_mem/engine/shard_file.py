@@ -38,7 +38,9 @@ from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.recovery import record_crcs, states_of
 
-_KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc
+# The last word of a record: keep in the low half, crc in the high one.
+_KEEP_WORD = _CRC_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]
+_HIGH = np.uint64(32)
 
 # How long slots are taken to be dirty: the kernel looks for pages to write every 5 s
 # (dirty_writeback_centisecs) and leaves none for longer than 30 s (dirty_expire_centisecs).
@@ -55,6 +57,14 @@ class Written(NamedTuple):
     runs: list[tuple[int, int]]
     used: int  # ns since 1970
     keep: int = 0  # time to live and pin, see `index/format.py`
+
+
+def _record_words(block: Written, state: int) -> tuple[int, ...]:
+    """A `format.RECORD` as words, without its crc: ints become an array of one type much sooner
+    than a table."""
+    low, high, checksum, nbytes, runs, used, keep = block
+    next_run = runs[1][0] + 1 if len(runs) > 1 else 0
+    return low, high, state, checksum, nbytes, used, runs[0][1] | next_run << 32, keep
 
 
 class ShardFile:
@@ -99,7 +109,8 @@ class ShardFile:
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
-        self._words = self.records.view("<u8").reshape(geometry.slots, -1)[:, _KEEP_WORD]
+        self._rows = self.records.view("<u8").reshape(geometry.slots, -1)
+        self._words = self._rows[:, _KEEP_WORD]
         self._geometry = geometry
         self._read_only: Bytes1D | None = None
 
@@ -223,28 +234,15 @@ class ShardFile:
     def write_records(self, blocks: Sequence[Written]) -> None:
         """Describe blocks whose bytes are in place; the record of a block's first slot comes
         after those of its further runs."""
-        heads = np.array(
-            [
-                (b.low, b.high, fmt.LIVE, b.checksum, b.nbytes, b.used, b.runs[0][1], 0, b.keep, 0)
-                for b in blocks
-            ],
-            fmt.RECORD,
-        )
-        for at, block in enumerate(blocks):
-            if len(block.runs) > 1:
-                heads["next_run"][at] = block.runs[1][0] + 1
-                self._write_extents(block.runs, heads[at])
-        heads["crc"] = record_crcs(heads)
-        self.records[[b.runs[0][0] for b in blocks]] = heads
+        for block in blocks:
+            for at in range(1, len(block.runs)):
+                self._put_records([block._replace(runs=block.runs[at:], keep=0)], fmt.EXTENT)
+        self._put_records(blocks, fmt.LIVE)
 
-    def _write_extents(self, runs: list[tuple[int, int]], head: np.void) -> None:
-        for at in range(1, len(runs)):
-            record = np.array([head], fmt.RECORD)
-            record["tag"], record["run"] = fmt.EXTENT, runs[at][1]
-            record["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
-            record["keep"] = 0
-            record["crc"] = record_crcs(record)
-            self.records[runs[at][0]] = record[0]
+    def _put_records(self, blocks: Sequence[Written], state: int) -> None:
+        words = np.array([_record_words(block, state) for block in blocks], np.uint64)
+        words[:, _CRC_WORD] |= np.array(record_crcs(words), np.uint64) << _HIGH
+        self._rows[[block.runs[0][0] for block in blocks]] = words
 
     def set_keep(self, slot: int, keep: int) -> None:
         """The stored block at `slot` is kept otherwise: one store, so that no kill tears it."""

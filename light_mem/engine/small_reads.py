@@ -19,8 +19,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import new_checksum
 from light_mem.engine.local import LocalStorageEngine
@@ -45,7 +43,7 @@ class SmallReads:
         self._lookup = engine.lookup
         self._verify = engine.verify
         # Numbers of worker 0, who stands for the server.
-        self._numbers = table.workers[:1].view(np.uint64).data
+        self._numbers = table.worker_words(0)
         self._latencies = table.latencies
         # Reentrant: a signal's handler or a finalizer may close in the middle of a read.
         self._guard = threading.RLock()

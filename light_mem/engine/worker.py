@@ -14,23 +14,21 @@ import os
 import resource
 import signal
 import sys
-import time
-from collections import Counter
 from collections.abc import Sequence
-from operator import add
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.affinity import bind
-from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.base import BlockIO
+from light_mem.engine.batch_report import BatchReport
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Bytes2D, Regions, RowNumbers, Rows
 from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
-from light_mem.engine.table_layout import ABORTED, COPIED, FINISHED, READ, WORDS_PER_REGION
+from light_mem.engine.table_layout import READ, WORDS_PER_REGION
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import RangeLock
@@ -42,25 +40,6 @@ log = logging.getLogger("light_mem")
 # Read by the server and logged there: level, then the text.
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
-
-_SPREAD = 8  # how many page indices of others are copied for one that is wanted
-
-_COUNTERS = {
-    Outcome.STORED: "blocks_written",
-    Outcome.PRESENT: "blocks_present",
-    Outcome.LOADED: "blocks_read",
-    Outcome.MISSING: "missing",
-    Outcome.LOST: "lost_races",
-    Outcome.DAMAGED: "damaged",
-    Outcome.NO_ROOM: "no_room",
-    Outcome.STOPPED: "stopped",
-    Outcome.FAILED: "failed",
-}
-# The state of a block with each final outcome, by number.
-_FINAL = [ABORTED] * (max(Outcome) + 1)
-for _outcome in Outcome:
-    if _outcome.success:
-        _FINAL[_outcome] = FINISHED
 
 
 class Worker:
@@ -81,7 +60,6 @@ class Worker:
         self._memory = memory
         self._flat = memory.reshape(-1)
         self._engine = engine
-        self._me = table.workers[number : number + 1]
         self._limited = Limited()
 
     def run(self) -> None:
@@ -103,58 +81,20 @@ class Worker:
 
     def do(self, cells: Sequence[int]) -> None:
         """Do one batch of claimed cells, all of one mode."""
-        table, number = self._table, self._number
-        states_at, states = table.states_at, table.map
+        table = self._table
         records = table.cells[cells]  # a copy: of one moment
         batch = self._blocks(records)
-        lengths: list[int] = records["nbytes"].tolist()
-        rows: list[int] = records["row"].tolist()
-        reading = int(records["mode"][0]) == READ
-        left = Counter(rows)  # a task may end before the batch does
-        tally = [0] * len(_FINAL)  # by outcome
-        moved = 0
-
-        me = self._me
-        bytes_counter = "bytes_read" if reading else "bytes_written"
-        time_counter = "read_ns" if reading else "write_ns"
-        counted = time.perf_counter_ns()
-
-        def count() -> None:
-            nonlocal moved, counted
-            now = time.perf_counter_ns()
-            me[time_counter] += now - counted
-            counted = now
-            me[bytes_counter] += moved
-            for outcome, blocks in enumerate(tally):
-                if blocks:
-                    me[_COUNTERS[Outcome(outcome)]] += blocks
-                    tally[outcome] = 0
-            moved = 0
-
-        def report(at: int, outcome: Outcome) -> None:
-            nonlocal moved
-            if outcome is Outcome.COPIED:
-                states[states_at + cells[at]] = COPIED
-                return
-            tally[outcome] += 1
-            if outcome is Outcome.LOADED or outcome is Outcome.STORED:
-                moved += lengths[at]
-            row = rows[at]
-            left[row] -= 1
-            if not left[row]:
-                count()  # before the last state: whoever sees the task ready sees its numbers
-            states[states_at + cells[at]] = _FINAL[outcome]
-            if not left[row]:
-                table.finish(row, number)
+        report = BatchReport(table, self._number, cells, records)
+        rows = report.rows
 
         def stop(at: int) -> bool:
             return table.aborted(rows[at])
 
-        if reading:
+        if int(records["mode"][0]) == READ:
             self._engine.read(batch, report, stop)
         else:
             self._engine.write(batch, report, stop)
-        count()
+        report.count()
 
     def _blocks(self, records: npt.NDArray[np.void]) -> list[BlockIO]:
         """What to move for the cells of a batch."""
@@ -175,16 +115,15 @@ class Worker:
         ]
 
     def _pages(self, firsts: list[int], counts: list[int]) -> list[RowNumbers]:
-        """Copies of the page indices of several blocks. The blocks of a task have theirs next to
-        each other, so it is one copy where that is not much more than what is wanted."""
-        words = self._table.pages
-        start, end = min(firsts), max(map(add, firsts, counts))
-        if end - start > _SPREAD * sum(counts):
-            return [
-                words[at : at + n].astype(np.intp) for at, n in zip(firsts, counts, strict=True)
-            ]
-        pages = words[start:end].astype(np.intp)
-        return [pages[at - start : at - start + n] for at, n in zip(firsts, counts, strict=True)]
+        """Copies of the page indices of several blocks: of most batches by one call, for their
+        blocks are alike and have their indices where a task put one block's after another's."""
+        words, count, least = self._table.pages, counts[0], min(firsts)
+        places = np.array(firsts, np.intp) - least
+        if counts.count(count) == len(counts) and not (places % count).any():
+            end = max(firsts) + count
+            pages = words[least:end].reshape(-1, count)[places // count].astype(np.intp)
+            return list(pages)
+        return [words[at : at + n].astype(np.intp) for at, n in zip(firsts, counts, strict=True)]
 
     def _regions(self, first: int, count: int) -> Regions:
         words = self._table.pages[first : first + count * WORDS_PER_REGION].copy()

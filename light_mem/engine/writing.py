@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.shard_file import ShardFile
     from light_mem.index.allocation import Allocation
+    from light_mem.index.replica import Run
     from light_mem.index.shard import ShardIndex
 
 # How long a write waits for slots that others are filling. A shard whose every slot is being
@@ -58,10 +59,18 @@ class _Job:
         for at, shard in enumerate(shards_of(self.keys.mixed, geometry.shards).tolist()):
             self.by_shard[shard].append(at)
 
-    def settle(self, at: int, outcome: Outcome) -> None:
-        """Tell the final outcome of a block."""
-        self.open.discard(at)
-        self.report(at, outcome)
+    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
+        """Tell the final outcome of blocks."""
+        self.open.difference_update(positions)
+        self.report(positions, outcome)
+
+    def settle_each(self, outcomes: list[tuple[int, Outcome]]) -> None:
+        """Tell the final outcomes of blocks, by position."""
+        by_outcome: dict[Outcome, list[int]] = {}
+        for at, outcome in outcomes:
+            by_outcome.setdefault(outcome, []).append(at)
+        for outcome, positions in by_outcome.items():
+            self.settle(positions, outcome)
 
 
 class Writer:
@@ -94,8 +103,7 @@ class Writer:
                     engine.limited.warning(
                         "write to shard %d of %s failed: %s", shard, engine.directory, str(error)
                     )
-                    for at in job.open.intersection(part):
-                        job.settle(at, Outcome.FAILED)
+                    job.settle(sorted(job.open.intersection(part)), Outcome.FAILED)
 
     def close(self) -> None:
         """Give back the slots of failed batches; raises LockTimeoutError, OSError."""
@@ -122,9 +130,9 @@ class Writer:
         left: list[int] = []
         for at in waiting:
             if job.stop(at):
-                job.settle(at, Outcome.STOPPED)
+                job.settle([at], Outcome.STOPPED)
             elif late:
-                job.settle(at, Outcome.NO_ROOM)
+                job.settle([at], Outcome.NO_ROOM)
             else:
                 left.append(at)
         if left:
@@ -153,8 +161,7 @@ class Writer:
                 file.clear_records(evicted)
             index.mark_many(given, self._owner.number)
             self._all_new = index.stamp() if max(found) < 0 else None
-        for at, outcome in outcomes:
-            job.settle(at, outcome)
+        job.settle_each(outcomes)
         return list(zip(wanted, given, strict=False)), wanted[len(given) :]
 
     def _wanted(
@@ -175,23 +182,25 @@ class Writer:
     def _copy_in(self, shard: int, taken: list[Taken], job: _Job) -> dict[int, Written]:
         """Copy into the slots; what was written, by position in the batch."""
         file, copier = self._engine.file(shard), self._copier
-        digests: list[tuple[int, Allocation, int]] = []
+        copied: list[tuple[int, list[Run], int]] = []  # position, runs, checksum
         for _, where in taken:
             file.expect(where.runs)
-        for at, where in taken:
+        for at, (_, runs) in taken:
             try:
-                digest = file.gather(copier, where.runs, job.batch[at], partial(job.stop, at))
+                checksum = file.gather(copier, runs, job.batch[at], partial(job.stop, at))
             except Stopped:
                 continue
-            job.report(at, Outcome.COPIED)
-            digests.append((at, where, digest))
-        if not digests:
+            job.report((at,), Outcome.COPIED)
+            copied.append((at, runs, checksum))
+        if not copied:
             return {}
-        now = time.time_ns()
-        keeps = self._engine.keeps_for([job.batch[at][:2] for at, _, _ in digests])
+        keys = [job.batch[at][:2] for at, _, _ in copied]
+        now, nbytes = time.time_ns(), job.nbytes
         written = {
-            at: Written(*job.batch[at][:2], digest, job.nbytes[at], where.runs, now, keep)
-            for (at, where, digest), keep in zip(digests, keeps, strict=True)
+            at: Written(low, high, checksum, nbytes[at], runs, now, keep)
+            for (at, runs, checksum), (low, high), keep in zip(
+                copied, keys, self._engine.keeps_for(keys), strict=True
+            )
         }
         file.write_records(list(written.values()))
         if self._flush:
@@ -202,6 +211,7 @@ class Writer:
         self, shard: int, taken: list[Taken], written: dict[int, Written], job: _Job
     ) -> None:
         outcomes: list[tuple[int, Outcome]] = []
+        stored: list[int] = []
         fresh: dict[tuple[int, int], int] = {}  # positions
         with self._engine.change(shard) as (index, file):
             ours = index.are_marked([where.slot for _, where in taken], self._owner.number)
@@ -216,10 +226,14 @@ class Writer:
                     self._withdraw(index, file, where.slot)
                     outcomes.append((at, Outcome.PRESENT))
             if fresh:
-                outcomes += self._publish_fresh(index, file, list(fresh.values()), written, job)
+                stored = self._publish_fresh(index, file, list(fresh.values()), written, job)
+                if len(stored) < len(fresh):
+                    others = set(fresh.values()).difference(stored)
+                    outcomes += [(at, Outcome.PRESENT) for at in sorted(others)]
         self._intend(shard, [])
-        for at, outcome in outcomes:
-            job.settle(at, outcome)
+        if stored:
+            job.settle(stored, Outcome.STORED)
+        job.settle_each(outcomes)
 
     def _publish_fresh(
         self,
@@ -228,9 +242,9 @@ class Writer:
         fresh: list[int],
         written: dict[int, Written],
         job: _Job,
-    ) -> list[tuple[int, Outcome]]:
-        """Publish blocks of different keys, by position, unless another process was faster."""
-        outcomes: list[tuple[int, Outcome]] = []
+    ) -> list[int]:
+        """Publish blocks of different keys, by position, those aside that another process stored
+        meanwhile; returns which."""
         keys = job.keys.at(fresh)
         stored = [] if index.stamp() == self._all_new else index.find_mixed(keys)
         if stored and max(stored) >= 0:
@@ -239,7 +253,6 @@ class Writer:
                 block = written[at]
                 if slot >= 0 and self._is_present(index, slot, block.nbytes):
                     self._withdraw(index, file, block.runs[0][0])
-                    outcomes.append((at, Outcome.PRESENT))
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
                     index.remove(slot)
@@ -255,7 +268,7 @@ class Writer:
             time.time_ns(),
             [block.keep for block in blocks],
         )
-        return outcomes + [(at, Outcome.STORED) for at in fresh]
+        return fresh
 
     @staticmethod
     def _is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:

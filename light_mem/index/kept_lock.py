@@ -38,6 +38,16 @@ class KeptFileLock(filelock.BaseFileLock):
         """Whether this object holds the lock."""
         return self._locked
 
+    def try_now(self) -> bool:
+        """Take the lock without waiting for long, and without what filelock does around it: a free
+        lock is taken in a third of the time. Let go of it with `let_go`."""
+        self._acquire()
+        return self._locked
+
+    def let_go(self) -> None:
+        """Release what `try_now` took."""
+        self._release()
+
     def _acquire(self) -> None:
         pauses = iter(PAUSES)
         while not self._locked:

@@ -122,7 +122,9 @@ class MixedKeys:
         return len(self.mixed)
 
     def at(self, positions: Sequence[int]) -> MixedKeys:
-        """The keys at these positions."""
+        """The keys at these positions, which are in order."""
+        if len(positions) == len(self):
+            return self
         chosen = np.array(positions, np.intp)
         return MixedKeys(self.pairs[chosen], self.mixed[chosen])
 

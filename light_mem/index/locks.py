@@ -82,14 +82,16 @@ class PathLock:
         if not held.thread.acquire(timeout=timeout):
             raise self._timeout(timeout)
         try:
-            try:
-                held.file.acquire(timeout=timeout, poll_interval=POLL_SECONDS)
-            except TimeoutError:  # filelock.Timeout
-                raise self._timeout(timeout) from None
+            free = held.file.try_now()
+            if not free:
+                try:
+                    held.file.acquire(timeout=timeout, poll_interval=POLL_SECONDS)
+                except TimeoutError:  # filelock.Timeout
+                    raise self._timeout(timeout) from None
             try:
                 yield
             finally:
-                held.file.release()
+                (held.file.let_go if free else held.file.release)()
         finally:
             held.thread.release()
 

@@ -81,23 +81,35 @@ class EvictionOrder:
         while len(found) < count and (self._left or self._again):
             slots, times = self._take(count - len(found))
             now = self._used[slots]
-            stays = (self._tags[slots] & _STATE) != LIVE
-            stays |= self._keeps[slots] >= KEEP_PINNED
-            if not leased and not stays.any() and (now == times).all():
-                found += slots.tolist()
-                continue
-            taken = zip(slots.tolist(), times.tolist(), now.tolist(), stays.tolist(), strict=True)
-            for at, (slot, then, used, passed) in enumerate(taken):
-                if passed or slot in leased:
-                    continue
-                if used == then:
-                    found.append(slot)
-                elif used <= self._horizon:
-                    self._again.add((used, slot))
-                    # It may be older than the rest of what was taken, all of the sorted part.
-                    self._next -= len(slots) - at - 1
-                    break
+            gone = (self._tags[slots] & _STATE) != LIVE
+            gone |= self._keeps[slots] >= KEEP_PINNED
+            same = now == times
+            if leased or (~(gone | same) & (now <= self._horizon)).any():
+                self._look_at_each(slots, now, same, gone, leased, found)
+            else:
+                found += slots[same & ~gone].tolist()
         return found
+
+    def _look_at_each(
+        self,
+        slots: Slots,
+        now: Times,
+        same: npt.NDArray[np.bool_],
+        gone: npt.NDArray[np.bool_],
+        leased: Set[int],
+        found: list[int],
+    ) -> None:
+        taken = zip(slots.tolist(), now.tolist(), same.tolist(), gone.tolist(), strict=True)
+        for at, (slot, used, is_same, is_gone) in enumerate(taken):
+            if is_gone or slot in leased:
+                continue
+            if is_same:
+                found.append(slot)
+            elif used <= self._horizon:
+                self._again.add((used, slot))
+                # It may be older than the rest of what was taken, all of the sorted part.
+                self._next -= len(slots) - at - 1
+                break
 
     def _take(self, count: int) -> tuple[Slots, Times]:
         """Up to `count` candidates, the oldest first, with the times they had."""

@@ -8,6 +8,7 @@ checksum when it is read; that is a miss.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,8 +138,8 @@ def record_crc(record: Table) -> int:
     return xxhash.xxh3_64_intdigest(record.tobytes()[: fmt.RECORD_CRC_BYTES]) & 0xFFFFFFFF
 
 
-def record_crcs(records: Table) -> list[int]:
-    """`record_crc` of a few records, shape [n]."""
+def record_crcs(records: npt.NDArray[Any]) -> list[int]:
+    """`record_crc` of a few records, RECORD [n] or their words."""
     raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
     digest = xxhash.xxh3_64_intdigest

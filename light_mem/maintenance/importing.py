@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -190,17 +191,19 @@ class _Import:
             place = Regions(np.frombuffer(block.data, np.uint8), [(0, len(block.data))])
             batch.append(BlockIO(block.low, block.high, place))
 
-        def report(at: int, outcome: Outcome) -> None:
+        def report(positions: Sequence[int], outcome: Outcome) -> None:
+            these = [blocks[at] for at in positions]
             if outcome is Outcome.STORED:
-                self.blocks += 1
-                self.nbytes += len(blocks[at].data)
-                engine.set_used(blocks[at].low, blocks[at].high, blocks[at].used)
+                self.blocks += len(these)
+                self.nbytes += sum(len(block.data) for block in these)
+                for block in these:
+                    engine.set_used(block.low, block.high, block.used)
             elif outcome is Outcome.PRESENT:
-                self.present += 1
+                self.present += len(these)
             elif outcome is Outcome.NO_ROOM:
-                self.no_room += 1
+                self.no_room += len(these)
             elif outcome is not Outcome.COPIED:
-                raise OSError(f"block {blocks[at].low:x} could not be stored: {outcome.name}")
+                raise OSError(f"block {these[0].low:x} could not be stored: {outcome.name}")
 
         # Not pinned from the start: that there may be no more pins is known under the lock only.
         engine.keeps = {(b.low, b.high): b.keep & fmt.KEEP_TIME_MASK for b in blocks}

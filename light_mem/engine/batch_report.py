@@ -1,0 +1,106 @@
+"""What a worker tells of its batch: states of the blocks, counters, tasks that are ready."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine.base import Outcome
+from light_mem.engine.table_layout import ABORTED, COPIED, FINISHED, READ, WORKER
+from light_mem.engine.task_table import TaskTable
+
+_COUNTERS = {
+    Outcome.STORED: "blocks_written",
+    Outcome.PRESENT: "blocks_present",
+    Outcome.LOADED: "blocks_read",
+    Outcome.MISSING: "missing",
+    Outcome.LOST: "lost_races",
+    Outcome.DAMAGED: "damaged",
+    Outcome.NO_ROOM: "no_room",
+    Outcome.STOPPED: "stopped",
+    Outcome.FAILED: "failed",
+}
+# By number: an attribute of an enumeration's member costs more than all else here.
+_FINAL = [ABORTED] * (max(Outcome) + 1)
+_MOVED = [False] * len(_FINAL)
+_WORDS = {name: offset // 8 for name, (_, offset, *_) in WORKER.fields.items()}  # type: ignore[union-attr]
+_OUTCOME_WORDS = [0] * len(_FINAL)
+for _outcome, _counter in _COUNTERS.items():
+    _OUTCOME_WORDS[_outcome] = _WORDS[_counter]
+    _FINAL[_outcome] = FINISHED if _outcome.success else ABORTED
+    _MOVED[_outcome] = _outcome in (Outcome.STORED, Outcome.LOADED)
+_FEW = 8  # up to here stores one by one are faster than a numpy call
+
+
+class BatchReport:
+    """The `Report` of one batch of a worker. One thread."""
+
+    def __init__(
+        self,
+        table: TaskTable,
+        worker: int,
+        cells: Sequence[int],
+        records: npt.NDArray[np.void],
+    ) -> None:
+        """`records`: a copy of the cells, all of one mode."""
+        self._table = table
+        self._worker = worker
+        self._cells = cells
+        self._lengths: list[int] = records["nbytes"].tolist()
+        self.rows: list[int] = records["row"].tolist()
+        self._left = Counter(self.rows)  # a task may end before the batch does
+        reading = int(records["mode"][0]) == READ
+        self._bytes_word = _WORDS["bytes_read" if reading else "bytes_written"]
+        self._time_word = _WORDS["read_ns" if reading else "write_ns"]
+        self._tally = [0] * len(_FINAL)  # by outcome
+        self._moved = 0
+        self._counted = time.perf_counter_ns()
+
+    def __call__(self, positions: Sequence[int], outcome: Outcome) -> None:
+        """Tell what became of blocks, by their positions in the batch."""
+        number = int(outcome)
+        if number == Outcome.COPIED:
+            self._set_states(positions, COPIED)
+            return
+        self._tally[number] += len(positions)
+        if _MOVED[number]:
+            lengths = self._lengths
+            self._moved += sum([lengths[at] for at in positions])
+        rows, left = self.rows, self._left
+        ready = []
+        for at in positions:
+            row = rows[at]
+            left[row] -= 1
+            if not left[row]:
+                ready.append(row)
+        if ready:
+            self.count()  # before the last state: whoever sees the task ready sees its numbers
+        self._set_states(positions, _FINAL[number])
+        for row in ready:
+            self._table.finish(row, self._worker)
+
+    def _set_states(self, positions: Sequence[int], state: int) -> None:
+        table, cells = self._table, self._cells
+        if len(positions) <= _FEW:
+            states, start = table.map, table.states_at
+            for at in positions:
+                states[start + cells[at]] = state
+        else:
+            table.states[[cells[at] for at in positions]] = state
+
+    def count(self) -> None:
+        """Add what was told since the last call to the worker's counters."""
+        words = self._table.worker_words(self._worker)
+        now = time.perf_counter_ns()
+        words[self._time_word] += now - self._counted
+        self._counted = now
+        words[self._bytes_word] += self._moved
+        self._moved = 0
+        for number, blocks in enumerate(self._tally):
+            if blocks:
+                words[_OUTCOME_WORDS[number]] += blocks
+                self._tally[number] = 0
