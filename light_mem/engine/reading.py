@@ -34,6 +34,8 @@ log = logging.getLogger("light_mem")
 
 # How many blocks that are not in the page cache the device is asked for at a time.
 EXPECTED_BLOCKS = 4
+# To tell of a block costs a tenth of the copy of a short one, so they are told of by the megabyte.
+_TELL_BYTES = 1 << 20
 # What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
 # the page cache, and one whose protection information does not fit.
 _UNREADABLE = (errno.EIO, errno.ENODATA, errno.EILSEQ)
@@ -71,6 +73,8 @@ class Reader:
         if self._dropper is not None:
             self._plan(self._dropper, ahead)
         expected = begun = 0  # of those ahead
+        loaded: list[int] = []  # and not told yet
+        untold = 0  # bytes
         for at in order:
             where = located[at]
             try:
@@ -87,7 +91,16 @@ class Reader:
                 engine = self._engine
                 engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
                 outcome = Outcome.FAILED
-            report([at], outcome)
+            if outcome is not Outcome.LOADED or where is None:
+                report((at,), outcome)
+                continue
+            loaded.append(at)
+            untold += where.nbytes
+            if untold >= _TELL_BYTES:
+                report(loaded, Outcome.LOADED)
+                loaded, untold = [], 0
+        if loaded:
+            report(loaded, Outcome.LOADED)
 
     def _plan(self, dropper: Dropper, ahead: Sequence[Location]) -> None:
         """Say what a batch reads, so that the device is kept busy."""
@@ -179,16 +192,31 @@ class Reader:
         stopped: Callable[[], bool],
     ) -> None:
         """Copy a block, run by run; raises Stopped, OSError."""
-        cold, done = self._cold, 0
+        if len(where.runs) == 1:
+            self._copy_run(file, where.runs[0], where.nbytes, place, checksum, stopped)
+            return
+        done = 0
         for run, nbytes in self._runs(where):
-            part = place if nbytes == where.nbytes else place.part(done, done + nbytes)
-            if cold is not None and cold.is_cold(file.address(run[0]), nbytes):
-                cold.read(file.span(run, nbytes), part, stopped)
-                if checksum is not None:  # as after any copy, of what the slots hold now
-                    checksum.update(file.bytes(*run)[:nbytes].data)
-            else:
-                file.scatter(self._copier, run, nbytes, part, checksum, stopped)
+            part = place.part(done, done + nbytes)
+            self._copy_run(file, run, nbytes, part, checksum, stopped)
             done += nbytes
+
+    def _copy_run(
+        self,
+        file: ShardFile,
+        run: tuple[int, int],
+        nbytes: int,
+        place: Place,
+        checksum: xxhash.xxh3_64 | None,
+        stopped: Callable[[], bool],
+    ) -> None:
+        cold = self._cold
+        if cold is None or not cold.is_cold(file.address(run[0]), nbytes):
+            file.scatter(self._copier, run, nbytes, place, checksum, stopped)
+            return
+        cold.read(file.span(run, nbytes), place, stopped)
+        if checksum is not None:  # as after any copy, of what the slots hold now
+            checksum.update(file.bytes(*run)[:nbytes].data)
 
     def _file(self, shard: int) -> ShardFile:
         file = self._files.get(shard)
