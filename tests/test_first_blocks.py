@@ -35,8 +35,8 @@ memory = np.full((1, engine.geometry.page_bytes), 7, np.uint8)
 batch = [BlockIO(n, 0, Rows(memory, np.array([0]))) for n in range(32)]
 outcomes = []
 before = set(sys.modules)
-engine.write(batch, lambda at, outcome: outcomes.append(outcome.name))
-engine.read(batch, lambda at, outcome: outcomes.append(outcome.name))
+engine.write(batch, lambda them, outcome: outcomes.extend([outcome.name] * len(them)))
+engine.read(batch, lambda them, outcome: outcomes.extend([outcome.name] * len(them)))
 print(outcomes.count("STORED"), outcomes.count("LOADED"), *sorted(set(sys.modules) - before))
 engine.close()
 """

@@ -96,7 +96,8 @@ class Reader:
                 continue
             loaded.append(at)
             untold += where.nbytes
-            if untold >= _TELL_BYTES:
+            # Nobody waits for another block's device.
+            if untold >= _TELL_BYTES or self._cold is None or self._cold.going_on:
                 report(loaded, Outcome.LOADED)
                 loaded, untold = [], 0
         if loaded:
