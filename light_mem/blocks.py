@@ -24,7 +24,8 @@ BLOCK_SIZE_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
 DEFAULT_BLOCK_SIZE_MB = 64
 MAX_PAGES_PER_BLOCK = 64
 SMALL_READ_VARIABLE = "LIGHTMEM_SMALL_READ_BYTES"
-DEFAULT_SMALL_READ_BYTES = 256 << 10  # takes about as long as to queue it
+SMALL_WRITE_VARIABLE = "LIGHTMEM_SMALL_WRITE_BYTES"
+DEFAULT_SMALL_BYTES = 256 << 10  # takes about as long as to queue it
 _MODES = {"write": WRITE, "w": WRITE, "read": READ, "r": READ}
 
 
@@ -42,9 +43,18 @@ def small_read_bytes(value: int | None) -> int:
 
     Raises InvalidArgumentError for what is no whole number of bytes.
     """
+    return _small_bytes("small_read_bytes", value, SMALL_READ_VARIABLE)
+
+
+def small_write_bytes(value: int | None) -> int:
+    """`small_read_bytes` for a write."""
+    return _small_bytes("small_write_bytes", value, SMALL_WRITE_VARIABLE)
+
+
+def _small_bytes(name: str, value: int | None, variable: str) -> int:
     if value is not None:
-        return whole_number("small_read_bytes", value, 0, 2**63 - 1)
-    return _from_environment(SMALL_READ_VARIABLE, DEFAULT_SMALL_READ_BYTES, 0, "bytes")
+        return whole_number(name, value, 0, 2**63 - 1)
+    return _from_environment(variable, DEFAULT_SMALL_BYTES, 0, "bytes")
 
 
 def _from_environment(variable: str, default: int, least: int, unit: str) -> int:

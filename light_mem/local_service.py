@@ -14,13 +14,15 @@ from light_mem import blocks
 from light_mem.client import CacheClient
 from light_mem.engine import page_cache as cache_policy
 from light_mem.engine.affinity import place_workers
-from light_mem.engine.base import BlockIO
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.in_server import InServer
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
 from light_mem.engine.small_reads import SmallReads
+from light_mem.engine.small_writes import SmallWrites
 from light_mem.engine.table_layout import MAX_BLOCKS, MAX_PATH_BYTES, MAX_WORKERS
 from light_mem.engine.task_table import Sizes, TaskTable
 from light_mem.errors import InvalidArgumentError, WorkerStartError
@@ -40,7 +42,7 @@ DEFAULT_MAX_BLOCKS = 65536
 # Each block costs some 50 us whatever its length, each page or region is a Python object: what has
 # more of them is sooner queued than read here.
 _SMALL_READ_BLOCKS = 4
-_SMALL_READ_PIECES = 64
+_SMALL_PIECES = 64
 
 
 class LocalCacheService(CacheService):
@@ -69,6 +71,9 @@ class LocalCacheService(CacheService):
     small_read_bytes  a read of at most so many bytes, of up to 4 blocks that lie in the page cache,
                     is made by `create` itself: sooner than a worker would wake. 0: never. None:
                     what LIGHTMEM_SMALL_READ_BYTES says, 262144 if nothing
+    small_write_bytes  the same of a write of one block (LIGHTMEM_SMALL_WRITE_BYTES), unless others
+                    wait to be written, or durability or page_cache want what `create` must not
+                    wait for
     max_blocks      capacity of the task table: blocks that each process may have in tasks
     create_timeout  seconds that `create` waits for room in a full task table
 
@@ -89,6 +94,7 @@ class LocalCacheService(CacheService):
         time_to_live: float | None = None,
         worker_cpus: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         small_read_bytes: int | None = None,
+        small_write_bytes: int | None = None,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
@@ -107,6 +113,7 @@ class LocalCacheService(CacheService):
         if time_to_live is not None and not blocks.seconds("time_to_live", time_to_live):
             raise InvalidArgumentError("time_to_live is more than 0 seconds, or None")
         small_read_bytes = blocks.small_read_bytes(small_read_bytes)
+        small_write_bytes = blocks.small_write_bytes(small_write_bytes)
         directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
@@ -141,6 +148,14 @@ class LocalCacheService(CacheService):
             undo.callback(table.close)
             self._session = Session.open(table, table.lock_path())
             undo.callback(self._session.close)
+            # Where blocks are to leave the page cache, or to be on the device, workers see to that.
+            keep = page_cache == cache_policy.KEEP
+            self._small_read_bytes = small_read_bytes if keep else 0
+            self._small_write_bytes = small_write_bytes if keep and durability == "kernel" else 0
+            self._small_reads = SmallReads(engine, table)
+            self._small_writes = small_writes = SmallWrites(
+                engine, table, self._small_write_bytes > 0
+            )
             self._pool = WorkerPool(
                 table,
                 self._session.queue,
@@ -153,18 +168,23 @@ class LocalCacheService(CacheService):
                 cpus=cpus,
                 is_stored=engine.is_stored,
                 recover=engine.recover,
+                prepare=small_writes.prepare,
                 now_and_then=engine.end_dropped,
             )
             undo.pop_all()
         self._engine = engine
         self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
-        self._small_reads = SmallReads(engine, table)
-        # Where blocks are to leave the page cache, the workers read, who see to that.
-        self._small_read_bytes = 0 if page_cache == cache_policy.DROP else small_read_bytes
         self._started = False
         self._start_guard = threading.Lock()
         self._finalizer = weakref.finalize(
-            self, _close, self._pool, self._session, engine, source, self._small_reads, fork_token()
+            self,
+            _close,
+            self._pool,
+            self._session,
+            engine,
+            source,
+            (self._small_reads, self._small_writes),
+            fork_token(),
         )
         if log.isEnabledFor(logging.INFO):
             line = start_line(
@@ -201,17 +221,24 @@ class LocalCacheService(CacheService):
         raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
 
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:
-        if not 0 < layout.nbytes_in_all <= self._small_read_bytes:
-            return False
-        if len(hashes) > _SMALL_READ_BLOCKS or layout.pieces > _SMALL_READ_PIECES:
-            return False
-        if not self._started:
+        if len(hashes) > _SMALL_READ_BLOCKS or not self._is_small(layout, self._small_read_bytes):
             return False
         return self._small_reads.read(
             [
                 BlockIO(*as_key(value), layout.place_of(at, self._memory))
                 for at, value in enumerate(hashes)
             ]
+        )
+
+    def _write_at_once(self, hashes: list[HashValue], layout: Layout) -> Outcome | None:
+        if len(hashes) != 1 or not self._is_small(layout, self._small_write_bytes):
+            return None
+        place = layout.place_of(0, self._memory)
+        return self._small_writes.write(BlockIO(*as_key(hashes[0]), place))
+
+    def _is_small(self, layout: Layout, limit: int) -> bool:
+        return (
+            0 < layout.nbytes_in_all <= limit and layout.pieces <= _SMALL_PIECES and self._started
         )
 
     @property
@@ -231,6 +258,7 @@ class LocalCacheService(CacheService):
         again does nothing."""
         self._check_open()
         self._small_reads.close()
+        self._small_writes.close()
         self._pool.stop()
 
     def close(self) -> None:
@@ -261,7 +289,7 @@ def _close(
     session: Session,
     engine: LocalStorageEngine,
     source: MemorySource,
-    small_reads: SmallReads,
+    in_server: Sequence[InServer],
     token: int,
 ) -> None:
     if token != fork_token():
@@ -272,4 +300,5 @@ def _close(
         steps.callback(session.table.close)
         steps.callback(session.close)
         steps.callback(pool.stop)
-        steps.callback(small_reads.close)
+        for mover in in_server:
+            steps.callback(mover.close)

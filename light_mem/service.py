@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from light_mem import blocks
 from light_mem.closing import Closing
+from light_mem.engine.base import Outcome
 from light_mem.engine.dealing import deal
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
@@ -172,6 +173,17 @@ class CacheService(Closing, ABC):
             self._session.count("read_tasks", 1)
             final = bytes([FINISHED]) * len(hashes)
             return CacheTask(mode=kind, hashes=hashes, layout=layout, already=[], final=final)
+        if kind == WRITE and (outcome := self._write_at_once(hashes, layout)) is not None:
+            present = outcome is Outcome.PRESENT
+            self._session.count("write_tasks", 1)
+            self._session.count("present", int(present))
+            return CacheTask(
+                mode=kind,
+                hashes=hashes,
+                layout=layout,
+                already=list(layout.pages_of(0)) if present else [],
+                final=bytes([FINISHED]),
+            )
         keys = keymath.as_keys(hashes)
         # A block that is stored with another length (other settings) is replaced by a write.
         found = self._engine.find(keys, nbytes=layout.nbytes if kind == WRITE else None)
@@ -207,6 +219,10 @@ class CacheService(Closing, ABC):
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:
         """Read a small task here, where the caller's process has the KV tensor; False: not done."""
         return False
+
+    def _write_at_once(self, hashes: list[HashValue], layout: Layout) -> Outcome | None:
+        """Write a small task of one block here; STORED, PRESENT, or None: not done."""
+        return None
 
     def abort(self, task: CacheTask, timeout: float = _ABORT_SECONDS) -> None:
         """Stop a task. When this returns, its blocks are Finished or Aborted and no worker

@@ -22,6 +22,7 @@ SHM = Path("/dev/shm")
 # The tests' blocks are short: read by `create` itself, none would go the workers' way. Inherited by
 # the processes that tests start; tests/test_small_reads.py and the stress runs turn it on.
 os.environ["LIGHTMEM_SMALL_READ_BYTES"] = "0"
+os.environ["LIGHTMEM_SMALL_WRITE_BYTES"] = "0"
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str = "") -> None:

@@ -36,12 +36,19 @@ def prepared(directory: Path) -> Rig:
     return rig
 
 
+def write_now(rig: Rig, block: Block) -> None:
+    assert isinstance(rig.engine, LocalStorageEngine)
+    assert rig.engine.write_now(rig._batch([block], fill=True)[0]) is Outcome.STORED
+
+
 Scenario = tuple[Callable[[Rig], object], set[int]]  # and the keys it does not touch
 KEPT = {2, 4, 6, 7, 8}
 SCENARIOS: dict[str, Scenario] = {
     "write into pieces, evicting": (lambda rig: rig.write(*FRESH), KEPT - {2}),
     "write twice": (lambda rig: rig.write(FRESH[2], FRESH[2]), KEPT | {0, 1}),
     "stopped write": (lambda rig: rig.write(*FRESH[:2], stop=lambda at: at == 0), KEPT - {2}),
+    "write now": (lambda rig: write_now(rig, FRESH[2]), KEPT | {0, 1}),
+    "write now into pieces, evicting": (lambda rig: write_now(rig, FRESH[0]), KEPT | {1}),
     "delete": (lambda rig: rig.delete(BEFORE[0], BEFORE[4]), KEPT - {4} | {1}),
     "clear": (lambda rig: rig.engine.clear(), set()),
 }

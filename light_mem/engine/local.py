@@ -24,6 +24,7 @@ import numpy.typing as npt
 from light_mem.engine import keeping, removing
 from light_mem.engine.base import (
     BlockIO,
+    Outcome,
     Report,
     Stop,
     StorageEngine,
@@ -116,7 +117,9 @@ class LocalStorageEngine(StorageEngine):
             self._owners.close()
             raise
         self._reader = Reader(self, self._open.files, self._copier, verify, self._dropper)
-        self._writer = Writer(self, self._owner, self._copier, flush=durability == "flush")
+        self._writer = Writer(
+            self, self._owner, self._open.files, self._copier, flush=durability == "flush"
+        )
 
     @classmethod
     def open_store(
@@ -201,6 +204,17 @@ class LocalStorageEngine(StorageEngine):
         self._writer.write(batch, report, stop)
         if self._dropper is not None:
             self._drop(self._dropper.keep_up)
+
+    def prepare(self) -> None:
+        """Open all shards, for `write_now`. One thread."""
+        while self._open.prepare_next():
+            pass
+
+    def write_now(self, block: BlockIO) -> Outcome | None:
+        """Write one block without waiting for a lock, into a shard that is open already; see
+        `Writer.write_now`. From the one thread that writes."""
+        check_places([block], self.geometry.page_bytes)
+        return self._writer.write_now(block)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)
@@ -416,7 +430,10 @@ class LocalStorageEngine(StorageEngine):
         if self._dropper is not None:
             self._drop(self._dropper.finish)
         self.limited.flush()
-        self._open.close()
+        if quiet:
+            self._open.close()
+        # Else they stay open: a change that this very thread is in the middle of, or one that has
+        # not ended, may yet write to a descriptor, which must not be another file's by then.
 
     def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS

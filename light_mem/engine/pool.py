@@ -58,9 +58,10 @@ class WorkerPool:
         cpus: Sequence[Sequence[int]] | None = None,
         is_stored: Callable[[int, int, int], bool],
         recover: Callable[[], int],
+        prepare: Callable[[], None],
         now_and_then: Callable[[], None],
     ) -> None:
-        """`now_and_then` is called every 30 s or so, by the pool's thread."""
+        """`prepare` is called once, `now_and_then` every 30 s or so, by the pool's thread."""
         self._table = table
         self._queue = queue
         self._count = count
@@ -74,6 +75,7 @@ class WorkerPool:
         self._cpus = cpus  # of each worker; who takes the place of a dead one has its CPUs
         self._is_stored = is_stored
         self._recover = recover
+        self._prepare = prepare
         self._now_and_then = now_and_then
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, int] = {}
@@ -164,6 +166,7 @@ class WorkerPool:
     def _watch(self) -> None:
         timeout = _ROUND_SECONDS if self._pidfds else _POLL_SECONDS
         self._tidy_up()  # after those who died before us
+        self._prepare()
         while not self._stopping:
             for key, _ in self._selector.select(timeout):
                 if key.data == "log":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,11 +37,13 @@ from light_mem.engine.shard_header import data_path, slots_path
 from light_mem.errors import ServiceClosedError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.recovery import record_crcs, states_of
+from light_mem.index.recovery import crc_of, record_crcs, states_of
 
-# The last word of a record: keep in the low half, crc in the high one.
-_KEEP_WORD = _CRC_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]
-_HIGH = np.uint64(32)
+_KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc
+# A `format.RECORD` up to its crc, and that: what makes a table of a few costs more.
+_RECORD, _CRC = struct.Struct("<6Q3I"), struct.Struct("<I")
+assert _RECORD.size == fmt.RECORD_CRC_BYTES
+assert _RECORD.size + _CRC.size == fmt.RECORD.itemsize
 
 # How long slots are taken to be dirty: the kernel looks for pages to write every 5 s
 # (dirty_writeback_centisecs) and leaves none for longer than 30 s (dirty_expire_centisecs).
@@ -57,14 +60,6 @@ class Written(NamedTuple):
     runs: list[tuple[int, int]]
     used: int  # ns since 1970
     keep: int = 0  # time to live and pin, see `index/format.py`
-
-
-def _record_words(block: Written, state: int) -> tuple[int, ...]:
-    """A `format.RECORD` as words, without its crc: ints become an array of one type much sooner
-    than a table."""
-    low, high, checksum, nbytes, runs, used, keep = block
-    next_run = runs[1][0] + 1 if len(runs) > 1 else 0
-    return low, high, state, checksum, nbytes, used, runs[0][1] | next_run << 32, keep
 
 
 class ShardFile:
@@ -109,8 +104,7 @@ class ShardFile:
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
-        self._rows = self.records.view("<u8").reshape(geometry.slots, -1)
-        self._words = self._rows[:, _KEEP_WORD]
+        self._words = self.records.view("<u8").reshape(geometry.slots, -1)[:, _KEEP_WORD]
         self._geometry = geometry
         self._read_only: Bytes1D | None = None
 
@@ -120,15 +114,19 @@ class ShardFile:
         runs: Sequence[tuple[int, int]],
         block: BlockIO,
         stopped: Callable[[], bool],
+        by_calls: bool = False,
     ) -> int:
-        """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError."""
+        """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError.
+
+        `by_calls`: not through the mapping in any case.
+        """
         low, high, place = block
         if len(runs) == 1 and self._dropper is None and is_one_piece(place):
             if stopped():
                 raise Stopped
             start, length = runs[0]
             now = time.monotonic()
-            digest = copier.gather_whole(low, high, place, self._sink(start, length, now))
+            digest = copier.gather_whole(low, high, place, self._sink(start, length, now, by_calls))
             self._written_at[start : start + length] = now
             return digest
         checksum = new_checksum(low, high)
@@ -136,7 +134,7 @@ class ShardFile:
         for run in runs:
             end = done + run[1] * self.page_bytes
             part = place if len(runs) == 1 else place.part(done, end)
-            self._gather_run(copier, run, part, checksum, stopped)
+            self._gather_run(copier, run, part, checksum, stopped, by_calls)
             done = end
         return checksum.intdigest()
 
@@ -147,6 +145,7 @@ class ShardFile:
         place: Place,
         checksum: xxhash.xxh3_64,
         stopped: Callable[[], bool],
+        by_calls: bool,
     ) -> None:
         """Copy what lies at `place` into a run of slots, whole or up to Stopped; raises OSError."""
         if self._dropper is not None:
@@ -158,10 +157,10 @@ class ShardFile:
             return
         start, length = run
         now = time.monotonic()
-        copier.gather(place, self._sink(start, length, now), checksum, stopped)
+        copier.gather(place, self._sink(start, length, now, by_calls), checksum, stopped)
         self._written_at[start : start + length] = now
 
-    def _sink(self, start: int, length: int, now: float) -> Sink:
+    def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
         """How a run of slots is written: through the mapping where this process has written a
         moment before `now`, else by `pwrite`.
 
@@ -172,7 +171,7 @@ class ShardFile:
         """
         # The ends stand for the run: where slots between them are older, some faults are all.
         oldest = min(self._written[start], self._written[start + length - 1])
-        if now - oldest < DIRTY_SECONDS:
+        if now - oldest < DIRTY_SECONDS and not by_calls:
             return MappedSink(self.bytes(start, length))
         return FileSink(self._data_fd, fmt.SHARD_HEADER_BYTES + start * self.page_bytes)
 
@@ -240,9 +239,12 @@ class ShardFile:
         self._put_records(blocks, fmt.LIVE)
 
     def _put_records(self, blocks: Sequence[Written], state: int) -> None:
-        words = np.array([_record_words(block, state) for block in blocks], np.uint64)
-        words[:, _CRC_WORD] |= np.array(record_crcs(words), np.uint64) << _HIGH
-        self._rows[[block.runs[0][0] for block in blocks]] = words
+        for low, high, checksum, nbytes, runs, used, keep in blocks:
+            slot, run = runs[0]
+            next_run = runs[1][0] + 1 if len(runs) > 1 else 0
+            record = _RECORD.pack(low, high, state, checksum, nbytes, used, run, next_run, keep)
+            at = fmt.SHARD_HEADER_BYTES + slot * fmt.RECORD.itemsize
+            self._slots[at : at + fmt.RECORD.itemsize] = record + _CRC.pack(crc_of(record))
 
     def set_keep(self, slot: int, keep: int) -> None:
         """The stored block at `slot` is kept otherwise: one store, so that no kill tears it."""

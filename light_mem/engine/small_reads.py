@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import new_checksum
+from light_mem.engine.in_server import InServer
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Bytes1D
-from light_mem.engine.table_layout import READ, WORKER
-from light_mem.engine.task_table import TaskTable, latency_at
+from light_mem.engine.table_layout import READ
+from light_mem.engine.task_table import TaskTable
 from light_mem.errors import StoreFormatError
 from light_mem.index.lookup import Location
 
@@ -32,21 +32,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 SUPPORTED = hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")  # Linux 4.14
-_WORDS = {name: offset // 8 for name, (_, offset, *_) in WORKER.fields.items()}  # type: ignore[union-attr]
 
 
-class SmallReads:
-    """Reads blocks in the server's process. Any thread; one at a time, the others are refused."""
+class SmallReads(InServer):
+    """Reads blocks in the server's process."""
 
     def __init__(self, engine: LocalStorageEngine, table: TaskTable) -> None:
-        self._engine = engine
+        super().__init__(engine, table, READ)
         self._lookup = engine.lookup
         self._verify = engine.verify
-        # Numbers of worker 0, who stands for the server.
-        self._numbers = table.worker_words(0)
-        self._latencies = table.latencies
-        # Reentrant: a signal's handler or a finalizer may close in the middle of a read.
-        self._guard = threading.RLock()
         self._closed = not SUPPORTED
 
     def read(self, blocks: Sequence[BlockIO]) -> bool:
@@ -54,39 +48,28 @@ class SmallReads:
 
         Counts as use. The places may hold anything after False, as after a read that was aborted.
         """
-        if not self._guard.acquire(blocking=False):
-            return False
-        try:
-            if self._closed:
+        with self._turn() as mine:
+            if not mine:
                 return False
             started = time.perf_counter_ns()
             moved = 0
-            for block in blocks:
-                if not self._load(block):
-                    return False
-                moved += block.nbytes
-            if self._was_closed():  # by this very thread: a descriptor may have been another's
+            try:
+                for block in blocks:
+                    if not self._load(block):
+                        return False
+                    moved += block.nbytes
+            except BlockingIOError:
+                return False  # not in the page cache
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    self._closed = True  # a file system or kernel without RWF_NOWAIT: never again
                 return False
-            numbers = self._numbers
-            numbers[_WORDS["blocks_read"]] += len(blocks)
-            numbers[_WORDS["bytes_read"]] += moved
-            spent = time.perf_counter_ns() - started
-            numbers[_WORDS["read_ns"]] += spent
-            self._latencies.add(latency_at(0, READ), spent)
+            except StoreFormatError:
+                return False  # the worker says what is wrong with the file
+            if self._was_closed():  # a descriptor may have been another's
+                return False
+            self._count(len(blocks), moved, started)
             return True
-        except BlockingIOError:
-            return False  # not in the page cache
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
-                self._closed = True  # a file system or kernel without RWF_NOWAIT: never again
-            return False
-        except StoreFormatError:
-            return False  # the worker says what is wrong with the file
-        finally:
-            self._guard.release()
-
-    def _was_closed(self) -> bool:
-        return self._closed
 
     def _load(self, block: BlockIO) -> bool:
         low, high, place = block
@@ -126,9 +109,3 @@ class SmallReads:
         descriptor, at, _ = file.span(run, nbytes)
         buffers = cast("list[Buffer]", parts)
         return os.preadv(descriptor, buffers, at, os.RWF_NOWAIT) == nbytes
-
-    def close(self) -> None:
-        """No block is read here any more, nor being read, when this returns; one that this very
-        thread is reading is not believed."""
-        with self._guard:
-            self._closed = True

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped
 from light_mem.engine.shard_file import Written
+from light_mem.engine.write_job import WriteJob
 from light_mem.errors import LockTimeoutError, StoreFormatError
-from light_mem.index.description import Geometry
 from light_mem.index.format import MAX_INTENTS
-from light_mem.index.keys import MixedKeys, shards_of
+from light_mem.index.keys import mix_one, shard_of
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
@@ -41,47 +40,27 @@ _ROOM_PAUSE = 0.002
 Taken = tuple[int, "Allocation"]  # position in the batch, its room
 
 
-class _Job:
-    """One batch to write, and who is told of it."""
-
-    def __init__(
-        self, batch: Sequence[BlockIO], geometry: Geometry, report: Report, stop: Stop
-    ) -> None:
-        self.batch = batch
-        self.report = report
-        self.stop = stop
-        self.open = set(range(len(batch)))  # without a final outcome
-        self.keys = MixedKeys.of([block[:2] for block in batch])
-        self.nbytes = [block.place.nbytes for block in batch]
-        slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
-        self.slots = [slots_of[nbytes] for nbytes in self.nbytes]
-        self.by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, shard in enumerate(shards_of(self.keys.mixed, geometry.shards).tolist()):
-            self.by_shard[shard].append(at)
-
-    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
-        """Tell the final outcome of blocks."""
-        self.open.difference_update(positions)
-        self.report(positions, outcome)
-
-    def settle_each(self, outcomes: list[tuple[int, Outcome]]) -> None:
-        """Tell the final outcomes of blocks, by position."""
-        by_outcome: dict[Outcome, list[int]] = {}
-        for at, outcome in outcomes:
-            by_outcome.setdefault(outcome, []).append(at)
-        for outcome, positions in by_outcome.items():
-            self.settle(positions, outcome)
+def _never() -> bool:
+    return False
 
 
 class Writer:
     """Writes batches for one engine. Not thread-safe."""
 
     def __init__(
-        self, engine: LocalStorageEngine, owner: Owner, copier: Copier, *, flush: bool
+        self,
+        engine: LocalStorageEngine,
+        owner: Owner,
+        files: Mapping[int, ShardFile],
+        copier: Copier,
+        *,
+        flush: bool,
     ) -> None:
+        """`files`: those that the engine has open by now."""
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
+        self._files = files
         self._flush = flush
         self._copier = copier
         self._geometry = engine.geometry
@@ -92,7 +71,7 @@ class Writer:
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.write`."""
-        job = _Job(batch, self._geometry, report, stop)
+        job = WriteJob(batch, self._geometry, report, stop)
         for shard, positions in job.by_shard.items():
             for first in range(0, len(positions), WRITE_BATCH):
                 part = positions[first : first + WRITE_BATCH]
@@ -105,13 +84,60 @@ class Writer:
                     )
                     job.settle(sorted(job.open.intersection(part)), Outcome.FAILED)
 
+    def write_now(self, block: BlockIO) -> Outcome | None:
+        """Write one block in one hold of its shard's lock, which is only tried; raises
+        LockTimeoutError, OSError, StoreFormatError. By system calls alone: a store to a mapping
+        may be SIGBUS.
+
+        STORED, PRESENT, or None: not done, and no trace left. That is where it would take long:
+        the shard is not open yet, expired blocks are to be taken out, one of another length is
+        stored, there is no room.
+        """
+        low, high, place = block
+        shard = shard_of(mix_one(low, high), self._geometry.shards)
+        if shard not in self._files:
+            return None
+        slots = self._geometry.slots_of(place.nbytes)
+        failure: OSError | None = None
+        with self._engine.change(shard, timeout=0) as (index, file):
+            self._give_back_orphans(shard, index, file)
+            [stored] = index.find_many([(low, high)])
+            if stored >= 0 or index.retention.is_due():
+                same = stored >= 0 and self._is_present(index, stored, place.nbytes)
+                return Outcome.PRESENT if same else None
+            evicted: list[int] = []
+            where = index.allocate(slots, evicted, self._engine.evicts)
+            if where is not None:
+                self._intend(shard, [where.slot])
+            if evicted:
+                file.clear_records(evicted)
+            if where is None:
+                return None
+            index.mark(where.runs, self._owner.number)
+            try:
+                checksum = file.gather(self._copier, where.runs, block, _never, by_calls=True)
+            except OSError as error:  # passed on after the hold: in it, it would count as a death
+                failure = error
+                index.give_back(where.slot)
+            else:
+                now = time.time_ns()
+                [keep] = self._engine.keeps_for([(low, high)])
+                file.write_records(
+                    [Written(low, high, checksum, place.nbytes, where.runs, now, keep)]
+                )
+                index.publish(where.slot, low, high, checksum, place.nbytes, now, keep)
+        self._intend(shard, [])
+        if failure is not None:
+            raise failure
+        return Outcome.STORED
+
     def close(self) -> None:
         """Give back the slots of failed batches; raises LockTimeoutError, OSError."""
         for shard in [shard for shard, slots in self._orphans.items() if slots]:
             with self._engine.change(shard, timeout=1) as (index, file):
                 self._give_back_orphans(shard, index, file)
 
-    def _write_shard(self, shard: int, positions: list[int], job: _Job) -> None:
+    def _write_shard(self, shard: int, positions: list[int], job: WriteJob) -> None:
         """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
         waiting = positions
         deadline = time.monotonic() + ROOM_SECONDS
@@ -124,7 +150,7 @@ class Writer:
             elif waiting:
                 waiting = self._wait_for_room(waiting, deadline, job)
 
-    def _wait_for_room(self, waiting: list[int], deadline: float, job: _Job) -> list[int]:
+    def _wait_for_room(self, waiting: list[int], deadline: float, job: WriteJob) -> list[int]:
         """Wait a moment; returns the blocks that shall go on waiting."""
         late = time.monotonic() > deadline
         left: list[int] = []
@@ -141,7 +167,7 @@ class Writer:
         return left
 
     def _allocate(
-        self, shard: int, positions: list[int], job: _Job
+        self, shard: int, positions: list[int], job: WriteJob
     ) -> tuple[list[Taken], list[int]]:
         """Take room; returns what was given, by position in the batch, and who waits for more."""
         evicted: list[int] = []
@@ -165,7 +191,7 @@ class Writer:
         return list(zip(wanted, given, strict=False)), wanted[len(given) :]
 
     def _wanted(
-        self, index: ShardIndex, positions: list[int], found: list[int], job: _Job
+        self, index: ShardIndex, positions: list[int], found: list[int], job: WriteJob
     ) -> tuple[list[int], list[tuple[int, Outcome]]]:
         """Which blocks want room, and what became of the others; `found`: where they are stored."""
         wanted: list[int] = []
@@ -179,7 +205,7 @@ class Writer:
                 wanted.append(at)
         return wanted, outcomes
 
-    def _copy_in(self, shard: int, taken: list[Taken], job: _Job) -> dict[int, Written]:
+    def _copy_in(self, shard: int, taken: list[Taken], job: WriteJob) -> dict[int, Written]:
         """Copy into the slots; what was written, by position in the batch."""
         file, copier = self._engine.file(shard), self._copier
         copied: list[tuple[int, list[Run], int]] = []  # position, runs, checksum
@@ -208,7 +234,7 @@ class Writer:
         return written
 
     def _publish(
-        self, shard: int, taken: list[Taken], written: dict[int, Written], job: _Job
+        self, shard: int, taken: list[Taken], written: dict[int, Written], job: WriteJob
     ) -> None:
         outcomes: list[tuple[int, Outcome]] = []
         stored: list[int] = []
@@ -241,7 +267,7 @@ class Writer:
         file: ShardFile,
         fresh: list[int],
         written: dict[int, Written],
-        job: _Job,
+        job: WriteJob,
     ) -> list[int]:
         """Publish blocks of different keys, by position, those aside that another process stored
         meanwhile; returns which."""

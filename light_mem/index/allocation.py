@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.chains import FEW, Chains, next_generations, tags_of
+from light_mem.index.control import Control
 from light_mem.index.order import EvictionOrder
 from light_mem.index.replica import Run, SpaceReplica
 from light_mem.index.retention import Retention
@@ -43,7 +44,7 @@ class Allocator:
         taking: Taking,
         retention: Retention,
     ) -> None:
-        self._control = control
+        self._control = Control(control)
         self._entries = entries
         self._tags, self._nbytes = entries["tag"], entries["nbytes"]
         self._runs, self._next_runs = entries["run"], entries["next_run"]
@@ -100,7 +101,7 @@ class Allocator:
                 runs = pieces
                 break
             evicted.append(victim)
-            self._control["evictions"] += 1
+            self._control.evictions += 1
             left = self._taking.take_out(victim)
             if left == [(victim, slots)]:
                 # The usual case of a full store: the free slots stay what they were for everyone.
@@ -155,7 +156,7 @@ class Allocator:
             self._retention.expect_next()
         evicted += slots
         self._swept += len(slots)
-        self._control["evictions"] += len(slots)
+        self._control.evictions += len(slots)
         return len(slots)
 
     def _evict_alike(self, count: int, length: int) -> list[int]:
@@ -176,11 +177,11 @@ class Allocator:
             victims, slots = oldest[:good], slots[:good]
         if not victims:
             return []
-        self._control["evictions"] += good
+        self._control.evictions += good
         self._tags[slots] = tags_of(fmt.FREE, 0, next_generations(self._tags[slots]))
         self._chains.cut_out_many(slots)
-        self._control["unlinks"] += good
-        self._control["blocks"] -= good
+        self._control.unlinks += good
+        self._control.blocks -= good
         self._space.unmarked += [(slot, length) for slot in victims]
         return victims
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Set
 import numpy as np
 import numpy.typing as npt
 
+from light_mem.index.control import Control
 from light_mem.index.owners import Owners
 
 Lease = tuple[int, int]  # shard, first slot of the block
@@ -128,7 +129,7 @@ class ShardLeases:
     """
 
     def __init__(self, control: npt.NDArray[np.void], read: Callable[[], set[int]] | None) -> None:
-        self._control = control
+        self._control = Control(control)
         self._read = read
         self._known: Set[int] | None = None
 
@@ -138,15 +139,15 @@ class ShardLeases:
 
     def announce(self) -> None:
         """A lease is about to be taken."""
-        self._control["leased"] = 1
+        self._control.leased = 1
         self._known = None
 
     def slots(self) -> Set[int]:
         """First slots of leased blocks."""
         if self._known is None:
             self._known = _NONE
-            if self._read is not None and self._control["leased"][0]:
+            if self._read is not None and self._control.leased:
                 self._known = self._read()
                 if not self._known:
-                    self._control["leased"] = 0
+                    self._control.leased = 0
         return self._known

@@ -27,13 +27,16 @@ MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
 RETRIES = 3
 SCALAR_LIMIT = 6  # up to here Python ints are faster than numpy calls; measured
 
-_W64 = {name: ENTRY.fields[name][1] // 8 for name in ("low", "high", "tag", "used")}  # type: ignore[index]
+_NAMES = ("low", "high", "tag", "checksum", "nbytes", "used", "run")
+_W64 = {name: ENTRY.fields[name][1] // 8 for name in _NAMES}  # type: ignore[index]
 _W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next")}  # type: ignore[index]
 _MASK64 = np.uint64(STATE_MASK)
-_ENTRY64 = ENTRY.itemsize // 8
+ENTRY_WORDS = ENTRY.itemsize // 8
 _ENTRY32 = ENTRY.itemsize // 4
 _CONTROL64 = CONTROL.itemsize // 8
 LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
+CHECKSUM, NBYTES = _W64["checksum"], _W64["nbytes"]
+RUNS = _W64["run"]  # `run` in the low half of this word, `next_run` in the high half
 RUN, NEXT_RUN, NEXT = _W32["run"], _W32["next_run"], _W32["next"]
 NEXT_KEEP = NEXT // 2  # `next` in the low half of this word, `keep` in the high half
 
@@ -152,7 +155,7 @@ class Lookup:
                 if not 0 < at <= f.slots:
                     break
                 entry = base + at
-                word = f.entries_word64 + entry * _ENTRY64
+                word = f.entries_word64 + entry * ENTRY_WORDS
                 tag = w64[word + TAG]
                 if (
                     w64[word + LOW] == low
@@ -254,7 +257,7 @@ class Lookup:
 
     def tag(self, entry: int) -> int:
         """The tag of an entry now."""
-        return self._f.words64[self._f.entries_word64 + entry * _ENTRY64 + TAG]
+        return self._f.words64[self._f.entries_word64 + entry * ENTRY_WORDS + TAG]
 
     def is_unchanged(self, where: Location) -> bool:
         """Whether the block still lies where `locate` found it: ask after copying."""

@@ -77,6 +77,8 @@ class EvictionOrder:
 
     def _pop_many(self, count: int) -> list[int]:
         leased = self._leased()
+        if count == 1 and not self._again:
+            return self._pop_one(leased)
         found: list[int] = []
         while len(found) < count and (self._left or self._again):
             slots, times = self._take(count - len(found))
@@ -89,6 +91,21 @@ class EvictionOrder:
             else:
                 found += slots[same & ~gone].tolist()
         return found
+
+    def _pop_one(self, leased: Set[int]) -> list[int]:
+        """`_pop_many` of one, in fewer steps."""
+        while self._next < len(self._slots):
+            slot, then = int(self._slots[self._next]), int(self._times[self._next])
+            self._next += 1
+            state, now = int(self._tags[slot]) & STATE_MASK, int(self._used[slot])
+            if state != LIVE or slot in leased or int(self._keeps[slot]) >= KEEP_PINNED:
+                continue
+            if now == then:
+                return [slot]
+            if now <= self._horizon:
+                self._again.add((now, slot))
+                return self._pop_many(1)
+        return []
 
     def _look_at_each(
         self,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.errors import StoreBusyError
-from light_mem.index.format import MAX_OWNERS, OWNER
+from light_mem.index.format import MAX_INTENTS, MAX_OWNERS, OWNER
 from light_mem.index.locks import RangeLock
 from light_mem.index.room import allocate
 
@@ -45,11 +45,16 @@ class Owner:
         self._owners = owners
         self.number = number
         self._intents = owners.records["intents"][number]
+        self._announced = MAX_INTENTS  # at most: what a dead one has left
 
     def intend(self, intents: Iterable[Intent]) -> None:
         """Announce the blocks that are being filled, at most MAX_INTENTS: new ones before their
         slots are marked, old ones until they are published or given back."""
         fresh = [1 + (shard << 32 | slot) for shard, slot in intents]
+        before, self._announced = self._announced, len(fresh)
+        if before <= 1 and len(fresh) <= 1:
+            self._intents[0] = fresh[0] if fresh else 0
+            return
         self._intents[: len(fresh)] = fresh
         self._intents[len(fresh) :] = 0
 

@@ -8,7 +8,6 @@ checksum when it is read; that is a miss.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -135,15 +134,19 @@ def link_chains(entries: Table, heads: npt.NDArray[np.uint32], buckets: int) -> 
 
 def record_crc(record: Table) -> int:
     """The crc that a record must carry; `record` is one RECORD."""
-    return xxhash.xxh3_64_intdigest(record.tobytes()[: fmt.RECORD_CRC_BYTES]) & 0xFFFFFFFF
+    return crc_of(record.tobytes()[: fmt.RECORD_CRC_BYTES])
 
 
-def record_crcs(records: npt.NDArray[Any]) -> list[int]:
-    """`record_crc` of a few records, RECORD [n] or their words."""
+def crc_of(raw: bytes) -> int:
+    """The crc of a record whose bytes up to the crc these are."""
+    return xxhash.xxh3_64_intdigest(raw) & 0xFFFFFFFF
+
+
+def record_crcs(records: Table) -> list[int]:
+    """`record_crc` of a few records, shape [n]."""
     raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
-    digest = xxhash.xxh3_64_intdigest
-    return [digest(raw[at : at + end]) & 0xFFFFFFFF for at in range(0, len(raw), size)]
+    return [crc_of(raw[at : at + end]) for at in range(0, len(raw), size)]
 
 
 def crc_fits(records: Table) -> npt.NDArray[np.bool_]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index import format as fmt
+from light_mem.index.control import Control
 from light_mem.index.recovery import occupied_runs
 from light_mem.index.space import FreeRuns
 
@@ -23,7 +24,7 @@ class SpaceReplica:
     """Free slots of one shard in one process."""
 
     def __init__(self, control: npt.NDArray[np.void], entries: npt.NDArray[np.void]) -> None:
-        self._control = control
+        self._control = Control(control)
         self._journal = control["journal"][0]
         self._entries = entries
         self._runs: FreeRuns | None = None
@@ -48,7 +49,7 @@ class SpaceReplica:
         self._runs = None
 
     def _catch_up(self) -> None:
-        epoch = int(self._control["epoch"][0])
+        epoch = self._control.epoch
         runs = self._runs
         if runs is None or not 0 <= epoch - self._epoch <= fmt.JOURNAL_LENGTH:
             self.read()
@@ -74,7 +75,7 @@ class SpaceReplica:
         for start, length in self.unmarked:
             runs.remove(start, length)
         self._runs = runs
-        self._epoch = int(self._control["epoch"][0])
+        self._epoch = self._control.epoch
 
     def put_back(self, runs: Iterable[Run]) -> bool:
         """Runs are free again, and nobody has been told that they were taken; False: damage."""
@@ -86,13 +87,13 @@ class SpaceReplica:
         if not self.put_back(runs):
             return False
         self.tell(runs, freed=True)
-        self._control["used_slots"] -= sum(length for _, length in runs)
+        self._control.used_slots -= sum(length for _, length in runs)
         return True
 
     def taken(self, runs: list[Run]) -> None:
         """Tell others of runs that were taken from `runs`."""
         self.tell(runs, freed=False)
-        self._control["used_slots"] += sum(length for _, length in runs)
+        self._control.used_slots += sum(length for _, length in runs)
         self.unmarked += runs
 
     def tell(self, runs: Iterable[Run], freed: bool) -> None:
@@ -112,4 +113,4 @@ class SpaceReplica:
                     continue
             journal[self._epoch % fmt.JOURNAL_LENGTH] = start << 32 | mark | length
             self._epoch += 1
-        self._control["epoch"] = self._epoch
+        self._control.epoch = self._epoch

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index import format as fmt
+from light_mem.index.control import Control
 
 Keeps = npt.NDArray[np.uint32]
 
@@ -64,7 +65,7 @@ class Retention:
     def __init__(
         self, control: npt.NDArray[np.void], entries: npt.NDArray[np.void], page_bytes: int
     ) -> None:
-        self._control = control
+        self._control = Control(control)
         self._tags = entries["tag"]
         self._keeps: Keeps = entries["keep"]
         self._nbytes = entries["nbytes"]
@@ -87,7 +88,7 @@ class Retention:
     def excess(self, slots: list[int]) -> int:
         """Slots by which the limit would be exceeded if these blocks were pinned too; 0: none."""
         needed = sum(self.slots_of(slot) for slot in slots if not self.is_pinned(slot))
-        return max(0, int(self._control["pinned_slots"][0]) + needed - self.limit)
+        return max(0, self._control.pinned_slots + needed - self.limit)
 
     def pin(self, slot: int) -> int:
         """Pin the stored block at `slot`; returns its new `keep`, for its record."""
@@ -123,9 +124,9 @@ class Retention:
 
     def _expects(self, keep: int) -> None:
         if 0 < keep < fmt.KEEP_PINNED:
-            first = int(self._control["expires"][0])
+            first = self._control.expires
             if not first or keep < first:
-                self._control["expires"] = keep
+                self._control.expires = keep
 
     def leaves(self, slot: int) -> None:
         """The block at `slot` has been taken out."""
@@ -133,8 +134,9 @@ class Retention:
             self._count(slot, -1)
 
     def _count(self, slot: int, sign: int) -> None:
-        for name, change in (("pinned", sign), ("pinned_slots", sign * self.slots_of(slot))):
-            self._control[name] = max(0, int(self._control[name][0]) + change)
+        control = self._control
+        control.pinned = max(0, control.pinned + sign)
+        control.pinned_slots = max(0, control.pinned_slots + sign * self.slots_of(slot))
 
     def recount(self) -> None:
         """What the control page says of pins and expiry, from the entries."""
@@ -142,9 +144,14 @@ class Retention:
         keeps = self._keeps[live]
         pinned = keeps >= fmt.KEEP_PINNED
         pages = -(-self._nbytes[live][pinned].astype(np.int64) // self._page_bytes)
-        self._control["pinned"] = np.count_nonzero(pinned)
-        self._control["pinned_slots"] = int(pages.sum())
-        self._control["expires"] = _first(keeps)
+        self._control.pinned = int(np.count_nonzero(pinned))
+        self._control.pinned_slots = int(pages.sum())
+        self._control.expires = _first(keeps)
+
+    def is_due(self) -> bool:
+        """Whether a listed block's time is up, so that `take_expired` walks over the entries."""
+        first = self._control.expires
+        return 0 < first <= now()
 
     def take_expired(self) -> list[int]:
         """First slots of blocks whose time is up, at most SWEEP_BLOCKS, to be taken out at once.
@@ -152,8 +159,7 @@ class Retention:
         Costs nothing before the time of the first one is up, then a walk over the entries. When
         they are out, `expect_next` must follow.
         """
-        first = int(self._control["expires"][0])
-        if not first or first > now():
+        if not self.is_due():
             return []
         live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
         slots: list[int] = np.flatnonzero(live & expired(self._keeps))[:SWEEP_BLOCKS].tolist()
@@ -165,7 +171,7 @@ class Retention:
         """Say when the first of the listed blocks expires; not before those that have expired are
         out: look-ups ask no block for its time where this says that none has one."""
         live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
-        self._control["expires"] = _first(self._keeps[live])
+        self._control.expires = _first(self._keeps[live])
 
 
 def _first(keeps: Keeps) -> int:

@@ -22,11 +22,22 @@ import numpy.typing as npt
 from light_mem.index import format as fmt
 from light_mem.index.allocation import Allocation, Allocator
 from light_mem.index.chains import FEW, Chains, next_generations, tags_of
+from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
 from light_mem.index.keys import MixedKeys
 from light_mem.index.leases import ShardLeases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
-from light_mem.index.lookup import Lookup
+from light_mem.index.lookup import (
+    CHECKSUM,
+    ENTRY_WORDS,
+    HIGH,
+    LOW,
+    NBYTES,
+    RUNS,
+    TAG,
+    USED,
+    Lookup,
+)
 from light_mem.index.order import EvictionOrder
 from light_mem.index.replica import Run, SpaceReplica
 from light_mem.index.retention import Retention
@@ -53,20 +64,21 @@ class ShardIndex:
         self.shard = shard
         self._lock = lock
         self._lookup = lookup
-        self._control = file.control[shard : shard + 1]
+        self._page = file.control[shard : shard + 1]
+        self._control = Control(self._page)
         self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
         self._heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
         self._tags = self._entries["tag"]
         self._chains = Chains(self._heads, self._entries)
-        self._space = SpaceReplica(self._control, self._entries)
-        self.leases = ShardLeases(self._control, leased)
+        self._space = SpaceReplica(self._page, self._entries)
+        self.leases = ShardLeases(self._page, leased)
         page_bytes = file.geometry.page_bytes
-        self.retention = Retention(self._control, self._entries, page_bytes)
+        self.retention = Retention(self._page, self._entries, page_bytes)
         self._taking = Taking(
             file, shard, lookup, self._chains, self._space, self.retention, self.leases
         )
         self._allocator = Allocator(
-            self._control,
+            self._page,
             self._entries,
             page_bytes,
             self._chains,
@@ -100,18 +112,22 @@ class ShardIndex:
             self._space.unmarked = []
             self.leases.forget()
             self._allocator.begin()
-            recovered = bool(self._control["dirty"][0])
+            recovered = bool(self._control.dirty)
             if recovered:
                 self.put_in_order()
             else:
-                self._control["dirty"] = fmt.CHANGING
+                self._control.dirty = fmt.CHANGING
             self._space.begin()
             try:
                 yield recovered
             except BaseException:
                 self._space.distrust()
                 raise
-            self._control["dirty"] = 0
+            self._control.dirty = 0
+
+    def _word_of(self, slot: int) -> int:
+        """The first word of a slot's entry in the index file."""
+        return self._f.entries_word64 + (self.shard * self._f.slots + slot) * ENTRY_WORDS
 
     @property
     def entries(self) -> npt.NDArray[np.void]:
@@ -121,7 +137,7 @@ class ShardIndex:
     @property
     def control(self) -> npt.NDArray[np.void]:
         """The shard's control page, CONTROL [1]: the shared one, not a copy."""
-        return self._control
+        return self._page
 
     def unlisted_slots(self) -> npt.NDArray[np.intp]:
         """Slots whose records must not tell of a block: nothing starts there, or what was taken
@@ -164,7 +180,7 @@ class ShardIndex:
         """Another one when a block of this shard may have been stored since; asked in a hold."""
         # A holder that died after a block was in its chain, and before it was counted, makes the
         # next one put the shard in order, which counts as cuts of chains.
-        return int(self._control["inserts"][0]), int(self._control["unlinks"][0])
+        return self._control.inserts, self._control.unlinks
 
     # --- room ------------------------------------------------------------------------------------
 
@@ -186,13 +202,14 @@ class ShardIndex:
 
     def mark(self, runs: list[Run], owner: int) -> None:
         """Mark allocated slots as being written by `owner`, whose intents already name them."""
+        words = self._f.words64
         for at, (start, length) in enumerate(runs):
-            entry = self._entries[start]
-            generation = (int(entry["tag"]) >> fmt.GENERATION_SHIFT) + 1
-            entry["run"] = length
-            entry["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
+            word = self._word_of(start)
+            generation = (words[word + TAG] >> fmt.GENERATION_SHIFT) + 1
+            next_run = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
+            words[word + RUNS] = length | next_run << 32
             state = fmt.WRITING if at == 0 else fmt.EXTENT
-            entry["tag"] = fmt.make_tag(state, owner, generation)
+            words[word + TAG] = fmt.make_tag(state, owner, generation)
         self._space.unmarked = [run for run in self._space.unmarked if run not in runs]
 
     def mark_many(self, allocations: list[Allocation], owner: int) -> None:
@@ -235,16 +252,16 @@ class ShardIndex:
         keep: int = 0,
     ) -> None:
         """Make a block visible. Its bytes and its record are in place."""
-        entry = self._entries[slot]
-        entry["low"], entry["high"] = low, high
-        entry["checksum"], entry["nbytes"], entry["used"] = checksum, nbytes, now
-        entry["keep"] = keep
+        words, word = self._f.words64, self._word_of(slot)
+        words[word + LOW], words[word + HIGH] = low, high
+        words[word + CHECKSUM], words[word + NBYTES], words[word + USED] = checksum, nbytes, now
+        self._entries["keep"][slot] = keep
         if keep:
             self.retention.arrives(slot)
-        tag = fmt.make_tag(fmt.LIVE, 0, int(entry["tag"]) >> fmt.GENERATION_SHIFT)
+        tag = fmt.make_tag(fmt.LIVE, 0, words[word + TAG] >> fmt.GENERATION_SHIFT)
         self._chains.put_in(slot, low, high, tag)
-        self._control["blocks"] += 1
-        self._control["inserts"] += 1
+        self._control.blocks += 1
+        self._control.inserts += 1
 
     def publish_many(
         self,
@@ -273,8 +290,8 @@ class ShardIndex:
                 self.retention.arrives(slot)
         generations = self._tags[slots] >> np.uint64(fmt.GENERATION_SHIFT)
         self._chains.put_in_many(slots, keys.mixed, tags_of(fmt.LIVE, 0, generations))
-        self._control["blocks"] += len(slots)
-        self._control["inserts"] += len(slots)
+        self._control.blocks += len(slots)
+        self._control.inserts += len(slots)
 
     # --- taking blocks out -----------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.chains import Chains
+from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
 from light_mem.index.leases import ShardLeases
 from light_mem.index.lookup import Lookup
@@ -43,7 +44,7 @@ class Taking:
         self._retention = retention
         self._leases = leases
         self._page_bytes = file.geometry.page_bytes
-        self._control = file.control[shard : shard + 1]
+        self._control = Control(file.control[shard : shard + 1])
         self._heads: npt.NDArray[np.uint32] = file.heads[
             shard * file.buckets : (shard + 1) * file.buckets
         ]
@@ -72,8 +73,8 @@ class Taking:
     def _cut(self, slot: int) -> None:
         self._retention.leaves(slot)
         self._chains.cut_out(slot)
-        self._control["unlinks"] += 1
-        self._control["blocks"] -= 1
+        self._control.unlinks += 1
+        self._control.blocks -= 1
 
     def _hold(self, slot: int) -> bool:
         """Whether the block at `slot` makes sense, and so is HELD now."""
@@ -113,7 +114,7 @@ class Taking:
     def clear(self) -> list[int]:
         """Take out all stored blocks; returns their first slots. Blocks being written stay so."""
         live = np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE)
-        self._control["removals"] += live.size
+        self._control.removals += int(live.size)
         leased = self._leases.slots()
         starts: list[int] = []
         for slot in live.tolist():
@@ -135,7 +136,7 @@ class Taking:
 
     def put_in_order(self) -> None:
         """Chains, counts and free space anew from the entries; what makes no sense is freed."""
-        self._control["dirty"] = fmt.RELINKING  # before the first chain is touched
+        self._control.dirty = fmt.RELINKING  # before the first chain is touched
         sound = sound_blocks(self._entries, self._page_bytes)
         wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
         self.free_tags(wrong.tolist())
@@ -143,13 +144,13 @@ class Taking:
         self._drop_older_twins()
         link_chains(self._entries, self._heads, len(self._heads))
         states = self._tags & np.uint64(fmt.STATE_MASK)
-        self._control["blocks"] = np.count_nonzero(states == fmt.LIVE)
+        self._control.blocks = int(np.count_nonzero(states == fmt.LIVE))
         used = int(self._entries["run"][states != fmt.FREE].sum())
         used += sum(length for _, length in self._space.unmarked)
-        self._control["used_slots"] = used
+        self._control.used_slots = used
         self._retention.recount()
-        self._control["unlinks"] += 1
+        self._control.unlinks += 1
         # Further than the journal reaches: every replica reads the entries.
-        self._control["epoch"] += fmt.JOURNAL_LENGTH + 1
+        self._control.epoch += fmt.JOURNAL_LENGTH + 1
         self._space.read()
-        self._control["dirty"] = fmt.CHANGING
+        self._control.dirty = fmt.CHANGING

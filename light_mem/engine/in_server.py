@@ -1,0 +1,66 @@
+"""What the server's own process does of the workers' work.
+
+To queue a block, to wake a worker and to be told by it takes several times as long as to move a
+short block.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.table_layout import READ, WORKER
+from light_mem.engine.task_table import TaskTable, latency_at
+
+_WORDS = {name: offset // 8 for name, (_, offset, *_) in WORKER.fields.items()}  # type: ignore[union-attr]
+
+
+class InServer:
+    """Blocks of one mode, READ or WRITE, moved by the thread that asks. Any thread; one at a time:
+    the others are refused, and leave theirs to the workers."""
+
+    def __init__(self, engine: LocalStorageEngine, table: TaskTable, mode: int) -> None:
+        self._engine = engine
+        # Numbers of worker 0, who stands for the server.
+        self._numbers = table.worker_words(0)
+        self._latencies, self._latency_at = table.latencies, latency_at(0, mode)
+        reading = mode == READ
+        self._blocks_word = _WORDS["blocks_read" if reading else "blocks_written"]
+        self._bytes_word = _WORDS["bytes_read" if reading else "bytes_written"]
+        self._time_word = _WORDS["read_ns" if reading else "write_ns"]
+        # Reentrant: a signal's handler or a finalizer may close in the middle of a block.
+        self._guard = threading.RLock()
+        self._closed = False
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Have the turn; False: another thread has it, or it is closed."""
+        if not self._guard.acquire(blocking=False):
+            yield False
+            return
+        try:
+            yield not self._closed
+        finally:
+            self._guard.release()
+
+    def _was_closed(self) -> bool:
+        """Whether this very thread has closed it in the middle of a block."""
+        return self._closed
+
+    def _count(self, blocks: int, nbytes: int, started: int) -> None:
+        """Count blocks that were moved since `started`, ns."""
+        spent = time.perf_counter_ns() - started
+        numbers = self._numbers
+        numbers[self._blocks_word] += blocks
+        numbers[self._bytes_word] += nbytes
+        numbers[self._time_word] += spent
+        self._latencies.add(self._latency_at, spent)
+
+    def close(self) -> None:
+        """No block is moved here any more, nor being moved, when this returns; one that this very
+        thread is moving is not believed."""
+        with self._guard:
+            self._closed = True

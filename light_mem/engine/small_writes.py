@@ -1,0 +1,65 @@
+"""Small writes in the thread that asks for them.
+
+The counterpart of `small_reads.py`: one block of some 100 KB is written by `create` itself, in a
+part of the time that a worker needs to be woken. It waits for nothing: the shard's lock is only
+tried, and while blocks are queued the workers, who then are at the locks, get it as well. The one
+wait that cannot be seen beforehand is the kernel's, which slows down who writes while too much
+memory is dirty (balance_dirty_pages, up to 200 ms a call): after a write that took long there is
+none here for a while.
+"""
+
+from __future__ import annotations
+
+import time
+
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.in_server import InServer
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.table_layout import WRITE
+from light_mem.engine.task_table import TaskTable
+from light_mem.errors import LockTimeoutError, ServiceClosedError, StoreFormatError
+
+# Whoever finds room must now and then walk over all entries of a shard (the order of use, free
+# space after others' changes): 1 ms for so many slots, and the caller waits for it.
+MAX_SLOTS = 65536
+SLOW_NS = 5_000_000
+PAUSE_NS = 1_000_000_000  # after a slow one
+
+
+class SmallWrites(InServer):
+    """Writes blocks in the server's process."""
+
+    def __init__(self, engine: LocalStorageEngine, table: TaskTable, wanted: bool) -> None:
+        """`wanted`: False where there will be none."""
+        super().__init__(engine, table, WRITE)
+        self._table = table
+        self._closed = not wanted or engine.geometry.slots > MAX_SLOTS
+        self._not_before = 0
+
+    def prepare(self) -> None:
+        """Open the shards, which the first writes would wait for: 25 ms and more. Until then, and
+        where it fails, the workers get them. Raises nothing."""
+        if not self._closed:
+            self._engine.prepare()
+
+    def write(self, block: BlockIO) -> Outcome | None:
+        """STORED or PRESENT; None: not done, leave it to the workers. The block has left its pages
+        when this returns."""
+        if self._table.depth(WRITE):
+            return None
+        with self._turn() as mine:
+            started = time.perf_counter_ns()
+            if not mine or started < self._not_before:
+                return None
+            try:
+                outcome = self._engine.write_now(block)
+            except (LockTimeoutError, OSError, StoreFormatError, ServiceClosedError):
+                return None  # who writes it says what is wrong
+            if self._was_closed():
+                return None
+            if outcome is Outcome.STORED:
+                self._count(1, block.nbytes, started)
+            ended = time.perf_counter_ns()
+            if ended - started > SLOW_NS:
+                self._not_before = ended + PAUSE_NS
+            return outcome

@@ -1,0 +1,49 @@
+"""One batch to write, as the writer asks for it: all keys, all lengths, each shard's blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.index.description import Geometry
+from light_mem.index.keys import MixedKeys, shards_of
+
+
+class WriteJob:
+    """A batch, and who is told of it.
+
+    open      positions without a final outcome
+    keys      of the blocks
+    nbytes    their lengths in bytes
+    slots     ... and in slots
+    by_shard  positions in the batch of each shard's blocks
+    """
+
+    def __init__(
+        self, batch: Sequence[BlockIO], geometry: Geometry, report: Report, stop: Stop
+    ) -> None:
+        self.batch = batch
+        self.report = report
+        self.stop = stop
+        self.open = set(range(len(batch)))
+        self.keys = MixedKeys.of([block[:2] for block in batch])
+        self.nbytes = [block.place.nbytes for block in batch]
+        slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
+        self.slots = [slots_of[nbytes] for nbytes in self.nbytes]
+        self.by_shard: dict[int, list[int]] = defaultdict(list)
+        for at, shard in enumerate(shards_of(self.keys.mixed, geometry.shards).tolist()):
+            self.by_shard[shard].append(at)
+
+    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
+        """Tell the final outcome of blocks."""
+        self.open.difference_update(positions)
+        self.report(positions, outcome)
+
+    def settle_each(self, outcomes: list[tuple[int, Outcome]]) -> None:
+        """Tell the final outcomes of blocks, by position."""
+        by_outcome: dict[Outcome, list[int]] = {}
+        for at, outcome in outcomes:
+            by_outcome.setdefault(outcome, []).append(at)
+        for outcome, positions in by_outcome.items():
+            self.settle(positions, outcome)
