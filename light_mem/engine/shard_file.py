@@ -7,6 +7,7 @@ the mapping cannot fail for want of room (it would be SIGBUS, which Python canno
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -30,6 +31,7 @@ from light_mem.engine.copy import (
     is_one_piece,
     new_checksum,
 )
+from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
@@ -44,10 +46,6 @@ _KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a re
 _RECORD, _CRC = struct.Struct("<6Q3I"), struct.Struct("<I")
 assert _RECORD.size == fmt.RECORD_CRC_BYTES
 assert _RECORD.size + _CRC.size == fmt.RECORD.itemsize
-
-# How long slots are taken to be dirty: the kernel looks for pages to write every 5 s
-# (dirty_writeback_centisecs) and leaves none for longer than 30 s (dirty_expire_centisecs).
-DIRTY_SECONDS = 5.0
 
 
 class Written(NamedTuple):
@@ -101,6 +99,7 @@ class ShardFile:
         # over: who only reads does not pay 8 bytes a slot.
         self._written_at = np.zeros(geometry.slots)
         self._written = self._written_at.data
+        self._dirty = DirtyPages()
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
@@ -161,19 +160,15 @@ class ShardFile:
         self._written_at[start : start + length] = now
 
     def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
-        """How a run of slots is written: through the mapping where this process has written a
-        moment before `now`, else by `pwrite`.
-
-        Mapped slots that were never touched cost a fault every 4 KiB, and so do those that the
-        kernel has written to the device since, for it protects them to notice the next store
-        (measured with two writers of 60 MB blocks: 10 to 11 GB/s while they are dirty, 4.0 after;
-        `pwrite` 5.3).
-        """
+        """How a run of slots is written: through the mapping where that faults little, else by
+        `pwrite`; see `dirty_pages`."""
+        at, nbytes = fmt.SHARD_HEADER_BYTES + start * self.page_bytes, length * self.page_bytes
         # The ends stand for the run: where slots between them are older, some faults are all.
-        oldest = min(self._written[start], self._written[start + length - 1])
-        if now - oldest < DIRTY_SECONDS and not by_calls:
+        last = min(self._written[start], self._written[start + length - 1])
+        age = now - last if last else math.inf
+        if not by_calls and self._dirty.are_dirty(self._data_fd, at, nbytes, age):
             return MappedSink(self.bytes(start, length))
-        return FileSink(self._data_fd, fmt.SHARD_HEADER_BYTES + start * self.page_bytes)
+        return FileSink(self._data_fd, at)
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,15 @@ from benchmark.plan import Plan
 from benchmark.rivals import BARE
 from benchmark.rivals.base import Pages, Rival
 from light_mem.engine.cold_reads import ColdReads
-from light_mem.engine.copy import Copier, FileSink, MappedSink, new_checksum
+from light_mem.engine.copy import (
+    Copier,
+    FileSink,
+    MappedSink,
+    Sink,
+    is_one_piece,
+    new_checksum,
+)
+from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
@@ -26,8 +36,8 @@ def _never() -> bool:
 class Bare(Rival):
     """Block n lies at n times the block's size in one mapped file; its sum is kept in memory.
 
-    The ways of a worker: the first write of a block by `pwrite`, the first read after an open by
-    `preadv`, both through the mapping from then on.
+    The ways of a worker: what is not dirty is written by `pwrite`, the first read after an open is
+    `preadv`; all else goes through the mapping.
     """
 
     name = BARE
@@ -47,19 +57,27 @@ class Bare(Rival):
         mapping = mmap.mmap(self._file, plan.nbytes)
         self._bytes = np.frombuffer(mapping, np.uint8)
         self._copier, self._cold, self._touch = Copier(), ColdReads(), FirstTouch()
-        self._written: set[int] = set()
+        self._written: dict[int, float] = {}  # when
+        self._dirty = DirtyPages()
         self._was_read: set[int] = set()
         self._sums: dict[str, int] = {}
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
         for name, rows in zip(hashes, pages, strict=True):
             at = int(name[16:], 16) * self._block
-            checksum = new_checksum(at, 0)
-            slots = self._bytes[at : at + self._block]
-            sink = MappedSink(slots) if at in self._written else FileSink(self._file, at)
-            self._copier.gather(Rows(self.memory, rows), sink, checksum, _never)
-            self._written.add(at)
-            self._sums[name] = checksum.intdigest()
+            place, now = Rows(self.memory, rows), time.monotonic()
+            age = now - self._written.get(at, -math.inf)
+            if self._dirty.are_dirty(self._file, at, self._block, age):
+                sink: Sink = MappedSink(self._bytes[at : at + self._block])
+            else:
+                sink = FileSink(self._file, at)
+            if is_one_piece(place):
+                self._sums[name] = self._copier.gather_whole(at, 0, place, sink)
+            else:
+                checksum = new_checksum(at, 0)
+                self._copier.gather(place, sink, checksum, _never)
+                self._sums[name] = checksum.intdigest()
+            self._written[at] = now
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
         for name, rows in zip(hashes, pages, strict=True):
