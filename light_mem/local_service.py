@@ -133,6 +133,7 @@ class LocalCacheService(CacheService):
                 block_pages=per_block,
                 verify=verify,
                 durability=durability,
+                time_to_live=time_to_live,
                 recover=False,  # the pool's thread does it, off the way to the first request
             )
             undo.callback(engine.close)

@@ -173,6 +173,19 @@ def test_it_can_be_turned_off(tmp_path: Path, options: dict[str, Any]) -> None:
     let_go(r)
 
 
+def test_a_block_lives_as_long_as_the_service_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, page_bytes=PAGE, small_write_bytes=LIMIT, time_to_live=50.0) as r:
+        prepared(r)
+        assert create(r, 1, [0]).ready()
+        assert r.service.query(1)
+        later = retention.clock() + 100
+        monkeypatch.setattr(retention, "clock", lambda: later)
+        assert not r.service.query(1)
+    let_go(r)
+
+
 def test_before_run_and_through_a_client_the_workers_write(tmp_path: Path) -> None:
     with rig(tmp_path, page_bytes=PAGE, run=False) as r:
         prepared(r)

@@ -5,7 +5,7 @@ the engine
   local.py         LocalStorageEngine: shards on a local disk
   memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
   reading.py       batches of reads: find, copy, look again
-  writing.py       batches of writes: find room, copy, publish
+  writing.py       batches of writes: find room, copy, publish; write_job.py: one batch as it asks
   dealing.py       in which order a task's writes are queued
   keeping.py       pins, and leases of blocks that are viewed
   removing.py      taking blocks out, and back what the dead left
@@ -19,7 +19,8 @@ bytes
   copy.py          copies between the KV memory and slots, with the checksum
   cold_reads.py    reads of what is not in the page cache
   first_touch.py   pages of the KV memory that a worker stores to for the first time
-  small_reads.py   short reads in the thread that asks
+  dirty_pages.py   which slots are written through the mapping
+  small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both
   dropping.py      past the page cache, with read_ahead.py, device_threads.py, page_cache.py
 the KV memory
   kvmemory.py      how another process reaches it; maps.py: what lies behind an address
@@ -27,7 +28,8 @@ workers
   task_table.py    the shared task table; table_layout.py: what its memory holds
   histogram.py     latencies in shared memory; table_stats.py: all numbers of a table
   queue.py         TaskQueue: blocks waiting for a worker
-  worker.py        the worker process; pool.py: starts, watches and replaces workers
+  worker.py        the worker process; batch_report.py: what it tells of a batch
+  pool.py          starts, watches and replaces workers
   program.py       processes of our own: started, and ending with their parent
   affinity.py      which CPUs they run on
   process.py       who a process is, whether it lives, whether it was forked

@@ -77,6 +77,9 @@ class Reader:
         untold = 0  # bytes
         for at in order:
             where = located[at]
+            if loaded and untold + batch[at].nbytes > _TELL_BYTES:
+                report(loaded, Outcome.LOADED)
+                loaded, untold = [], 0
             try:
                 if where is not None:
                     begun += 1
@@ -96,8 +99,7 @@ class Reader:
                 continue
             loaded.append(at)
             untold += where.nbytes
-            # Nobody waits for another block's device.
-            if untold >= _TELL_BYTES or self._cold is None or self._cold.going_on:
+            if self._cold is None or self._cold.going_on:  # nobody waits for another one's device
                 report(loaded, Outcome.LOADED)
                 loaded, untold = [], 0
         if loaded:

@@ -8,6 +8,7 @@ locks.py        file locks: one per shard, byte ranges for owners; kept_lock.py:
 owners.py       who has the store open, and which slots each was filling
 leases.py       blocks that processes look at in place
 file.py         the mapped index file: arrays over its sections
+control.py      the numbers of a shard's control page
 lookup.py       look-ups without a lock
 space.py        free runs of slots of one shard
 replica.py      one process's copy of them, kept true by the shard's journal

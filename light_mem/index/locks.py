@@ -83,6 +83,8 @@ class PathLock:
             raise self._timeout(timeout)
         try:
             free = held.file.try_now()
+            if not free and not timeout:
+                raise self._timeout(timeout)
             if not free:
                 try:
                     held.file.acquire(timeout=timeout, poll_interval=POLL_SECONDS)

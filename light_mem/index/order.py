@@ -133,7 +133,7 @@ class EvictionOrder:
         if self._again:
             time, slot = self._again[0]
             first = self._next
-            if not self._left or (time, slot) < (self._times[first], self._slots[first]):
+            if not self._left or (time, slot) < (int(self._times[first]), int(self._slots[first])):
                 del self._again[0]
                 return np.array([slot], np.int64), np.array([time], np.uint64)
             count = 1
