@@ -38,6 +38,11 @@ class Fence:
         finally:
             self._holders.remove(me)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether anything is being changed."""
+        return bool(self._holders)
+
     def check(self) -> None:
         """Raises ServiceClosedError once it is shut."""
         if self.is_shut:

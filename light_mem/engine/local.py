@@ -430,10 +430,7 @@ class LocalStorageEngine(StorageEngine):
         if self._dropper is not None:
             self._drop(self._dropper.finish)
         self.limited.flush()
-        if quiet:
-            self._open.close()
-        # Else they stay open: a change that this very thread is in the middle of, or one that has
-        # not ended, may yet write to a descriptor, which must not be another file's by then.
+        self._open.close()
 
     def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS

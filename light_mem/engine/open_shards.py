@@ -47,6 +47,7 @@ class OpenShards:
         self._guard = threading.RLock()  # a finalizer may leave while this thread has it
         self._fence = Fence()
         self._prepared = 0  # shards before this one
+        self._closing = False
 
     def prepare_next(self) -> bool:
         """Open one shard more, ready to be read and changed, before it is needed; whether there
@@ -75,13 +76,17 @@ class OpenShards:
         are too short), OSError, and ServiceClosedError once the store was left. What is taken out
         of the index must be cleared from the records before this ends."""
         index, file = self.index(shard), self.file(shard)
-        with index.change(timeout, self._fence.hold()) as recovered:
-            if recovered:
-                # The holder that died may have taken blocks out and not cleared their records:
-                # an index made anew from them must not list what others have written over.
-                file.clear_records(index.unlisted_slots())
-                file.follow_keeps(index.entries)
-            yield index, file
+        try:
+            with index.change(timeout, self._fence.hold()) as recovered:
+                if recovered:
+                    # The holder that died may have taken blocks out and not cleared their records:
+                    # an index made anew from them must not list what others have written over.
+                    file.clear_records(index.unlisted_slots())
+                    file.follow_keeps(index.entries)
+                yield index, file
+        finally:
+            if self._closing:
+                self._close_once_quiet()
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, to be used under its lock."""
@@ -119,7 +124,15 @@ class OpenShards:
         return self._fence.shut(timeout)
 
     def close(self) -> None:
-        """Close the files, once it is shut."""
+        """Close the files, once it is shut. Where a change is still being made, in the middle of
+        which this thread may be, its end does it: it may yet write to a descriptor, which must not
+        be another file's by then."""
+        self._closing = True
+        self._close_once_quiet()
+
+    def _close_once_quiet(self) -> None:
+        if self._fence.is_held:
+            return
         with self._guard:
             for file in self._files.values():
                 file.close()
