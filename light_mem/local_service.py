@@ -155,7 +155,7 @@ class LocalCacheService(CacheService):
             self._small_write_bytes = small_write_bytes if keep and durability == "kernel" else 0
             self._small_reads = SmallReads(engine, table)
             self._small_writes = small_writes = SmallWrites(
-                engine, table, self._small_write_bytes > 0
+                engine, table, page_bytes <= self._small_write_bytes
             )
             self._pool = WorkerPool(
                 table,

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from light_mem.engine import writing
+from light_mem.engine import reading, writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.memory import MemoryStorageEngine
@@ -19,6 +20,7 @@ from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import InvalidArgumentError, LockTimeoutError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
+from light_mem.index.chains import Chains
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
@@ -291,3 +293,102 @@ def test_an_engine_in_memory_needs_room_for_a_page() -> None:
     for sizes in ((0, 1), (1, 0), (-1, 5)):
         with pytest.raises(InvalidArgumentError):
             MemoryStorageEngine(*sizes)
+
+
+# --- what is told, and when -----------------------------------------------------------------------
+
+
+def test_loaded_blocks_are_told_of_before_anybody_waits_for_a_lock(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged block is taken out under the shard's lock, which a stopped process may hold."""
+    blocks = [Block(n) for n in range(4)]
+    rig.write(*blocks)
+    path = local_of(rig).directory / "shard-000.data"
+    with path.open("r+b") as file:
+        file.seek(4096 + 3 * PAGE)
+        file.write(bytes(8))
+    told: list[tuple[list[int], Outcome]] = []
+    seen: list[list[tuple[list[int], Outcome]]] = []
+    drop_damaged = LocalStorageEngine.drop_damaged
+
+    def look(*arguments: Any) -> None:
+        seen.append(list(told))
+        drop_damaged(*arguments)
+
+    monkeypatch.setattr(LocalStorageEngine, "drop_damaged", look)
+    batch = rig._batch(blocks, fill=False)
+    rig.engine.read(batch, lambda at, outcome: told.append((list(at), outcome)))
+    assert seen == [[([0, 1, 2], Outcome.LOADED)]]
+    assert told[1:] == [([3], Outcome.DAMAGED)]
+
+
+def test_loaded_blocks_are_told_of_by_the_megabyte(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_TELL_BYTES", 3 * PAGE)
+    blocks = [Block(0), Block(1), Block(2), Block(3, 4), Block(4)]
+    rig.write(*blocks)
+    told: list[tuple[list[int], Outcome]] = []
+    batch = rig._batch(blocks, fill=False)
+    rig.engine.read(batch, lambda at, outcome: told.append((list(at), outcome)))
+    assert [at for at, _ in told] == [[0, 1, 2], [3], [4]]
+    assert {outcome for _, outcome in told} == {Outcome.LOADED}
+
+
+def test_a_record_of_a_block_that_another_process_stored_first_goes(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records = ShardFile.write_records
+    with another(tmp_path) as other:
+
+        def late(file: ShardFile, blocks: Any) -> None:
+            write_records(file, blocks)
+            monkeypatch.setattr(ShardFile, "write_records", write_records)
+            assert Rig(other).write(Block(1)) == [COPIED_AND_STORED]
+
+        monkeypatch.setattr(ShardFile, "write_records", late)
+        assert rig.write(Block(1), Block(2)) == [
+            (Outcome.COPIED, Outcome.PRESENT),
+            COPIED_AND_STORED,
+        ]
+        records = other.file(0).records
+        listed = np.flatnonzero(records["tag"] == fmt.LIVE).tolist()
+        assert listed == np.flatnonzero(np.array(states(rig)) == fmt.LIVE).tolist()
+        assert len(listed) == 2
+
+
+def test_one_that_another_process_chained_and_died_before_it_was_counted_is_found(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    write_records, put_in = ShardFile.write_records, Chains.put_in
+
+    def die(*arguments: Any) -> None:
+        put_in(*arguments)
+        raise Killed
+
+    with another(tmp_path) as other:
+
+        def late(file: ShardFile, blocks: Any) -> None:
+            write_records(file, blocks)
+            monkeypatch.setattr(ShardFile, "write_records", write_records)
+            with monkeypatch.context() as patch:
+                patch.setattr(Chains, "put_in", die)
+                with pytest.raises(Killed):
+                    Rig(other).write(Block(1))
+
+        monkeypatch.setattr(ShardFile, "write_records", late)
+        assert rig.write(Block(1)) == [(Outcome.COPIED, Outcome.PRESENT)]
+        assert states(rig).count(fmt.LIVE) == 1
+        assert rig.read(Block(1)) == [Outcome.LOADED]
+        assert_consistent(local_of(rig)._index)
+
+
+def test_after_a_batch_no_intent_is_left(rig: Rig) -> None:
+    engine = local_of(rig)
+    rig.write(*[Block(n) for n in range(5)])
+    rig.write(Block(6))
+    assert not engine._owners.records["intents"][engine._owner.number].any()

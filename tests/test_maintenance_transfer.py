@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from light_mem.index import keys as keymath
+from light_mem.index.shard import ShardIndex
 from light_mem.maintenance import import_store
 from tests.engine_helpers import Block, open_local
 from tests.maintenance_helpers import (
@@ -176,3 +177,12 @@ def test_nothing_is_evicted_for_an_import_and_the_last_used_come_in(
     assert stored(target) - {key_of(b) for b in mine} == {key_of(b) for b in BLOCKS[:8]}
     assert command("import", target, exported) == 1
     assert "no free room" in command.out
+
+
+def test_a_block_that_cannot_be_stored_ends_the_import_and_says_which(
+    store: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.json("export", store, tmp_path / "x")
+    monkeypatch.setattr(ShardIndex, "are_marked", lambda _, slots, owner: [False] * len(slots))
+    with pytest.raises(OSError, match="could not be stored: FAILED"):
+        import_store(tmp_path / "target", tmp_path / "x", storage_size=1 << 22, shards=1)

@@ -202,3 +202,71 @@ def test_many_pinned_and_leased_blocks_cost_an_eviction_nothing() -> None:
         assert shard.order.oldest() == slot
         shard.drop(slot)
     assert sorted_out == 1
+
+
+def test_a_batch_goes_in_order_whatever_was_used_meanwhile() -> None:
+    shard = Shard(10)
+    for slot in range(10):
+        shard.store(slot)
+    assert shard.order.oldest_many(1) == [0]
+    shard.drop(0)
+    shard.used[1] = 6  # as that of slot 5; another process's clock is a little behind
+    assert shard.order.oldest_many(5) == [2, 3, 4, 1, 5]
+
+
+def test_a_block_that_is_put_back_and_was_used_meanwhile_is_the_last_to_go() -> None:
+    shard = Shard(2 * MIN_BATCH)
+    for slot in range(2 * MIN_BATCH):
+        shard.store(slot)
+    first = shard.order.oldest_many(5)
+    assert first == [0, 1, 2, 3, 4]
+    shard.use(4)  # by another process, before it is put back
+    shard.order.put_back(first)
+    order = []
+    while (slot := shard.order.oldest()) is not None:
+        order.append(slot)
+        shard.drop(slot)
+    assert order == [0, 1, 2, 3, *range(5, 2 * MIN_BATCH), 4]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_of_two_processes_are_exact_around_pins_and_leases(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("light_mem.index.order.MIN_BATCH", 16)
+    rng = np.random.default_rng(seed)
+    shard = Shard(200)
+    other = EvictionOrder(shard.tags, shard.used, shard.keeps, lambda: shard.leased)
+    for slot in rng.permutation(200)[:180].tolist():
+        shard.store(slot)
+    for _ in range(300):
+        operation, slot = int(rng.integers(0, 10)), int(rng.integers(0, 200))
+        live = shard.live()
+        if operation < 4:
+            order = shard.order if rng.random() < 0.5 else other
+            evictable = shard.evictable()
+            expected = evictable[np.argsort(shard.used[evictable])].tolist()
+            count = int(rng.choice([1, 2, 5, 20]))
+            found = order.oldest_many(count)
+            assert bool(found) == bool(expected)
+            assert found == expected[: len(found)]
+            takes = int(rng.integers(0, len(found) + 1))
+            if takes < len(found) and rng.random() < 0.5:
+                shard.use(found[-1])
+            order.put_back(found[takes:])
+            for each in found[:takes]:
+                shard.drop(each)
+        elif slot not in live:
+            shard.store(slot)
+            shard.keeps[slot] = 0
+        elif operation < 7:
+            shard.use(slot)
+        elif operation == 7:
+            (shard.unpin if shard.keeps[slot] >> 31 else shard.pin)(slot)
+        elif operation == 8:
+            if slot in shard.leased:
+                shard.end_lease(slot)
+            else:
+                shard.leased.add(slot)
+        elif slot not in shard.leased:
+            shard.drop(slot)

@@ -112,3 +112,36 @@ def test_an_entry_that_is_no_plain_block_is_evicted_one_by_one(
     assert len(where) == 4
     assert {11, 12, 13, 14} <= stored_keys(file)
     assert_consistent(file)
+
+
+def test_only_slots_that_this_owner_fills_are_marked_by_it(tmp_path: Path) -> None:
+    file = new_index(tmp_path, SLOTS)
+    index = replica(tmp_path, file)
+    with index.change():
+        where = index.allocate_many([2] * 6, [])
+        for at, place in enumerate(where):
+            index.mark(place.runs, owner=1 + at % 2)
+        slots = [place.slot for place in where]
+        index.give_back(slots[4])
+        marked = [index.is_marked(slot, 1) for slot in slots]
+        assert marked == [True, False, True, False, False, False]
+        assert index.are_marked(slots, 1) == marked
+        assert index.are_marked(slots[:2], 1) == marked[:2]
+        for slot in slots[:4] + slots[5:]:
+            index.give_back(slot)
+    assert_consistent(file)
+
+
+def test_a_control_page_that_says_too_little_raises_nothing(tmp_path: Path) -> None:
+    file = new_index(tmp_path, SLOTS)
+    index = replica(tmp_path, file)
+    store(index, list(range(8)), [1] * 8, now=1)
+    for name in ("blocks", "used_slots", "unlinks", "inserts"):
+        file.control[name][0] = 0
+    with index.change():
+        for slot in index.find_many([(key, 0) for key in range(8)]):
+            index.remove(slot)
+    assert int(file.control["blocks"][0]) == 2**64 - 8
+    with index.change():
+        index.put_in_order()
+    assert_consistent(file)

@@ -18,10 +18,12 @@ import pytest
 
 import light_mem
 from light_mem import InvalidArgumentError, LocalCacheService, ServiceClosedError, State
-from light_mem.engine import small_writes
+from light_mem.engine import opening, small_writes
 from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.copy import MappedSink
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions
+from light_mem.engine.shard_file import ShardFile
 from light_mem.index import retention
 from tests.engine_helpers import Block, assert_consistent, let_go, open_local
 from tests.engine_helpers import Rig as EngineRig
@@ -331,6 +333,81 @@ def test_threads_that_write_at_once_and_by_workers_store_every_byte(tmp_path: Pa
     let_go(r)
 
 
+def test_to_write_what_is_stored_counts_as_use(tmp_path: Path) -> None:
+    with rig(tmp_path, page_bytes=PAGE, slots=64, small_write_bytes=LIMIT) as r:
+        prepared(r)
+        for key in range(64):
+            assert create(r, key, [key % 32]).ready()
+        assert create(r, 0, [0]).get_page_already_list() == []  # regions have no pages
+        assert create(r, 64, [1]).ready()
+        assert r.service.query([0, 1, 2]) == [True, False, True]
+    let_go(r)
+
+
+def test_a_write_that_failed_slowly_is_followed_by_a_pause(
+    stopped: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def fail(*_: object) -> int:
+        calls.append(1)
+        raise OSError(errno.EIO, "a bad disk")
+
+    monkeypatch.setattr(small_writes, "SLOW_NS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        first = create(stopped, 7, [3])
+        os.kill(stopped.service.worker_pids[0], signal.SIGCONT)
+        assert first.wait(WAIT)
+        assert len(calls) == 1
+        assert (
+            stopped.service._small_writes.write(
+                BlockIO(9, 0, first._layout.place_of(0, stopped.service._memory))
+            )
+            is None
+        )
+        assert len(calls) == 1
+
+
+def test_a_write_in_the_middle_of_another_one_of_its_thread_is_left_to_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal's handler may do it: the two would share the piece of scratch memory."""
+    with rig(tmp_path, page_bytes=PAGE, shards=4, small_write_bytes=LIMIT, pages=64) as r:
+        prepared(r)
+        pwritev, inner = os.pwritev, []
+
+        def nesting(*arguments: Any) -> int:
+            monkeypatch.setattr(os, "pwritev", pwritev)
+            inner.append(r.service.create("write", [100 + len(inner)], [40]))
+            return pwritev(*arguments)
+
+        r.fill(100, [40])
+        for key in range(8):
+            r.fill(key, [key])
+            monkeypatch.setattr(os, "pwritev", nesting)
+            assert r.service.create("write", [key], [key]).ready()
+            assert inner[-1].wait(WAIT)
+            assert inner[-1].state() == [State.Finished]
+            r.fill(101 + key, [40])
+        for key in (*range(8), *range(100, 108)):
+            assert held(r, key, [50]), key
+        assert r.service.stats()["damaged"] == 0
+    let_go(r)
+
+
+def test_without_descriptors_to_spare_the_shards_are_not_opened_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, page_bytes=PAGE, small_write_bytes=LIMIT, run=False) as r:
+        needed = opening.descriptors_for(1)
+        for soft, opened in (2 * needed - 1, False), (2 * needed, True):
+            monkeypatch.setattr(opening.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+            r.service._small_writes.prepare()
+            assert r.service._engine.is_at_hand(0) == opened
+    let_go(r)
+
+
 # --- the engine's part ----------------------------------------------------------------------------
 
 
@@ -352,6 +429,23 @@ def test_a_shard_that_is_not_open_yet_is_left_alone(tmp_path: Path) -> None:
     assert now(r, Block(1)) is Outcome.PRESENT
     assert r.read(Block(1)) == [Outcome.LOADED]
     engine.close()
+
+
+def test_no_store_goes_to_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be SIGBUS, which ends the server."""
+    r = EngineRig(open_local(tmp_path / "s", 8, block_pages=8))
+    r.write(Block(0, 8))
+    r.delete(Block(0))  # the slots were written a moment ago
+
+    def fail(*_: object) -> None:
+        pytest.fail("a store to a mapping")
+
+    monkeypatch.setattr(MappedSink, "put", fail)
+    monkeypatch.setattr(MappedSink, "put_rows", fail)
+    assert now(r, Block(1, 3)) is Outcome.STORED
+    assert now(r, Block(2)) is Outcome.STORED
+    assert r.read(Block(1, 3), Block(2)) == [Outcome.LOADED] * 2
+    r.engine.close()
 
 
 def test_one_of_another_length_is_left_to_the_workers(tmp_path: Path) -> None:
@@ -389,13 +483,53 @@ def test_expired_blocks_are_taken_out_by_workers(
     r = EngineRig(engine)
     engine.prepare()
     engine.time_to_live = 10.0
-    assert now(r, Block(1)) is Outcome.STORED
+    assert [now(r, Block(n)) for n in range(3)] == [Outcome.STORED] * 3
+    # The record says it as well: an index made anew lets it expire too.
+    assert (engine.file(0).records["keep"][:3] == engine._index.entries["keep"][:3]).all()
+    assert engine.file(0).records["keep"][:3].all()
     later = retention.clock() + 100
     monkeypatch.setattr(retention, "clock", lambda: later)
-    assert now(r, Block(2)) is None
+    assert now(r, Block(3)) is Outcome.STORED  # there is room
+    assert now(r, Block(4)) is None
     assert now(r, Block(1)) is None
-    assert r.write(Block(2), Block(3), Block(4), Block(5))[3][-1] is Outcome.STORED
-    assert now(r, Block(6)) is Outcome.STORED
+    assert r.write(*[Block(n) for n in range(5, 9)])[3][-1] is Outcome.STORED
+    assert now(r, Block(9)) is Outcome.STORED
+    engine.close()
+
+
+def test_a_shard_that_is_to_be_put_in_order_is_left_to_the_workers(tmp_path: Path) -> None:
+    r = EngineRig(open_local(tmp_path / "s", 8))
+    engine = r.engine
+    assert isinstance(engine, LocalStorageEngine)
+    r.write(Block(1))
+    engine._index.control["dirty"][0] = 1  # its holder has died
+    assert now(r, Block(2)) is None
+    r.write(Block(3))
+    assert now(r, Block(2)) is Outcome.STORED
+    engine.close()
+
+
+def test_what_a_failed_batch_left_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> int:
+        raise Killed
+
+    engine = open_local(tmp_path / "s", 8)
+    r = EngineRig(engine)
+    r.write(Block(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardFile, "gather", die)
+        with pytest.raises(Killed):
+            r.write(Block(2), Block(3))
+    assert engine.stats()["used_slots"] == 3
+    assert now(r, Block(4)) is Outcome.STORED
+    assert engine.stats()["used_slots"] == 2
+    assert not engine._owners.records["intents"][engine._owner.number].any()
+    assert r.read(Block(1), Block(4)) == [Outcome.LOADED] * 2
     engine.close()
 
 

@@ -5,7 +5,8 @@ the engine
   local.py         LocalStorageEngine: shards on a local disk
   memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
   reading.py       batches of reads: find, copy, look again
-  writing.py       batches of writes: find room, copy, publish; write_job.py: one batch as it asks
+  writing.py       batches of writes: find room, copy, publish; write_job.py: one batch
+  write_now.py     one block at once; intents.py: the slots that are being filled
   dealing.py       in which order a task's writes are queued
   keeping.py       pins, and leases of blocks that are viewed
   removing.py      taking blocks out, and back what the dead left

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.table_layout import READ, WORKER
 from light_mem.engine.task_table import TaskTable, latency_at
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 
 _WORDS = {name: offset // 8 for name, (_, offset, *_) in WORKER.fields.items()}  # type: ignore[union-attr]
 
@@ -31,18 +32,27 @@ class InServer:
         self._blocks_word = _WORDS["blocks_read" if reading else "blocks_written"]
         self._bytes_word = _WORDS["bytes_read" if reading else "bytes_written"]
         self._time_word = _WORDS["read_ns" if reading else "write_ns"]
-        # Reentrant: a signal's handler or a finalizer may close in the middle of a block.
+        # Reentrant: a signal's handler or a finalizer may close in the middle of a block. One that
+        # moves another block there is refused as other threads are.
         self._guard = threading.RLock()
+        self._busy = False
         self._closed = False
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
-        """Have the turn; False: another thread has it, or it is closed."""
+        """Have the turn; False: somebody has it, or it is closed."""
         if not self._guard.acquire(blocking=False):
             yield False
             return
         try:
-            yield not self._closed
+            if self._closed or self._busy:
+                yield False
+                return
+            self._busy = True
+            try:
+                yield True
+            finally:
+                self._busy = False
         finally:
             self._guard.release()
 
@@ -61,6 +71,9 @@ class InServer:
 
     def close(self) -> None:
         """No block is moved here any more, nor being moved, when this returns; one that this very
-        thread is moving is not believed."""
-        with self._guard:
-            self._closed = True
+        thread is moving is not believed. Of one that takes 10 s (a device that hangs) only the
+        latter is true."""
+        waited = self._guard.acquire(timeout=LOCK_TIMEOUT_SECONDS)
+        self._closed = True
+        if waited:
+            self._guard.release()

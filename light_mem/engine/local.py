@@ -33,9 +33,11 @@ from light_mem.engine.base import (
 )
 from light_mem.engine.copy import Copier
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.intents import Intents
 from light_mem.engine.open_shards import OpenShards
 from light_mem.engine.reading import Reader
 from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.write_now import WriteNow
 from light_mem.engine.writing import Writer
 from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description, retention
@@ -117,9 +119,9 @@ class LocalStorageEngine(StorageEngine):
             self._owners.close()
             raise
         self._reader = Reader(self, self._open.files, self._copier, verify, self._dropper)
-        self._writer = Writer(
-            self, self._owner, self._open.files, self._copier, flush=durability == "flush"
-        )
+        intents = Intents(self._owner)
+        self._writer = Writer(self, self._owner, intents, self._copier, flush=durability == "flush")
+        self._write_now = WriteNow(self, self._owner, intents, self._copier)
 
     @classmethod
     def open_store(
@@ -210,11 +212,21 @@ class LocalStorageEngine(StorageEngine):
         while self._open.prepare_next():
             pass
 
+    def is_at_hand(self, shard: int) -> bool:
+        """Whether a shard is open, and nobody is changing it or has died doing so: then a change
+        has nothing to wait for, and nothing to put in order."""
+        return self._open.is_open(shard) and not self._index.control["dirty"][shard]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has begun."""
+        return self._closed
+
     def write_now(self, block: BlockIO) -> Outcome | None:
-        """Write one block without waiting for a lock, into a shard that is open already; see
-        `Writer.write_now`. From the one thread that writes."""
+        """Write one block without waiting for a lock; see `WriteNow.write`. From the one thread
+        that writes."""
         check_places([block], self.geometry.page_bytes)
-        return self._writer.write_now(block)
+        return self._write_now.write(block)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         check_places(batch, self.geometry.page_bytes)

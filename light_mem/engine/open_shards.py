@@ -63,6 +63,10 @@ class OpenShards:
             self._prepared = self._geometry.shards  # the next ones would fail as well
         return True
 
+    def is_open(self, shard: int) -> bool:
+        """Whether a shard can be read and changed at once."""
+        return shard in self._files and shard in self._indexes
+
     @property
     def files(self) -> Mapping[int, ShardFile]:
         """The files that are open by now, by shard."""

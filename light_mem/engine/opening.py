@@ -98,6 +98,11 @@ def check_descriptors(shards: int, dropping: bool = False) -> None:
         )
 
 
+def has_descriptors_for(shards: int) -> bool:
+    """Whether this process may open the files of all shards and has more left than it needs."""
+    return 2 * descriptors_for(shards) <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def check_sizes(page_bytes: int, shards: int, storage_size: int, block_pages: int) -> None:
     """Raise InvalidArgumentError unless every shard has room for one full block."""
     if not 1 <= shards <= MAX_SHARDS:

@@ -34,7 +34,8 @@ log = logging.getLogger("light_mem")
 
 # How many blocks that are not in the page cache the device is asked for at a time.
 EXPECTED_BLOCKS = 4
-# To tell of a block costs a tenth of the copy of a short one, so they are told of by the megabyte.
+# To tell of a block costs a tenth of the copy of a short one, so they are told of by the megabyte;
+# at once where what comes next may wait.
 _TELL_BYTES = 1 << 20
 # What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
 # the page cache, and one whose protection information does not fit.
@@ -62,6 +63,9 @@ class Reader:
         self._dropper = dropper
         self._touch = FirstTouch()
         self._cold = ColdReads() if dropper is None else None
+        self._report: Report = lambda _, __: None
+        self._loaded: list[int] = []  # positions in the batch in hand, and not told of yet
+        self._untold = 0  # their bytes
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.read`. In the order of the files: that is how a device reads ahead."""
@@ -73,13 +77,11 @@ class Reader:
         if self._dropper is not None:
             self._plan(self._dropper, ahead)
         expected = begun = 0  # of those ahead
-        loaded: list[int] = []  # and not told yet
-        untold = 0  # bytes
+        self._report, self._loaded, self._untold = report, [], 0
         for at in order:
-            where = located[at]
-            if loaded and untold + batch[at].nbytes > _TELL_BYTES:
-                report(loaded, Outcome.LOADED)
-                loaded, untold = [], 0
+            where, nbytes = located[at], batch[at].nbytes
+            if self._untold + nbytes > _TELL_BYTES:
+                self._tell()
             try:
                 if where is not None:
                     begun += 1
@@ -94,16 +96,18 @@ class Reader:
                 engine = self._engine
                 engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
                 outcome = Outcome.FAILED
-            if outcome is not Outcome.LOADED or where is None:
+            if outcome is Outcome.LOADED:
+                self._loaded.append(at)
+                self._untold += nbytes
+            else:
                 report((at,), outcome)
-                continue
-            loaded.append(at)
-            untold += where.nbytes
-            if self._cold is None or self._cold.going_on:  # nobody waits for another one's device
-                report(loaded, Outcome.LOADED)
-                loaded, untold = [], 0
-        if loaded:
-            report(loaded, Outcome.LOADED)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell of what was loaded: before anything that may wait for a device or a lock."""
+        if self._loaded:
+            loaded, self._loaded, self._untold = self._loaded, [], 0
+            self._report(loaded, Outcome.LOADED)
 
     def _plan(self, dropper: Dropper, ahead: Sequence[Location]) -> None:
         """Say what a batch reads, so that the device is kept busy."""
@@ -182,6 +186,7 @@ class Reader:
         if not problem and checksum is not None and checksum.intdigest() != where.checksum:
             problem = WRONG_SUM
         if problem:
+            self._tell()
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high, problem)
             return Outcome.DAMAGED
         return Outcome.LOADED
@@ -214,22 +219,31 @@ class Reader:
         stopped: Callable[[], bool],
     ) -> None:
         cold = self._cold
-        if cold is None or not cold.is_cold(file.address(run[0]), nbytes):
+        if cold is None:
+            self._tell()
             file.scatter(self._copier, run, nbytes, place, checksum, stopped)
             return
+        if not cold.is_cold(file.address(run[0]), nbytes):
+            file.scatter(self._copier, run, nbytes, place, checksum, stopped)
+            return
+        self._tell()
         cold.read(file.span(run, nbytes), place, stopped)
         if checksum is not None:  # as after any copy, of what the slots hold now
             checksum.update(file.bytes(*run)[:nbytes].data)
 
     def _file(self, shard: int) -> ShardFile:
         file = self._files.get(shard)
-        return self._engine.file(shard) if file is None else file
+        if file is None:
+            self._tell()
+            file = self._engine.file(shard)
+        return file
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and
         never be read. Usually it is only gone by now."""
         if self._lookup.find_one(block.low, block.high, touch=False) != entry:
             return Outcome.LOST  # gone since it was looked up
+        self._tell()
         tag = self._lookup.tag(entry)
         shard, slot = divmod(entry, self._engine.geometry.slots)
         with self._engine.change(shard) as (index, _):

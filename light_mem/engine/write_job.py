@@ -36,7 +36,9 @@ class WriteJob:
             self.by_shard[shard].append(at)
 
     def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
-        """Tell the final outcome of blocks."""
+        """Tell the final outcome of blocks, if there are any."""
+        if not positions:
+            return
         self.open.difference_update(positions)
         self.report(positions, outcome)
 

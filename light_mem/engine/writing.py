@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped
+from light_mem.engine.intents import Intents
 from light_mem.engine.shard_file import Written
 from light_mem.engine.write_job import WriteJob
 from light_mem.errors import LockTimeoutError, StoreFormatError
-from light_mem.index.format import MAX_INTENTS
-from light_mem.index.keys import mix_one, shard_of
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
@@ -40,8 +39,10 @@ _ROOM_PAUSE = 0.002
 Taken = tuple[int, "Allocation"]  # position in the batch, its room
 
 
-def _never() -> bool:
-    return False
+def is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
+    """Whether the block listed at `slot` is of this length and has not expired."""
+    same = int(index.entries["nbytes"][slot]) == nbytes
+    return same and not index.retention.has_expired(slot)
 
 
 class Writer:
@@ -51,23 +52,20 @@ class Writer:
         self,
         engine: LocalStorageEngine,
         owner: Owner,
-        files: Mapping[int, ShardFile],
+        intents: Intents,
         copier: Copier,
         *,
         flush: bool,
     ) -> None:
-        """`files`: those that the engine has open by now."""
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
-        self._files = files
+        self._intents = intents
         self._flush = flush
         self._copier = copier
         self._geometry = engine.geometry
         # The stamp of the shard in hand when none of its keys was stored.
         self._all_new: tuple[int, int] | None = None
-        # Slots that are ours, WRITING: of the batch in hand, and of batches that failed.
-        self._orphans: dict[int, list[int]] = {}
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.write`."""
@@ -84,58 +82,11 @@ class Writer:
                     )
                     job.settle(sorted(job.open.intersection(part)), Outcome.FAILED)
 
-    def write_now(self, block: BlockIO) -> Outcome | None:
-        """Write one block in one hold of its shard's lock, which is only tried; raises
-        LockTimeoutError, OSError, StoreFormatError. By system calls alone: a store to a mapping
-        may be SIGBUS.
-
-        STORED, PRESENT, or None: not done, and no trace left. That is where it would take long:
-        the shard is not open yet, expired blocks are to be taken out, one of another length is
-        stored, there is no room.
-        """
-        low, high, place = block
-        shard = shard_of(mix_one(low, high), self._geometry.shards)
-        if shard not in self._files:
-            return None
-        slots = self._geometry.slots_of(place.nbytes)
-        failure: OSError | None = None
-        with self._engine.change(shard, timeout=0) as (index, file):
-            self._give_back_orphans(shard, index, file)
-            [stored] = index.find_many([(low, high)])
-            if stored >= 0 or index.retention.is_due():
-                same = stored >= 0 and self._is_present(index, stored, place.nbytes)
-                return Outcome.PRESENT if same else None
-            evicted: list[int] = []
-            where = index.allocate(slots, evicted, self._engine.evicts)
-            if where is not None:
-                self._intend(shard, [where.slot])
-            if evicted:
-                file.clear_records(evicted)
-            if where is None:
-                return None
-            index.mark(where.runs, self._owner.number)
-            try:
-                checksum = file.gather(self._copier, where.runs, block, _never, by_calls=True)
-            except OSError as error:  # passed on after the hold: in it, it would count as a death
-                failure = error
-                index.give_back(where.slot)
-            else:
-                now = time.time_ns()
-                [keep] = self._engine.keeps_for([(low, high)])
-                file.write_records(
-                    [Written(low, high, checksum, place.nbytes, where.runs, now, keep)]
-                )
-                index.publish(where.slot, low, high, checksum, place.nbytes, now, keep)
-        self._intend(shard, [])
-        if failure is not None:
-            raise failure
-        return Outcome.STORED
-
     def close(self) -> None:
         """Give back the slots of failed batches; raises LockTimeoutError, OSError."""
-        for shard in [shard for shard, slots in self._orphans.items() if slots]:
+        for shard in self._intents.shards:
             with self._engine.change(shard, timeout=1) as (index, file):
-                self._give_back_orphans(shard, index, file)
+                self._intents.give_back(shard, index, file)
 
     def _write_shard(self, shard: int, positions: list[int], job: WriteJob) -> None:
         """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
@@ -172,7 +123,7 @@ class Writer:
         """Take room; returns what was given, by position in the batch, and who waits for more."""
         evicted: list[int] = []
         with self._engine.change(shard) as (index, file):
-            self._give_back_orphans(shard, index, file)
+            self._intents.give_back(shard, index, file)
             found = index.find_mixed(job.keys.at(positions))
             wanted, outcomes = self._wanted(index, positions, found, job)
             # First come, first served: what finds no room waits, and so does what follows.
@@ -182,7 +133,7 @@ class Writer:
             # The order binds: intents name the slots before the slots are marked. The records of
             # evicted blocks go before their slots are marked too: a holder that dies in between
             # leaves either FREE slots, whose records the next holder clears, or cleared records.
-            self._intend(shard, [where.slot for where in given])
+            self._intents.announce(shard, [where.slot for where in given])
             if evicted:
                 file.clear_records(evicted)
             index.mark_many(given, self._owner.number)
@@ -197,7 +148,7 @@ class Writer:
         wanted: list[int] = []
         outcomes: list[tuple[int, Outcome]] = []
         for at, stored in zip(positions, found, strict=True):
-            if stored >= 0 and self._is_present(index, stored, job.nbytes[at]):
+            if stored >= 0 and is_present(index, stored, job.nbytes[at]):
                 outcomes.append((at, Outcome.PRESENT))
             elif job.slots[at] > self._geometry.slots:
                 outcomes.append((at, Outcome.NO_ROOM))
@@ -241,6 +192,7 @@ class Writer:
         fresh: dict[tuple[int, int], int] = {}  # positions
         with self._engine.change(shard) as (index, file):
             ours = index.are_marked([where.slot for _, where in taken], self._owner.number)
+            before = index.stamp()
             for (at, where), is_ours in zip(taken, ours, strict=True):
                 block = written.get(at)
                 if not is_ours:
@@ -251,12 +203,17 @@ class Writer:
                 elif fresh.setdefault(block[:2], at) != at:  # twice in one batch
                     self._withdraw(index, file, where.slot)
                     outcomes.append((at, Outcome.PRESENT))
+            if index.stamp() != before:  # damage was met, and the shard put in order
+                for key, at in list(fresh.items()):
+                    if not index.is_marked(written[at].runs[0][0], self._owner.number):
+                        del fresh[key]
+                        outcomes.append((at, Outcome.FAILED))
             if fresh:
                 stored = self._publish_fresh(index, file, list(fresh.values()), written, job)
                 if len(stored) < len(fresh):
                     others = set(fresh.values()).difference(stored)
                     outcomes += [(at, Outcome.PRESENT) for at in sorted(others)]
-        self._intend(shard, [])
+        self._intents.announce(shard, [])
         if stored:
             job.settle(stored, Outcome.STORED)
         job.settle_each(outcomes)
@@ -277,7 +234,7 @@ class Writer:
             left = []
             for at, slot in zip(fresh, stored, strict=True):
                 block = written[at]
-                if slot >= 0 and self._is_present(index, slot, block.nbytes):
+                if slot >= 0 and is_present(index, slot, block.nbytes):
                     self._withdraw(index, file, block.runs[0][0])
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
@@ -297,28 +254,7 @@ class Writer:
         return fresh
 
     @staticmethod
-    def _is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
-        """Whether the block listed at `slot` is of this length and has not expired."""
-        same = int(index.entries["nbytes"][slot]) == nbytes
-        return same and not index.retention.has_expired(slot)
-
-    @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:
         """Give back the slots of a block that is stored already."""
         file.clear_records([slot])
         index.give_back(slot)
-
-    def _intend(self, shard: int, slots: list[int]) -> None:
-        """Announce the slots of one shard that are being filled, and keep announcing those that a
-        failed lock left behind in others: they go back when their shard is written to again, when
-        we leave, or at our death."""
-        self._orphans.pop(shard, None)
-        self._orphans[shard] = slots  # last, and so never among those that do not fit
-        intents = [(s, slot) for s, left in self._orphans.items() for slot in left]
-        self._owner.intend(intents[-MAX_INTENTS:])
-
-    def _give_back_orphans(self, shard: int, index: ShardIndex, file: ShardFile) -> None:
-        for slot in self._orphans.get(shard, []):
-            if index.is_marked(slot, self._owner.number):
-                file.clear_records([slot])
-                index.give_back(slot)

@@ -144,7 +144,10 @@ class EvictionOrder:
 
     def put_back(self, slots: list[int]) -> None:
         """Blocks that were found oldest stay after all."""
-        self._again.update((int(self._used[slot]), slot) for slot in slots)
+        for slot in slots:
+            used = int(self._used[slot])
+            if used <= self._horizon:  # used a moment ago, it comes back with the next ones sorted
+                self._again.add((used, slot))
 
     def _refill(self) -> bool:
         live = np.flatnonzero(((self._tags & _STATE) == LIVE) & (self._keeps < KEEP_PINNED))

@@ -194,6 +194,10 @@ class ShardIndex:
         """Room for several blocks; see `Allocator.allocate_many`."""
         return self._allocator.allocate_many(lengths, evicted, evict)
 
+    def has_room(self, slots: int) -> bool:
+        """Whether so many slots are free, one after the other."""
+        return self._space.runs.longest >= slots
+
     def take(self, runs: list[Run]) -> Allocation:
         """Exactly these free slots; see `Allocator.take`."""
         return self._allocator.take(runs)

@@ -191,6 +191,8 @@ class _Import:
             place = Regions(np.frombuffer(block.data, np.uint8), [(0, len(block.data))])
             batch.append(BlockIO(block.low, block.high, place))
 
+        failed: list[tuple[int, str]] = []
+
         def report(positions: Sequence[int], outcome: Outcome) -> None:
             these = [blocks[at] for at in positions]
             if outcome is Outcome.STORED:
@@ -203,11 +205,13 @@ class _Import:
             elif outcome is Outcome.NO_ROOM:
                 self.no_room += len(these)
             elif outcome is not Outcome.COPIED:
-                raise OSError(f"block {these[0].low:x} could not be stored: {outcome.name}")
+                failed.extend((block.low, outcome.name) for block in these)
 
         # Not pinned from the start: that there may be no more pins is known under the lock only.
         engine.keeps = {(b.low, b.high): b.keep & fmt.KEEP_TIME_MASK for b in blocks}
         engine.write(batch, report)
+        for low, name in failed:  # not in the report: there it would be taken for the shard's
+            raise OSError(f"block {low:x} could not be stored: {name}")
         self._batch_slots.clear()
         self._pin(engine)
 

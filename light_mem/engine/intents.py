@@ -1,0 +1,42 @@
+"""The slots that one process is filling, as its owner record announces them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from light_mem.index.format import MAX_INTENTS
+from light_mem.index.owners import Owner
+
+if TYPE_CHECKING:
+    from light_mem.engine.shard_file import ShardFile
+    from light_mem.index.shard import ShardIndex
+
+
+class Intents:
+    """First slots that are ours, WRITING, by shard: of the batch in hand, and of batches that
+    failed. Not thread-safe."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._slots: dict[int, list[int]] = {}
+
+    @property
+    def shards(self) -> list[int]:
+        """Shards in which slots are ours."""
+        return [shard for shard, slots in self._slots.items() if slots]
+
+    def announce(self, shard: int, slots: list[int]) -> None:
+        """Announce the slots of one shard that are being filled, and keep announcing those that a
+        failed lock left behind in others: they go back when their shard is written to again, when
+        we leave, or at our death."""
+        self._slots.pop(shard, None)
+        self._slots[shard] = slots  # last, and so never among those that do not fit
+        intents = [(s, slot) for s, left in self._slots.items() for slot in left]
+        self._owner.intend(intents[-MAX_INTENTS:])
+
+    def give_back(self, shard: int, index: ShardIndex, file: ShardFile) -> None:
+        """Free what a failed batch left in a shard; under its lock. `announce` follows."""
+        for slot in self._slots.get(shard, []):
+            if index.is_marked(slot, self._owner.number):
+                file.clear_records([slot])
+                index.give_back(slot)

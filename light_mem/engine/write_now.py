@@ -1,0 +1,91 @@
+"""Writing one block at once, for who must not wait. A part of LocalStorageEngine.
+
+The steps of `writing.py` in one hold of the shard's lock: room, intent, marks, copy, record,
+publish.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.copy import Copier
+from light_mem.engine.intents import Intents
+from light_mem.engine.shard_file import Written
+from light_mem.engine.writing import is_present
+from light_mem.index.keys import mix_one, shard_of
+from light_mem.index.owners import Owner
+
+if TYPE_CHECKING:
+    from light_mem.engine.local import LocalStorageEngine
+
+
+def _never() -> bool:
+    return False
+
+
+class WriteNow:
+    """Writes single blocks for one engine. Not thread-safe, nor beside its Writer."""
+
+    def __init__(
+        self, engine: LocalStorageEngine, owner: Owner, intents: Intents, copier: Copier
+    ) -> None:
+        # Weak: in a cycle, the maps of a closed store would stay until the next collection.
+        self._engine: LocalStorageEngine = weakref.proxy(engine)
+        self._owner = owner
+        self._intents = intents
+        self._copier = copier
+        self._geometry = engine.geometry
+
+    def write(self, block: BlockIO) -> Outcome | None:
+        """Write one block in one hold of its shard's lock, which is only tried; raises
+        LockTimeoutError, OSError, StoreFormatError. By system calls alone: a store to a mapping
+        may be SIGBUS.
+
+        STORED, or PRESENT, which counts as use. None: not done, for want of room, because one of
+        another length is stored, or because it would take long: the shard is not open yet, is to
+        be put in order, or has no room before expired blocks are taken out.
+        """
+        engine = self._engine
+        low, high, place = block
+        nbytes = place.nbytes
+        if engine.lookup.find_one(low, high) >= 0:
+            return Outcome.PRESENT if engine.is_stored(low, high, nbytes) else None
+        shard = shard_of(mix_one(low, high), self._geometry.shards)
+        if not engine.is_at_hand(shard):
+            return None
+        slots = self._geometry.slots_of(nbytes)
+        failure: OSError | None = None
+        with engine.change(shard, timeout=0) as (index, file):
+            self._intents.give_back(shard, index, file)
+            [stored] = index.find_many([(low, high)])
+            if stored >= 0:  # stored meanwhile, or expired
+                return Outcome.PRESENT if is_present(index, stored, nbytes) else None
+            if index.retention.is_due() and not index.has_room(slots):
+                return None
+            evicted: list[int] = []
+            where = index.allocate(slots, evicted, engine.evicts)
+            if where is not None:
+                self._intents.announce(shard, [where.slot])
+            if evicted:
+                file.clear_records(evicted)
+            if where is None:
+                return None
+            index.mark(where.runs, self._owner.number)
+            try:
+                checksum = file.gather(self._copier, where.runs, block, _never, by_calls=True)
+            except OSError as error:  # passed on after the hold: in it, it would count as a death
+                failure = error
+                index.give_back(where.slot)
+            else:
+                now = time.time_ns()
+                [keep] = engine.keeps_for([(low, high)])
+                file.write_records([Written(low, high, checksum, nbytes, where.runs, now, keep)])
+                index.publish(where.slot, low, high, checksum, nbytes, now, keep)
+        if not engine.is_closed:  # by this very thread: the record may be another's by now
+            self._intents.announce(shard, [])
+        if failure is not None:
+            raise failure
+        return Outcome.STORED
