@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ def written(tmp_path: Path) -> Iterator[int]:
     """A file of dirty pages; skips where the system does not tell of them."""
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.pwrite(descriptor, b"x" * PAGES * PAGE, 0)
-    if not DirtyPages().are_dirty(descriptor, 0, PAGES * PAGE, 6.0):
+    if not DirtyPages().need_no_fault(descriptor, 0, PAGES * PAGE, 1.0, 7.0):
         os.close(descriptor)
         pytest.skip("no cachestat here, or a file system without dirty pages")
     yield descriptor
@@ -37,15 +36,18 @@ def written(tmp_path: Path) -> Iterator[int]:
 def test_what_was_written_out_is_not_dirty(written: int) -> None:
     dirty = DirtyPages()
     for at, nbytes in (0, PAGES * PAGE), (100, 10 * PAGE), (5 * PAGE - 1, 2):
-        assert dirty.are_dirty(written, at, nbytes, 6.0)
+        assert dirty.need_no_fault(written, at, nbytes, 1.0, 7.0)
     os.fsync(written)
-    assert not dirty.are_dirty(written, 0, PAGES * PAGE, 1.0)
+    assert not dirty.need_no_fault(written, 0, PAGES * PAGE, 6.0, 7.0)
     os.pwrite(written, b"y" * 20 * PAGE, 0)
-    assert dirty.are_dirty(written, 0, 20 * PAGE, 1.0)
+    # Dirty again, but by others: what this process wrote before is protected still.
+    assert not dirty.need_no_fault(written, 0, 20 * PAGE, 6.9, 8.0)
+    assert not dirty.need_no_fault(written, 0, 20 * PAGE, 6.99, 7.1)
+    assert dirty.need_no_fault(written, 0, 20 * PAGE, 7.0, 8.0)
 
 
 def test_what_lies_beyond_the_end_of_the_file_is_not_dirty(written: int) -> None:
-    assert not DirtyPages().are_dirty(written, PAGES * PAGE, 4 * PAGE, 1.0)
+    assert not DirtyPages().need_no_fault(written, PAGES * PAGE, 4 * PAGE, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_nearly_all_is_enough_and_what_is_being_written_is_not(
 
     asked = DirtyPages()
     asked._call = answer  # type: ignore[assignment]
-    assert asked.are_dirty(7, PAGE + 1, pages * PAGE - 2, 1.0) == expected
+    assert asked.need_no_fault(7, PAGE + 1, pages * PAGE - 2, 1.0, 7.0) == expected
 
 
 class Kernel:
@@ -83,16 +85,23 @@ class Kernel:
 def test_where_the_kernel_does_not_tell_it_is_guessed(error: int) -> None:
     dirty, kernel = DirtyPages(), Kernel(error)
     dirty._call = kernel  # type: ignore[assignment]
-    ages = (0.1, 1.0, 4.9, 5.1, 29.0, 31.0, math.inf)
-    assert [dirty.are_dirty(0, 0, 1, age) for age in ages] == [True] * 3 + [False] * 4
+    assert mapped_again(dirty, (0.1, 1.0, 4.9, 5.1, 29.0, 31.0)) == [True] * 3 + [False] * 3
     # What will never be told is asked for once.
     assert kernel.calls == (4 if error == errno.EINVAL else 1)
+
+
+def mapped_again(dirty: DirtyPages, ages: tuple[float, ...], by_call: bool = False) -> list[bool]:
+    written = [-100.0 + age if by_call else 100.0 - age for age in ages]
+    return [dirty.need_no_fault(0, 0, 1, each, 100.0) for each in written]
 
 
 def test_without_the_call_it_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dirty_pages.sys, "platform", "darwin")
     dirty = DirtyPages()
-    assert [dirty.are_dirty(0, 0, 1, age) for age in (4.9, 5.1)] == [True, False]
+    assert mapped_again(dirty, (4.9, 5.1)) == [True, False]
+    # After a call the first store to each page is a fault: only for what is written often.
+    assert mapped_again(dirty, (0.1, 4.9, 5.1), by_call=True) == [True, True, False]
+    assert not dirty.need_no_fault(0, 0, 1, 0.0, 0.1)  # never
 
 
 @pytest.mark.parametrize("pages", [1, 40])
@@ -124,6 +133,9 @@ def test_a_block_goes_to_dirty_slots_by_the_mapping_and_to_clean_ones_by_calls(
     file._written_at -= 6.0
     file.sync()
     assert write(4)
+    assert write(5) == 0
     file._written_at -= 31.0
-    assert write(5)  # dirty, but maybe by others, after the kernel had protected it from us
+    assert write(6)
+    file._written_at += 6.0  # by a call, some seconds ago
+    assert write(7)
     engine.close()

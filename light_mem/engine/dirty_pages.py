@@ -1,9 +1,10 @@
-"""Which slots are written through the mapping: those whose pages are dirty in the page cache.
+"""Which slots are written through the mapping: those whose pages need no fault for it.
 
 A store to a mapped page that is clean is a fault: the kernel protects what it has written to the
-device, to notice the next store. Blocks of 60 MB by two writers: 10 to 11 GB/s while the pages are
-dirty, 4.0 after; `pwrite`, which needs no fault, 5.3. A page that this process never touched is a
-fault as well, dirty or not.
+device, from every process that maps it, to notice the next store. Blocks of 60 MB by two writers:
+10 to 11 GB/s while the pages are dirty, 4.0 after; `pwrite`, which needs no fault, 5.3. A page that
+this process has not stored to since is a fault as well, dirty or not: so what it last wrote by a
+call is written through the mapping only where that may soon be of use again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _CACHESTAT = 451  # cachestat(2), Linux 6.5: of all architectures but one, which
 # The kernel looks for pages to write every 5 s (dirty_writeback_centisecs) and leaves none for
 # longer than 30 s (dirty_expire_centisecs); sooner it writes where much memory is dirty.
 SURELY_SECONDS = 0.5  # within them it is not asked: that costs 2 us, and more for a long block
-GUESSED_SECONDS = 5.0  # ... and where it does not tell
+SOON_SECONDS = 5.0  # slots that are written again within them may be so once more
+GUESSED_SECONDS = 5.0  # taken to be dirty where the kernel does not tell
 AT_MOST_SECONDS = 30.0
 
 
@@ -35,28 +37,50 @@ class _Counts(ctypes.Structure):
 
 
 class DirtyPages:
-    """Asks the kernel. Not thread-safe."""
+    """Of one file, as one process maps it. Not thread-safe."""
 
     def __init__(self) -> None:
         self._call = _find_call()
         self._range, self._counts = _Range(), _Counts()
+        # When the kernel was last seen to have written something out: what was written before is
+        # protected, also where others have made it dirty since.
+        self._protected = 0.0
 
-    def are_dirty(self, descriptor: int, at: int, nbytes: int, age: float) -> bool:
-        """Whether nearly all pages of a range of a file are dirty, which this process last wrote
-        through or into `age` seconds ago, and none is being written."""
+    def need_no_fault(
+        self, descriptor: int, at: int, nbytes: int, written: float, now: float
+    ) -> bool:
+        """Whether a range of the file had better be written through the mapping.
+
+        written   when this process last wrote it, s (monotonic): through the mapping, or, negative,
+                  by a call; 0: never
+        """
+        last = abs(written)
+        age = now - last
+        if not last or age >= (AT_MOST_SECONDS if written > 0 else SOON_SECONDS):
+            return False
+        if last < self._protected:
+            return False
         if age < SURELY_SECONDS:
             return True
-        if age >= AT_MOST_SECONDS:
-            return False
+        dirty = self._are_dirty(descriptor, at, nbytes)
+        if dirty is None:
+            return age < GUESSED_SECONDS
+        if not dirty:
+            self._protected = now
+        return dirty
+
+    def _are_dirty(self, descriptor: int, at: int, nbytes: int) -> bool | None:
+        """Whether nearly all pages of a range are dirty, and none is being written; None: the
+        kernel does not tell."""
         call = self._call
         if call is None:
-            return age < GUESSED_SECONDS
+            return None
         self._range.at, self._range.nbytes = at, nbytes
         counts = self._counts
         if call(_CACHESTAT, descriptor, ctypes.byref(self._range), ctypes.byref(counts), 0) != 0:
             if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP):
                 self._call = None  # an older kernel, or a filter of system calls
-            return age < GUESSED_SECONDS
+            return None
         pages = (at + nbytes - 1) // _PAGE - at // _PAGE + 1
         return bool(counts.writeback == 0 and counts.dirty * 10 >= pages * 9)
 

@@ -7,7 +7,6 @@ the mapping cannot fail for want of room (it would be SIGBUS, which Python canno
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import struct
@@ -95,8 +94,8 @@ class ShardFile:
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
         self._address = self._bytes.ctypes.data
-        # When this process last wrote a slot; 0: never. Zeros take no memory until they are written
-        # over: who only reads does not pay 8 bytes a slot.
+        # When this process last wrote a slot, as `DirtyPages` wants it; 0: never. Zeros take no
+        # memory until they are written over: who only reads does not pay 8 bytes a slot.
         self._written_at = np.zeros(geometry.slots)
         self._written = self._written_at.data
         self._dirty = DirtyPages()
@@ -125,8 +124,9 @@ class ShardFile:
                 raise Stopped
             start, length = runs[0]
             now = time.monotonic()
-            digest = copier.gather_whole(low, high, place, self._sink(start, length, now, by_calls))
-            self._written_at[start : start + length] = now
+            sink = self._sink(start, length, now, by_calls)
+            digest = copier.gather_whole(low, high, place, sink)
+            self._written_at[start : start + length] = -now if sink.reads_first else now
             return digest
         checksum = new_checksum(low, high)
         done = 0
@@ -156,17 +156,17 @@ class ShardFile:
             return
         start, length = run
         now = time.monotonic()
-        copier.gather(place, self._sink(start, length, now, by_calls), checksum, stopped)
-        self._written_at[start : start + length] = now
+        sink = self._sink(start, length, now, by_calls)
+        copier.gather(place, sink, checksum, stopped)
+        self._written_at[start : start + length] = -now if sink.reads_first else now
 
     def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
         """How a run of slots is written: through the mapping where that faults little, else by
         `pwrite`; see `dirty_pages`."""
         at, nbytes = fmt.SHARD_HEADER_BYTES + start * self.page_bytes, length * self.page_bytes
         # The ends stand for the run: where slots between them are older, some faults are all.
-        last = min(self._written[start], self._written[start + length - 1])
-        age = now - last if last else math.inf
-        if not by_calls and self._dirty.are_dirty(self._data_fd, at, nbytes, age):
+        written = min(self._written[start], self._written[start + length - 1], key=abs)
+        if not by_calls and self._dirty.need_no_fault(self._data_fd, at, nbytes, written, now):
             return MappedSink(self.bytes(start, length))
         return FileSink(self._data_fd, at)
 

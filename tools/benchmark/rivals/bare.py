@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import time
@@ -57,7 +56,7 @@ class Bare(Rival):
         mapping = mmap.mmap(self._file, plan.nbytes)
         self._bytes = np.frombuffer(mapping, np.uint8)
         self._copier, self._cold, self._touch = Copier(), ColdReads(), FirstTouch()
-        self._written: dict[int, float] = {}  # when
+        self._written: dict[int, float] = {}  # see DirtyPages
         self._dirty = DirtyPages()
         self._was_read: set[int] = set()
         self._sums: dict[str, int] = {}
@@ -66,8 +65,8 @@ class Bare(Rival):
         for name, rows in zip(hashes, pages, strict=True):
             at = int(name[16:], 16) * self._block
             place, now = Rows(self.memory, rows), time.monotonic()
-            age = now - self._written.get(at, -math.inf)
-            if self._dirty.are_dirty(self._file, at, self._block, age):
+            written = self._written.get(at, 0.0)
+            if self._dirty.need_no_fault(self._file, at, self._block, written, now):
                 sink: Sink = MappedSink(self._bytes[at : at + self._block])
             else:
                 sink = FileSink(self._file, at)
@@ -77,7 +76,7 @@ class Bare(Rival):
                 checksum = new_checksum(at, 0)
                 self._copier.gather(place, sink, checksum, _never)
                 self._sums[name] = checksum.intdigest()
-            self._written[at] = now
+            self._written[at] = -now if sink.reads_first else now
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
         for name, rows in zip(hashes, pages, strict=True):
