@@ -27,6 +27,7 @@ from light_mem.engine.table_layout import (
     READ,
     WORKING,
     is_final,
+    words_of,
 )
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import (
@@ -44,7 +45,7 @@ from light_mem.task import CacheTask
 
 _FULL_PAUSE = 0.001  # between two looks for room in a full table
 _LANE_SECONDS = 5.0  # for a worker to finish what a dead client had queued
-_COUNTER_WORDS = {name: offset // 8 for name, (_, offset, *_) in LANE.fields.items()}  # type: ignore[union-attr]
+_COUNTER_WORDS = words_of(LANE)
 
 
 class Place(NamedTuple):

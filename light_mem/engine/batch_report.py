@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.base import Outcome
-from light_mem.engine.table_layout import ABORTED, COPIED, FINISHED, READ, WORKER
+from light_mem.engine.table_layout import (
+    ABORTED,
+    COPIED,
+    FINISHED,
+    READ,
+    WORKER,
+    words_of,
+)
 from light_mem.engine.task_table import TaskTable
 
 _COUNTERS = {
@@ -27,7 +34,7 @@ _COUNTERS = {
 # By number: an attribute of an enumeration's member costs more than all else here.
 _FINAL = [ABORTED] * (max(Outcome) + 1)
 _MOVED = [False] * len(_FINAL)
-_WORDS = {name: offset // 8 for name, (_, offset, *_) in WORKER.fields.items()}  # type: ignore[union-attr]
+_WORDS = words_of(WORKER)
 _OUTCOME_WORDS = [0] * len(_FINAL)
 for _outcome, _counter in _COUNTERS.items():
     _OUTCOME_WORDS[_outcome] = _WORDS[_counter]

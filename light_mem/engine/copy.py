@@ -124,8 +124,11 @@ class Copier:
 
     def gather_whole(self, low: int, high: int, place: Rows, sink: Sink) -> int:
         """Copy a block that `is_one_piece` into `sink`; returns its checksum. Raises OSError of the
-        sink. No other call does it in as few steps, and a block of some 100 KB is as many as this
-        takes of them: they are cold each time, for the copies have gone through the caches."""
+        sink.
+
+        In as few steps as it goes: between the copies of two short blocks each step is slow, for
+        the copies have pushed the interpreter out of the caches.
+        """
         memory, rows = place
         shape = len(rows), memory.shape[1]
         if shape[1] >= SMALL_PAGE_BYTES:

@@ -15,7 +15,7 @@ import mmap
 import sys
 
 _PAGE = mmap.PAGESIZE
-_CACHESTAT = 451  # cachestat(2), Linux 6.5: of all architectures but one, which has no 64-bit wheel
+_CACHESTAT = 451  # cachestat(2), Linux 6.5; the same number everywhere but on Alpha
 
 # The kernel looks for pages to write every 5 s (dirty_writeback_centisecs) and leaves none for
 # longer than 30 s (dirty_expire_centisecs); sooner it writes where much memory is dirty.

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.table_layout import READ, WORKER
+from light_mem.engine.table_layout import READ, WORKER, words_of
 from light_mem.engine.task_table import TaskTable, latency_at
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 
-_WORDS = {name: offset // 8 for name, (_, offset, *_) in WORKER.fields.items()}  # type: ignore[union-attr]
+_WORDS = words_of(WORKER)
 
 
 class InServer:

@@ -111,6 +111,11 @@ CELL = np.dtype(
 )
 
 
+def words_of(dtype: np.dtype[np.void]) -> dict[str, int]:
+    """Which 8-byte word each field of a record begins in."""
+    return {name: offset // 8 for name, (_, offset, *_) in (dtype.fields or {}).items()}
+
+
 def is_final(states: bytes) -> bool:
     """Whether every state is FINISHED or ABORTED."""
     return not (INITIAL in states or WORKING in states or COPIED in states)
