@@ -41,7 +41,8 @@ from light_mem.index.description import Geometry
 from light_mem.index.recovery import crc_of, record_crcs, states_of
 
 _KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc
-# A `format.RECORD` up to its crc, and that: what makes a table of a few costs more.
+# A `format.RECORD` up to its crc, and the crc. To pack a record costs a part of what a table of one
+# does.
 _RECORD, _CRC = struct.Struct("<6Q3I"), struct.Struct("<I")
 assert _RECORD.size == fmt.RECORD_CRC_BYTES
 assert _RECORD.size + _CRC.size == fmt.RECORD.itemsize
