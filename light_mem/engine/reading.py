@@ -219,14 +219,12 @@ class Reader:
         stopped: Callable[[], bool],
     ) -> None:
         cold = self._cold
-        if cold is None:
+        is_cold = cold is not None and cold.is_cold(file.address(run[0]), nbytes)
+        if cold is None or is_cold:  # a device is waited for
             self._tell()
+        if cold is None or not is_cold:
             file.scatter(self._copier, run, nbytes, place, checksum, stopped)
             return
-        if not cold.is_cold(file.address(run[0]), nbytes):
-            file.scatter(self._copier, run, nbytes, place, checksum, stopped)
-            return
-        self._tell()
         cold.read(file.span(run, nbytes), place, stopped)
         if checksum is not None:  # as after any copy, of what the slots hold now
             checksum.update(file.bytes(*run)[:nbytes].data)
