@@ -428,7 +428,7 @@ def test_the_device_is_told_of_every_run_and_of_what_lies_in_another_shard(
         at(0, (7, 1), (9, 2), nbytes=9000),  # after it as well, but not all of it
         at(1, (11, 1), nbytes=4096),  # the same number in another file
     ]
-    assert reader._expect(Cold(), ahead, 1, 0) == 4
+    assert reader._expect(Cold(), list(enumerate(ahead)), 1, 0) == 4
     first, other = engine.file(0), engine.file(1)
     assert told == [
         first.span((7, 1), 4096), first.span((9, 2), 9000 - 4096), other.span((11, 1), 4096)
@@ -444,10 +444,10 @@ def test_pages_are_touched_before_they_are_stored_to(
     monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: not cold)
     seen: list[bool] = []
 
-    def before_store(_: object, place: Rows) -> None:
-        seen.append(not place.memory.any())
+    def before_stores(_: object, places: list[Rows]) -> None:
+        seen.extend(not place.memory.any() for place in places)
 
-    monkeypatch.setattr("light_mem.engine.first_touch.FirstTouch.before_store", before_store)
+    monkeypatch.setattr("light_mem.engine.first_touch.FirstTouch.before_stores", before_stores)
     outcomes: list[Outcome] = []
     with opened(tmp_path / "s", 4096) as r:
         batch = [

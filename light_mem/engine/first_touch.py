@@ -11,10 +11,12 @@ those of the rows, and a process has no more mapped than what lies around rows t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.places import Bytes1D, Bytes2D, Place, Rows
+from light_mem.engine.places import Bytes1D, Bytes2D, Place, Regions, Rows
 
 AROUND_BYTES = 64 * 1024  # what one fault maps, so aligned: Linux's default of fault_around_bytes
 
@@ -27,13 +29,18 @@ class FirstTouch:
     def __init__(self) -> None:
         self._memories: dict[type, _Memory] = {}  # of rows, and of regions
 
-    def before_store(self, place: Place) -> None:
-        """Touch what lies at `place`, unless that was done before."""
-        memory = self._memories.get(type(place))
-        if memory is None or memory.array is not place.memory:
-            memory = self._memories[type(place)] = _Memory(place.memory)
-        if memory.left:
-            memory.touch(_positions(place))
+    def before_stores(self, places: Sequence[Place]) -> None:
+        """Touch what lies at these places, unless that was done before."""
+        by_memory: dict[int, list[Place]] = {}
+        for place in places:
+            by_memory.setdefault(id(place.memory), []).append(place)
+        for alike in by_memory.values():
+            array, kind = alike[0].memory, type(alike[0])
+            memory = self._memories.get(kind)
+            if memory is None or memory.array is not array:
+                memory = self._memories[kind] = _Memory(array)
+            if memory.left:
+                memory.touch(_positions(alike))
 
 
 class _Memory:
@@ -55,15 +62,18 @@ class _Memory:
             self.left -= len(set(around[new].tolist()))
 
 
-def _positions(place: Place) -> Positions:
-    """Bytes of a place such that whatever AROUND_BYTES it reaches into hold one of them."""
-    if isinstance(place, Rows):
-        row_bytes = place.memory.shape[1]
-        at: Positions = place.numbers * row_bytes
+def _positions(places: Sequence[Place]) -> Positions:
+    """Bytes of places in one memory such that whatever AROUND_BYTES they reach into hold one of
+    them."""
+    if isinstance(places[0], Rows):
+        row_bytes = places[0].memory.shape[1]
+        numbers = [place.numbers for place in places if isinstance(place, Rows)]
+        at: Positions = np.concatenate(numbers) * row_bytes
         if row_bytes <= AROUND_BYTES // 8:
             return at  # few reach over an edge, and what lies there are other rows
         return _stretches(at, np.full(len(at), row_bytes))
-    table = np.array(place.regions, np.intp).reshape(-1, 2)
+    pairs = [pair for place in places if isinstance(place, Regions) for pair in place.regions]
+    table = np.array(pairs, np.intp).reshape(-1, 2)
     table = table[table[:, 1] > 0]  # an empty one may lie at the very end
     return _stretches(table[:, 0], table[:, 1])
 

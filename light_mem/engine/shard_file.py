@@ -226,6 +226,11 @@ class ShardFile:
         """The mapped bytes of a run of slots, uint8 [length * page_bytes]."""
         return self._bytes[start * self.page_bytes : (start + length) * self.page_bytes]
 
+    def first_bytes(self, slot: int, nbytes: int) -> Bytes1D:
+        """The mapped bytes from a slot on, uint8 [nbytes]."""
+        at = slot * self.page_bytes
+        return self._bytes[at : at + nbytes]
+
     def write_records(self, blocks: Sequence[Written]) -> None:
         """Describe blocks whose bytes are in place; the record of a block's first slot comes
         after those of its further runs."""

@@ -87,7 +87,7 @@ class Bare(Rival):
                 self._copier.scatter(slots, place, checksum, _never)
             else:
                 self._was_read.add(at)
-                self._touch.before_store(place)
+                self._touch.before_stores([place])
                 self._cold.read(Span(self._file, at, self._block), place, _never)
                 checksum.update(slots.data)
             found, wanted = checksum.intdigest(), self._sums.get(name)

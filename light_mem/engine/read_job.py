@@ -1,0 +1,54 @@
+"""One batch to read, as the reader asks for it: where its blocks lie, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.index.lookup import Location, Lookup
+
+
+class ReadJob:
+    """A batch, and who is told of it.
+
+    nbytes    lengths of the blocks in bytes
+    entries   where the index lists them, -1: it does not
+    located   where they lie; None: not listed, or listed with runs that make no sense
+    order     positions in the batch, in the order of the files: how a device reads ahead
+    copied    blocks whose bytes lie in their pages and that nobody has been told of: position, and
+              the checksum of what was copied (None: it is not asked for)
+    untold    the bytes of those
+    """
+
+    def __init__(
+        self, batch: Sequence[BlockIO], lookup: Lookup, report: Report, stop: Stop
+    ) -> None:
+        self.batch = batch
+        self.report = report
+        self.stop = stop
+        keys = [block[:2] for block in batch]
+        self.nbytes = [block.place.nbytes for block in batch]
+        self.entries = lookup.find_each(keys)
+        self.located = lookup.locate_many(self.entries, keys)
+        self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
+        self.copied: list[tuple[int, int | None]] = []
+        self.untold = 0
+
+    def ahead(self) -> list[tuple[int, Location]]:
+        """The blocks that are there, in the order in which they are read: position, and where."""
+        return [(at, where) for at in self.order if (where := self.located[at]) is not None]
+
+    def has_copied(self, at: int, checksum: int | None) -> None:
+        """A block's bytes lie in its pages."""
+        self.copied.append((at, checksum))
+        self.untold += self.nbytes[at]
+
+    def take_copied(self) -> list[tuple[int, int | None]]:
+        """What was copied and not told of; it is the caller's to tell now."""
+        copied, self.copied, self.untold = self.copied, [], 0
+        return copied
+
+    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
+        """Tell the outcome of blocks, if there are any."""
+        if positions:
+            self.report(positions, outcome)
