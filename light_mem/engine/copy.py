@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Protocol, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from light_mem.engine.places import Bytes1D, Bytes2D, Place, RowNumbers, Rows
@@ -137,6 +136,7 @@ class Copier:
             return checksum.intdigest()
         if shape != self._shape:
             self._use_pieces_of(*shape)
+        self._fetch(memory, rows)
         memory.take(rows, 0, self._table, "clip")
         sink.put(0, self._piece)
         self._key[:] = key_bytes(low, high)
@@ -174,6 +174,7 @@ class Copier:
         """Copy the rows of one piece."""
         if memory.shape[1] < SMALL_PAGE_BYTES:
             piece = self._scratch[: len(rows) * memory.shape[1]]
+            self._fetch(memory, rows)
             memory.take(rows, 0, piece.reshape(len(rows), -1), "clip")
             sink.put(at, piece)
             checksum.update(piece.data)
@@ -189,8 +190,7 @@ class Copier:
     ) -> int | None:
         """Copy a block that `is_one_piece` from `source`; returns the checksum, None unless
         `verify`. In as few steps as it goes, as `gather_whole`."""
-        elements = self._elements(place.memory)
-        elements.put(place.numbers, source.view(elements.dtype))
+        self._put(place.memory, place.numbers, source)
         if not verify:
             return None
         checksum = new_checksum(low, high)
@@ -208,8 +208,7 @@ class Copier:
         if is_one_piece(place):
             if stopped():
                 raise Stopped
-            elements = self._elements(place.memory)
-            elements.put(place.numbers, source.view(elements.dtype))
+            self._put(place.memory, place.numbers, source)
             if checksum is not None:
                 checksum.update(source.data)
             return
@@ -224,23 +223,39 @@ class Copier:
             return
         memory, rows = place
         row_bytes = memory.shape[1]
-        elements = self._elements(memory)
         for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
             if stopped():
                 raise Stopped
             piece = source[a * row_bytes : b * row_bytes]
-            elements.put(rows[a:b], piece.view(elements.dtype))
+            self._put(memory, rows[a:b], piece)
             if checksum is not None:
                 checksum.update(piece.data)
 
-    def _elements(self, memory: Bytes2D) -> npt.NDArray[np.void]:
-        """The memory as an array of one element a row: `put` copies an element by one call, where
-        an assignment to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us)."""
+    def _put(self, memory: Bytes2D, rows: RowNumbers, source: Bytes1D) -> None:
+        """Copy `source` to rows of the memory."""
+        if memory.shape[1] < SMALL_PAGE_BYTES:
+            self._fetch(memory, rows)
+        elif memory is not self._memory:
+            self._use_memory(memory)
+        # An array of one element a row: `put` copies an element by one call, where an assignment
+        # to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us).
+        self._elements.put(rows, source.view(self._elements.dtype))
+
+    def _fetch(self, memory: Bytes2D, rows: RowNumbers) -> None:
+        """Load the first byte of each row that is about to be copied.
+
+        The processor then looks up the addresses of all of them, and fetches, side by side. While
+        rows are copied it gets to one after the other, and begins each with a wait: a fifth of the
+        time of rows of 1 KiB, a tenth of those of 4 KiB, nothing of those of 32 KiB.
+        """
         if memory is not self._memory:
-            self._memory = memory
-            row_bytes = memory.shape[1]
-            self._rows = memory.view(np.dtype((np.void, row_bytes))).reshape(-1)
-        return self._rows
+            self._use_memory(memory)
+        self._firsts[rows]
+
+    def _use_memory(self, memory: Bytes2D) -> None:
+        self._memory = memory
+        self._firsts = memory[:, 0]
+        self._elements = memory.view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
 
 
 def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None:
