@@ -171,8 +171,9 @@ def test_a_miss_gives_up_when_chains_are_cut_all_the_time(
         return np.full(len(keys), -1, np.int64)
 
     monkeypatch.setattr(lookup, "_walk", walk)
-    assert lookup.find(keymath.as_keys(range(10))).tolist() == [-1] * 10
-    assert walks == [10] * lookup_module.RETRIES
+    n = SCALAR_LIMIT + 4
+    assert lookup.find(keymath.as_keys(range(n))).tolist() == [-1] * n
+    assert walks == [n] * lookup_module.RETRIES
 
 
 # --- locations ------------------------------------------------------------------------------------

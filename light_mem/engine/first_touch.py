@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.places import Bytes1D, Bytes2D, Place, Regions, Rows
+from light_mem.engine.places import Bytes1D, Bytes2D, Place, Regions, RowNumbers, Rows
 
 AROUND_BYTES = 64 * 1024  # what one fault maps, so aligned: Linux's default of fault_around_bytes
 
@@ -40,7 +40,7 @@ class FirstTouch:
             if memory is None or memory.array is not array:
                 memory = self._memories[kind] = _Memory(array)
             if memory.left:
-                memory.touch(_positions(alike))
+                memory.touch(alike)
 
 
 class _Memory:
@@ -51,7 +51,23 @@ class _Memory:
         self._touched = np.zeros(-(-(self._before + array.nbytes) // AROUND_BYTES), np.bool_)
         self.left = len(self._touched)
 
-    def touch(self, at: Positions) -> None:
+    def touch(self, places: Sequence[Place]) -> None:
+        if isinstance(places[0], Rows):
+            numbers = np.concatenate([place.numbers for place in places if isinstance(place, Rows)])
+            row_bytes = places[0].memory.shape[1]
+            if row_bytes > 2 * AROUND_BYTES:
+                # What lies around its middle is of this row alone: touched, the row has been.
+                middles = numbers * row_bytes + (self._before + row_bytes // 2)
+                numbers = numbers[~self._touched[middles // AROUND_BYTES]]
+            if numbers.size:
+                self._touch(_positions_of_rows(numbers, row_bytes))
+        else:
+            pairs = [
+                pair for place in places if isinstance(place, Regions) for pair in place.regions
+            ]
+            self._touch(_positions_of_regions(pairs))
+
+    def _touch(self, at: Positions) -> None:
         around = (at + self._before) // AROUND_BYTES
         new = ~self._touched[around]
         if new.any():
@@ -62,17 +78,17 @@ class _Memory:
             self.left -= len(set(around[new].tolist()))
 
 
-def _positions(places: Sequence[Place]) -> Positions:
-    """Bytes of places in one memory such that whatever AROUND_BYTES they reach into hold one of
-    them."""
-    if isinstance(places[0], Rows):
-        row_bytes = places[0].memory.shape[1]
-        numbers = [place.numbers for place in places if isinstance(place, Rows)]
-        at: Positions = np.concatenate(numbers) * row_bytes
-        if row_bytes <= AROUND_BYTES // 8:
-            return at  # few reach over an edge, and what lies there are other rows
-        return _stretches(at, np.full(len(at), row_bytes))
-    pairs = [pair for place in places if isinstance(place, Regions) for pair in place.regions]
+# Bytes such that whatever AROUND_BYTES something reaches into hold one of them.
+
+
+def _positions_of_rows(numbers: RowNumbers, row_bytes: int) -> Positions:
+    at: Positions = numbers * row_bytes
+    if row_bytes <= AROUND_BYTES // 8:
+        return at  # few reach over an edge, and what lies there are other rows
+    return _stretches(at, np.full(len(at), row_bytes))
+
+
+def _positions_of_regions(pairs: list[tuple[int, int]]) -> Positions:
     table = np.array(pairs, np.intp).reshape(-1, 2)
     table = table[table[:, 1] > 0]  # an empty one may lie at the very end
     return _stretches(table[:, 0], table[:, 1])

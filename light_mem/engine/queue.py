@@ -41,8 +41,8 @@ LANE_BYTE = 1  # ... and the first of the lanes' locks
 BATCH_BYTES = {READ: 16 << 20, WRITE: 32 << 20}
 BATCH_BLOCKS = WRITE_BATCH  # a few more would be two holds of the shard's lock more for them alone
 # ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
-# 300 us for a write), more than what the other half would wait for.
-LEAST_BYTES = 1 << 20
+# 300 us for a read, 700 for a write), more than what the other half would wait for.
+LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 4
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
@@ -167,7 +167,7 @@ class TaskQueue:
                 if state == INITIAL and its_mode == mode and cell not in claimed:
                     claimed[cell] = None
                     nbytes += length
-                    enough = len(claimed) >= share and nbytes >= LEAST_BYTES
+                    enough = len(claimed) >= share and nbytes >= LEAST_BYTES[mode]
                     if enough or nbytes >= BATCH_BYTES[mode] or len(claimed) == BATCH_BLOCKS:
                         enough = True
                         break

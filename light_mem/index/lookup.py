@@ -25,7 +25,10 @@ from light_mem.index.keys import KeyArray
 
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
 RETRIES = 3
-SCALAR_LIMIT = 6  # up to here Python ints are faster than numpy calls; measured
+# Up to here Python ints are faster than numpy calls: 1.5 us a key against 43 for any number of
+# them, and 3 us a location against 19.
+SCALAR_LIMIT = 24
+_LOCATE_SCALAR_LIMIT = 6
 
 _NAMES = ("low", "high", "tag", "checksum", "nbytes", "used", "run")
 _W64 = {name: ENTRY.fields[name][1] // 8 for name in _NAMES}  # type: ignore[index]
@@ -191,7 +194,7 @@ class Lookup:
     def locate_many(self, entries: list[int], keys: list[tuple[int, int]]) -> list[Location | None]:
         """`locate` for several; -1 among the entries gives None."""
         f = self._f
-        if len(entries) <= SCALAR_LIMIT:
+        if len(entries) <= _LOCATE_SCALAR_LIMIT:
             return [
                 self.locate(entry, low, high) if entry >= 0 else None
                 for entry, (low, high) in zip(entries, keys, strict=True)
