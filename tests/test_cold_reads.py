@@ -1,4 +1,4 @@
-"""Blocks that are not in the page cache are read by system calls, and as right as the others."""
+"""Blocks that are not in the page cache are read past it, and brought into it afterwards."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from light_mem.engine import cold_reads
+from light_mem.engine import bring_in, device_reads, page_cache, read_ahead, shard_file
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.cold_reads import ColdReads
+from light_mem.engine.bring_in import BringIn
+from light_mem.engine.copy import Copier
+from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions, Rows
 from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
-from tests.cached import can_forget, forget, forget_all
+from light_mem.index.lookup import Location
+from tests.cached import cached, can_forget, forget, forget_all
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, collect, open_local
 
 MIB = 1 << 20
@@ -32,18 +35,32 @@ def _cache_that_forgets(tmp_path: Path) -> None:
         pytest.skip("this file system drops no pages")
 
 
+@pytest.fixture(params=["O_DIRECT", "without O_DIRECT"])
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system has O_DIRECT."""
+    has: bool = request.param == "O_DIRECT"
+    if not has:
+        monkeypatch.setattr(shard_file, "open_direct", lambda _: -1)
+    return has
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the spans that were read cold."""
+    """The lengths of the spans that a device was waited for."""
     found: list[int] = []
-    read = ColdReads.read
+    read = DirectReads.read
 
-    def spy(self: ColdReads, span: Span, *rest: Any) -> None:
+    def spy(self: DirectReads, span: Span, *rest: Any) -> None:
         found.append(span.nbytes)
         read(self, span, *rest)
 
-    monkeypatch.setattr(ColdReads, "read", spy)
+    monkeypatch.setattr(DirectReads, "read", spy)
     return found
+
+
+@pytest.fixture
+def _all_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "holds", lambda *_: False)
 
 
 def make(directory: Path, blocks: list[Block], page_bytes: int) -> None:
@@ -63,6 +80,15 @@ def opened(directory: Path, page_bytes: int, verify: bool = True) -> Iterator[Ri
     engine.close()
 
 
+def rest(engine: Any) -> int:
+    """Let an engine do all that can wait; in how many steps."""
+    steps = 0
+    while engine.rest():
+        steps += 1
+    return steps
+
+
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("page_bytes", [64, 3840, 4096, 61440, 5 * MIB + 100])
 @pytest.mark.parametrize("verify", [True, False])
 def test_cold_blocks_come_back_right(
@@ -79,11 +105,28 @@ def test_cold_blocks_come_back_right(
     assert set(reads) <= {block.pages * page_bytes for block in blocks}
 
 
-def test_a_block_of_another_length_is_missing_and_not_begun(
+@pytest.mark.usefixtures("direct")
+def test_a_batch_of_cold_and_other_blocks_comes_back_right(
     tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    blocks = [Block(n, 1 + n % 5) for n in range(24)]
+    make(tmp_path / "s", blocks, 4096)
+    with opened(tmp_path / "s", 4096) as r:
+        where = located(r.engine, blocks)  # type: ignore[arg-type]
+        # The first one is surely asked for, and then all are.
+        cold = [where[n] for n in (0, 3, 4, 5, 6, 22)]
+        start = r.engine.file(0).address(0)  # type: ignore[attr-defined]
+        ends = {start + w.slot * 4096 + w.nbytes - 1 for w in cold}
+        monkeypatch.setattr(page_cache, "holds", lambda address, _: address not in ends)
+        assert r.read(*blocks[::-1]) == [Outcome.LOADED] * 24
+    assert reads == [w.nbytes for w in cold]
+
+
+@pytest.mark.usefixtures("_all_cold")
+def test_a_block_of_another_length_is_missing_and_not_begun(
+    tmp_path: Path, reads: list[int]
+) -> None:
     make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
     with opened(tmp_path / "s", 4096) as r:
         wanted = [Outcome.MISSING, Outcome.LOADED, Outcome.MISSING]
         assert r.read(Block(1, 2), Block(2, 4), Block(1, 5)) == wanted
@@ -98,7 +141,24 @@ def test_what_is_in_the_page_cache_goes_through_the_mapping(
     (tmp_path / "s" / DATA).read_bytes()
     with opened(tmp_path / "s", 4096) as r:
         assert r.read(*blocks) == [Outcome.LOADED] * 6
+        assert not rest(r.engine) > r.engine.geometry.shards  # nothing but the shards to open
     assert not reads
+
+
+@pytest.mark.usefixtures("_all_cold", "direct")
+def test_what_is_dirty_in_the_page_cache_is_read_all_the_same(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    """Another process has just written it, through its mapping, and nothing of it is synced."""
+    other = Rig(open_local(tmp_path / "s", 64, page_bytes=4096), 4096)
+    blocks = [Block(n, 8) for n in range(8)]
+    with opened(tmp_path / "s", 4096) as r:
+        for key in range(3):
+            written = [Block(block.key + 100 * key, 8) for block in blocks]
+            assert other.write(*written) == [COPIED_AND_STORED] * 8
+            assert r.read(*written) == [Outcome.LOADED] * 8
+    other.engine.close()
+    assert len(reads) == 24
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -113,7 +173,6 @@ def test_a_block_of_many_regions_comes_back_right(
         assert rig.delete(*singles[::2]) == 32
     rng = np.random.default_rng(5)
     memory = rng.integers(0, 256, 1 << 18, np.uint8)
-    # More regions than a call takes buffers.
     regions = [(n * 97, 79) for n in range(1500)]
     low, high = keymath.as_key("many")
     outcomes: list[Outcome] = []
@@ -137,7 +196,7 @@ def test_a_block_of_many_regions_comes_back_right(
     assert (len(reads) > 1) == scattered
 
 
-def test_a_cold_read_stops_between_two_calls(tmp_path: Path) -> None:
+def test_a_cold_read_stops_between_two_pieces(tmp_path: Path) -> None:
     page = 5 * MIB
     make(tmp_path / "s", [Block(1, 2)], page)
     asked = 0
@@ -149,9 +208,11 @@ def test_a_cold_read_stops_between_two_calls(tmp_path: Path) -> None:
 
     with opened(tmp_path / "s", page) as r:
         assert r.read(Block(1, 2), stop=stop) == [Outcome.STOPPED]
-    assert asked == 3
+        assert asked == 3
+        assert r.read(Block(1, 2)) == [Outcome.LOADED]  # what was under way is not mistaken for it
 
 
+@pytest.mark.usefixtures("direct")
 def test_a_flipped_bit_on_the_device_is_damage(tmp_path: Path, reads: list[int]) -> None:
     make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
     with (tmp_path / "s" / DATA).open("r+b") as file:
@@ -167,59 +228,27 @@ def test_a_flipped_bit_on_the_device_is_damage(tmp_path: Path, reads: list[int])
     assert reads
 
 
+@pytest.mark.usefixtures("_all_cold")
 def test_who_writes_to_the_pages_meanwhile_makes_no_block_look_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "s", [Block(1, 4)], 4096)
-    update, calls = os.preadv, 0
+    put, calls = Copier._put, 0
 
-    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+    def scribble(self: Copier, memory: Any, rows: Any, source: Any) -> None:
         nonlocal calls
-        done = update(fd, buffers, at, flags)
-        if not flags:
-            calls += 1
-            buffers[0][7] ^= 1
-        return done
+        put(self, memory, rows, source)
+        calls += 1
+        memory[rows[0], 7] ^= 1
 
-    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
+    monkeypatch.setattr(Copier, "_put", scribble)
     outcomes: list[Outcome] = []
     with opened(tmp_path / "s", 4096) as r:
-        place = Rows(np.zeros((4, 4096), np.uint8), np.arange(4))
-        r.engine.read(
-            [BlockIO(*keymath.as_key(1), place)],
-            collect(outcomes),
-        )
+        place = Rows(np.zeros((8, 4096), np.uint8), np.arange(0, 8, 2))
+        r.engine.read([BlockIO(*keymath.as_key(1), place)], collect(outcomes))
         assert calls
         assert outcomes == [Outcome.LOADED]
         assert r.find(Block(1)) == [True]
-
-
-@pytest.mark.parametrize("pages", [1, 5])
-def test_a_short_read_is_finished_by_further_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages: int
-) -> None:
-    make(tmp_path / "s", [Block(1, pages)], 4096)
-    read, asked = os.preadv, []
-
-    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
-        """At most 2,048 bytes, then at most 5,000, ... : inside pages and at their ends."""
-        asked.append(sum(map(len, buffers)))
-        limit = 2048 if len(asked) % 2 else 5000
-        part = np.empty(min(limit, asked[-1]), np.uint8)
-        count = read(fd, [part], at, flags)
-        done = 0
-        for buffer in buffers:
-            some = part[done : min(count, done + len(buffer))]
-            buffer[: len(some)] = some
-            done += len(some)
-        return count
-
-    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
-    with opened(tmp_path / "s", 4096) as r:
-        assert r.read(Block(1, pages)) == [Outcome.LOADED]
-    whole = pages * 4096
-    assert asked == [left for n in range(9) for left in (whole - 7048 * n, whole - 7048 * n - 2048)
-                     if left > 0]  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", ["keep", "drop"])
@@ -236,7 +265,7 @@ def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
 ) -> None:
     make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
     engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache=policy)
-    engine.file(0)  # asks the file system whether it has O_DIRECT, by reading
+    engine.file(0).past_cache((0, 1), 1)  # asks the file system for O_DIRECT, by reading
     read = os.preadv
     lost = engine.lookup.locate(engine.lookup.find_one(1, 0), 1, 0)
     assert lost is not None
@@ -248,10 +277,11 @@ def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
         return read(fd, buffers, at, flags)
 
     with monkeypatch.context() as m:
-        m.setattr(cold_reads.os, "preadv", preadv)
-        m.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+        m.setattr(read_ahead.os, "preadv", preadv)
+        m.setattr(page_cache, "holds", lambda *_: False)
         r = Rig(engine, 4096)
         assert r.read(Block(1, 4), Block(2, 4)) == [outcome, Outcome.LOADED]
+        rest(engine)  # what cannot be brought in harms nothing
     dropped = outcome is Outcome.DAMAGED
     assert r.find(Block(1), Block(2)) == [not dropped, True]
     assert engine.stats()["damaged"] == dropped
@@ -260,6 +290,7 @@ def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
     engine.close()
 
 
+@pytest.mark.usefixtures("_all_cold")
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_block_whose_slots_another_gets_while_it_is_on_its_way_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
@@ -276,9 +307,9 @@ def test_a_block_whose_slots_another_gets_while_it_is_on_its_way_is_lost(
         assert took_over == [COPIED_AND_STORED]
         return done
 
-    monkeypatch.setattr(cold_reads.os, "preadv", preadv)
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
     with opened(tmp_path / "s", 4096, verify) as r:
+        r.engine.file(0).past_cache((0, 1), 1)  # type: ignore[attr-defined]
+        monkeypatch.setattr(read_ahead.os, "preadv", preadv)
         assert r.read(Block(1, 4)) == [Outcome.LOST]  # its slots were taken before the bytes came
         assert r.read(Block(2, 4)) == [Outcome.LOST]  # ... and after
     other.engine.close()
@@ -294,68 +325,6 @@ def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: li
     assert reads == [4 * 4096]
 
 
-def test_a_cold_block_speaks_for_the_next_ones_and_a_row_of_warm_ones_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    answers: list[bool] = []
-    asked: list[int] = []
-
-    def holds(address: int, nbytes: int) -> bool:
-        assert nbytes == 1
-        asked.append(address)
-        return answers.pop(0) if answers else True
-
-    def look(times: int, nbytes: int = 100) -> tuple[list[bool], int]:
-        """What is said of so many blocks, and how many were asked for."""
-        before = len(asked)
-        return [cold.is_cold(1000, nbytes) for _ in range(times)], len(asked) - before
-
-    monkeypatch.setattr(cold_reads.page_cache, "holds", holds)
-    cold = ColdReads()
-    assert not cold.going_on
-    answers.append(False)
-    assert look(1) == ([True], 1)
-    assert asked == [1099]
-    assert cold.going_on
-    # Sixteen MiB that may be on their way.
-    assert look(18, MIB) == ([True] * 16 + [False] * 2, 18)
-    assert not cold.going_on
-    assert look(6) == ([False] * 6, 6)  # the last two were the first in the row
-    assert look(8) == ([False] * 8, 0)
-    assert look(9) == ([False] * 9, 1)
-    answers += [True, True, False]
-    assert look(3, MIB) == ([False, False, True], 3)
-
-
-def test_the_device_is_told_of_the_next_blocks_unless_they_follow_the_one_before(
-    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = [Block(n, 2) for n in range(12)]
-    make(tmp_path / "s", blocks, 4096)
-    told: list[tuple[int, int, int]] = []  # reads begun by then, first page, pages
-    advise = os.posix_fadvise
-
-    def note(fd: int, at: int, nbytes: int, advice: int) -> None:
-        if advice == os.POSIX_FADV_WILLNEED:
-            told.append((len(reads), (at - 4096) // 4096, nbytes // 4096))
-        advise(fd, at, nbytes, advice)
-
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
-    monkeypatch.setattr(cold_reads.os, "posix_fadvise", note)
-    with opened(tmp_path / "s", 4096) as r:
-        wanted = [blocks[n] for n in (11, 9, 0, 1, 2, 4, 5, 7)]  # in whatever order
-        wanted[4:4] = [Block(98, 2), Block(99, 2)]  # which are not stored
-        loaded = [Outcome.LOADED] * 8
-        assert r.read(*wanted) == [*loaded[:4], Outcome.MISSING, Outcome.MISSING, *loaded[4:]]
-        wanted[4:6] = []
-        # Not before one is known to be cold, and three ahead of the one that is read.
-        assert told == [(1, 8, 2), (2, 14, 2), (3, 18, 2), (4, 22, 2)]
-        told.clear()
-        monkeypatch.setattr(cold_reads, "_EXPECT_BYTES", 8192)
-        assert r.read(*wanted) == [Outcome.LOADED] * 8
-        assert not told
-
-
 def test_a_shard_that_cannot_be_opened_spoils_no_block_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +335,7 @@ def test_a_shard_that_cannot_be_opened_spoils_no_block_of_another(
     engine.close()
     del engine
     os.truncate(tmp_path / "s" / "shard-001.data", 2 * 4096)
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
+    monkeypatch.setattr(page_cache, "holds", lambda *_: False)
     wanted = [Outcome.FAILED if shard[b] else Outcome.LOADED for b in blocks]
     assert wanted.count(Outcome.LOADED) > 2
     assert Outcome.FAILED in wanted
@@ -374,65 +343,107 @@ def test_a_shard_that_cannot_be_opened_spoils_no_block_of_another(
         assert r.read(*blocks) == wanted
 
 
-def test_what_the_device_is_told_ahead_cannot_fail_a_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("_all_cold")
+def test_a_plan_that_fails_fails_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [Block(n, 2) for n in range(8)]
+    make(tmp_path / "s", blocks, 4096)
+    plan, failed = DirectReads.plan, []
+
+    def refuse(self: DirectReads, spans: list[Span]) -> None:
+        if not failed:
+            failed.append(spans)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        plan(self, spans)
+
+    monkeypatch.setattr(DirectReads, "plan", refuse)
+    with opened(tmp_path / "s", 4096) as r:
+        assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
+    assert failed
+
+
+@pytest.mark.usefixtures("_all_cold")
+def test_a_system_without_preadv_reads_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
     blocks = [Block(n, 2) for n in range(8)]
     make(tmp_path / "s", blocks, 4096)
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
-
-    def refuse(*_: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with opened(tmp_path / "s", 4096) as r:
-        with monkeypatch.context() as m:
-            m.setattr(cold_reads.os, "posix_fadvise", refuse)
-            assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
-        assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
-
-
-@pytest.mark.parametrize("lacking", ["posix_fadvise", "preadv"])
-def test_a_system_without_the_calls_reads_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int], lacking: str
-) -> None:
-    """macOS has preadv, but no posix_fadvise."""
-    blocks = [Block(n, 2) for n in range(8)]
-    make(tmp_path / "s", blocks, 4096)
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: False)
-    monkeypatch.delattr(os, lacking)
+    monkeypatch.delattr(os, "preadv")
     with opened(tmp_path / "s", 4096) as r:
         assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
-    assert bool(reads) == (lacking != "preadv")
+    assert not reads
 
 
-def test_the_device_is_told_of_every_run_and_of_what_lies_in_another_shard(
+def test_of_short_blocks_some_are_asked_for_and_all_where_one_is_cold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from light_mem.engine.reading import Reader
-    from light_mem.index.lookup import Location
+    short = [Block(n, 2) for n in range(10)]
+    engine = open_local(tmp_path / "s", 20, page_bytes=4096)
+    assert Rig(engine, 4096).write(*short) == [COPIED_AND_STORED] * 10
+    asked: list[int] = []
+    cold: set[int] = set()
 
-    told: list[Span] = []
+    def holds(address: int, nbytes: int) -> bool:
+        assert nbytes == 1
+        slot, byte = divmod(address - engine.file(0).address(0), 4096)
+        assert byte == 4095  # the last one of a block
+        asked.append(slot // 2)
+        return slot // 2 not in cold
 
-    class Cold(ColdReads):
-        def expect(self, span: Span) -> None:
-            told.append(span)
+    monkeypatch.setattr(page_cache, "holds", holds)
+    device = engine._reader._device
+    blocks = list(enumerate(located(engine, short)))
+
+    def look(blocks: list[tuple[int, Location]]) -> tuple[list[int], list[int]]:
+        asked.clear()
+        device.begin(blocks)
+        return asked[:], [at for at, _ in blocks if device.waits_for(at)]
+
+    assert look(blocks) == ([0, 4, 8, 9], [])
+    cold = {1}
+    assert look(blocks) == ([0, 4, 8, 9], [])  # read by faults, for once
+    cold = {1, 9}
+    assert look(blocks) == ([0, 4, 8, 9, *range(10)], [1, 9])
+    assert look(blocks[1:2]) == ([1], [1])
+    monkeypatch.setattr(device_reads, "_ASK_ALWAYS_BYTES", 8192)
+    assert look(blocks) == (list(range(10)), [1, 9])
+    monkeypatch.undo()
+    engine.close()
+
+
+def located(engine: LocalStorageEngine, blocks: list[Block]) -> list[Location]:
+    """Where blocks lie, in the order of the file."""
+    found = [engine.lookup.locate(engine.lookup.find_one(b.key, 0), b.key, 0) for b in blocks]
+    return sorted((where for where in found if where is not None), key=lambda where: where.slot)
+
+
+@pytest.mark.usefixtures("_all_cold")
+def test_every_run_of_what_is_cold_is_planned_in_the_order_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Span] = []
+    monkeypatch.setattr(DirectReads, "plan", lambda _, spans: planned.extend(spans))
 
     def at(shard: int, *runs: tuple[int, int], nbytes: int) -> Location:
         return Location(0, shard, runs[0][0], 0, 0, nbytes, list(runs))
 
     engine = open_local(tmp_path / "s", 32, page_bytes=4096, shards=2)
-    reader: Reader = engine._reader
-    ahead = [
+    device = engine._reader._device
+    blocks = [
         at(0, (0, 1), (4, 2), nbytes=9000),
-        at(0, (6, 1), nbytes=4096),  # right after the last run of the one before
-        at(0, (7, 1), (9, 2), nbytes=9000),  # after it as well, but not all of it
-        at(1, (11, 1), nbytes=4096),  # the same number in another file
+        at(0, (6, 1), nbytes=4096),
+        at(1, (11, 1), nbytes=4000),
     ]
-    assert reader._expect(Cold(), list(enumerate(ahead)), 1, 0) == 4
+    device.begin(list(enumerate(blocks)))
     first, other = engine.file(0), engine.file(1)
-    assert told == [
-        first.span((7, 1), 4096), first.span((9, 2), 9000 - 4096), other.span((11, 1), 4096)
-    ]  # fmt: skip
+    assert planned == [
+        first.past_cache((0, 1), 4096),
+        first.past_cache((4, 2), 9000 - 4096),
+        first.past_cache((6, 1), 4096),
+        other.past_cache((11, 1), 4000),
+    ]
+    assert {span.descriptor for span in planned}.isdisjoint(
+        {first.span((0, 1), 1).descriptor, other.span((0, 1), 1).descriptor}
+    )
     engine.close()
 
 
@@ -441,7 +452,7 @@ def test_pages_are_touched_before_they_are_stored_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: bool
 ) -> None:
     make(tmp_path / "s", [Block(1, 4)], 4096)
-    monkeypatch.setattr(cold_reads.page_cache, "holds", lambda *_: not cold)
+    monkeypatch.setattr(page_cache, "holds", lambda *_: not cold)
     seen: list[bool] = []
 
     def before_stores(_: object, places: list[Rows]) -> None:
@@ -457,3 +468,69 @@ def test_pages_are_touched_before_they_are_stored_to(
         r.engine.read(batch, collect(outcomes))
     assert sorted(outcomes) == [Outcome.LOADED, Outcome.MISSING]
     assert seen == [True]
+
+
+# --- bringing in ----------------------------------------------------------------------------------
+
+
+def test_a_cold_block_is_in_the_page_cache_once_there_is_nothing_else_to_do(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    blocks = [Block(n, 3) for n in range(4)]
+    page = MIB // 2
+    make(tmp_path / "s", blocks, page)
+    with opened(tmp_path / "s", page) as r:
+        rest(r.engine)
+        assert r.read(blocks[1]) == [Outcome.LOADED]
+        assert not cached(tmp_path / "s" / DATA).any()  # the device was asked for this block alone
+        assert rest(r.engine) == 2  # 1.5 MiB
+        there = cached(tmp_path / "s" / DATA)
+        where = located(r.engine, [blocks[1]])[0]  # type: ignore[arg-type]
+        first = 1 + where.slot * page // 4096
+        assert there[first : first + 3 * page // 4096].all()
+        assert reads == [3 * page]
+        assert r.read(blocks[1]) == [Outcome.LOADED]
+        assert reads == [3 * page]  # from the page cache
+        assert not rest(r.engine)
+
+
+def test_without_o_direct_what_was_read_is_in_the_page_cache_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int]
+) -> None:
+    monkeypatch.setattr(shard_file, "open_direct", lambda _: -1)
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    with opened(tmp_path / "s", 4096) as r:
+        rest(r.engine)
+        assert r.read(Block(1, 4)) == [Outcome.LOADED]
+        assert cached(tmp_path / "s" / DATA)[1:5].all()
+        assert not rest(r.engine)
+    assert reads
+
+
+def test_what_was_read_last_is_brought_in_and_an_error_ends_a_span() -> None:
+    pieces: list[tuple[int, int]] = []
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, 4 * MIB)
+    later = BringIn(limit=3 * MIB)
+    read = os.preadv
+
+    def preadv(fd: int, buffers: Any, at: int) -> int:
+        pieces.append((at, sum(map(len, buffers))))
+        if at == 2 * MIB:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers, at)
+
+    for at, nbytes in ((0, MIB), (MIB, MIB // 2), (3 * MIB, 2 * MIB), (2 * MIB, MIB)):
+        later.add(Span(descriptor, at, nbytes))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(bring_in.os, "preadv", preadv)
+        steps = 0
+        while later.next():
+            steps += 1
+    # The first two were too many; the third one's second half lies behind the end of the file.
+    assert pieces == [(3 * MIB, MIB), (4 * MIB, MIB), (2 * MIB, MIB)]
+    assert steps == 3
+    later.add(Span(descriptor, 0, MIB))
+    later.clear()
+    assert not later.next()
+    os.close(descriptor)

@@ -187,6 +187,7 @@ def test_blocks_that_follow_each_other_come_together(
         calls += 1
         return read(fd, buffers, at, flags)
 
+    r.engine.file(0).past_cache((0, 1), 1)  # asks the file system for O_DIRECT, by reading
     monkeypatch.setattr(read_ahead.os, "preadv", preadv)
     assert r.read(*blocks[::-1]) == [Outcome.LOADED] * 300  # in whatever order they are asked for
     assert calls == -(-600 * 4096 // read_ahead.PIECE_BYTES)

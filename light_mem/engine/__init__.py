@@ -18,7 +18,8 @@ bytes
   shard_file.py    one shard's data and slot records, mapped
   places.py        where in the KV memory a block lies: rows, or regions
   copy.py          copies between the KV memory and slots, with the checksum
-  cold_reads.py    reads of what is not in the page cache
+  device_reads.py  reads for which a device is waited: direct_reads.py, past the page cache;
+                   bring_in.py: into it, later
   first_touch.py   pages of the KV memory that a worker stores to for the first time
   dirty_pages.py   which slots are written through the mapping
   small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both

@@ -22,8 +22,9 @@ import xxhash
 
 from light_mem.engine import page_cache
 from light_mem.engine.copy import Copier
-from light_mem.engine.places import Place, Regions, Rows
-from light_mem.engine.read_ahead import PIECE_BYTES, ReadAhead, Span
+from light_mem.engine.direct_reads import DirectReads
+from light_mem.engine.places import Place
+from light_mem.engine.read_ahead import Span
 
 WINDOW_BYTES = 32 << 20
 
@@ -38,7 +39,7 @@ class Dropper:
         self._window = window
         self._written: deque[Span] = deque()
         self._written_bytes = 0
-        self._reader = ReadAhead(page_bytes)
+        self._reads = DirectReads(page_bytes)
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class Dropper:
 
     def finish(self) -> None:
         """Wait for and drop all that was written; raises OSError, of the last that failed."""
-        self._reader.close()
+        self._reads.close()
         failed: OSError | None = None
         while self._written:
             try:
@@ -79,7 +80,7 @@ class Dropper:
 
     def plan(self, spans: Sequence[Span]) -> None:
         """These are read next, in this order; any of them may be left out."""
-        self._reader.plan(spans)
+        self._reads.plan(spans)
 
     def read(
         self,
@@ -89,27 +90,8 @@ class Dropper:
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy a span to `place`, as long as it, and drop it; raises Stopped, OSError.
-
-        The checksum is taken from private memory, so it is that of the very bytes copied.
-        """
-        if isinstance(place, Rows) and place.memory.shape[1] > PIECE_BYTES:
-            place = _as_regions(place)
-        done = 0
-        pieces = self._reader.pieces(span)
+        """`DirectReads.read`; what the page cache has of the span all the same is dropped."""
         try:
-            for piece in pieces:
-                end = done + len(piece)
-                part = place if len(piece) == span.nbytes else place.part(done, end)
-                copier.scatter(piece, part, checksum, stopped)
-                done = end
+            self._reads.read(span, copier, place, checksum, stopped)
         finally:
-            pieces.close()
             page_cache.drop(*span)
-
-
-def _as_regions(rows: Rows) -> Regions:
-    """The same memory, cut anywhere: pages that are larger than a piece."""
-    row_bytes = int(rows.memory.shape[1])
-    regions = [(row * row_bytes, row_bytes) for row in rows.numbers.tolist()]
-    return Regions(rows.memory.reshape(-1), regions)

@@ -32,6 +32,7 @@ from light_mem.engine.base import (
     never,
 )
 from light_mem.engine.copy import Copier
+from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.intents import Intents
 from light_mem.engine.open_shards import OpenShards
@@ -118,7 +119,9 @@ class LocalStorageEngine(StorageEngine):
         except BaseException:
             self._owners.close()
             raise
-        self._reader = Reader(self, self._open.files, self._copier, verify, self._dropper)
+        # Not `self.file`: no cycle, in which the maps of a closed store would stay.
+        device = DeviceReads(geometry.page_bytes, self._open.file, self._dropper)
+        self._reader = Reader(self, self._open.files, self._copier, verify, device)
         intents = Intents(self._owner)
         self._writer = Writer(self, self._owner, intents, self._copier, flush=durability == "flush")
         self._write_now = WriteNow(self, self._owner, intents, self._copier)
@@ -237,7 +240,7 @@ class LocalStorageEngine(StorageEngine):
         would wait for (80 ms, most of it imports); whether there was any."""
         if self._dropper is not None and self._drop(self._dropper.drop_next):
             return True
-        return self._open.prepare_next()
+        return self._open.prepare_next() or self._reader.rest()
 
     def _drop(self, step: Callable[[], bool | None]) -> bool | None:
         """The blocks are stored: what fails here costs page cache, and is said."""
@@ -439,6 +442,7 @@ class LocalStorageEngine(StorageEngine):
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
+        self._reader.close()
         if self._dropper is not None:
             self._drop(self._dropper.finish)
         self.limited.flush()

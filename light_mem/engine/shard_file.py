@@ -71,7 +71,7 @@ class ShardFile:
         shard: int,
         dropper: Dropper | None = None,
     ) -> None:
-        """With a `dropper`, what is moved goes past the page cache and not through the mapping."""
+        """With a `dropper`, what is written goes by system calls and is dropped."""
         self.page_bytes = geometry.page_bytes
         self.shard = shard
         self._dropper = dropper
@@ -86,11 +86,8 @@ class ShardFile:
             os.close(self._data_fd)
             raise
         os.close(descriptor)  # a mapping keeps one of its own: three a shard are enough
-        self._direct_fd = -1
-        if dropper is not None:
-            self._direct_fd = open_direct(data_path(directory, shard))
-            if self._direct_fd < 0:
-                page_cache.read_no_further(self._data_fd)
+        self._path = data_path(directory, shard)
+        self._direct_fd: int | None = None  # None: not asked for yet, -1: there is none
         self._bytes = np.frombuffer(
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
@@ -186,11 +183,8 @@ class ShardFile:
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy the first `nbytes` of a run of slots to `place`; raises Stopped, OSError."""
-        if self._dropper is not None:
-            self._dropper.read(self.read_span(run, nbytes), copier, place, checksum, stopped)
-        else:
-            copier.scatter(self.bytes(*run)[:nbytes], place, checksum, stopped)
+        """Copy the first `nbytes` of a run of slots from the mapping to `place`; raises Stopped."""
+        copier.scatter(self.first_bytes(run[0], nbytes), place, checksum, stopped)
 
     def address(self, slot: int) -> int:
         """Where in this process a slot is mapped."""
@@ -200,14 +194,23 @@ class ShardFile:
         """Where in the data file the first `nbytes` of a run of slots lie."""
         return Span(self._data_fd, fmt.SHARD_HEADER_BYTES + run[0] * self.page_bytes, nbytes)
 
-    def read_span(self, run: tuple[int, int], nbytes: int) -> Span:
-        """The same, for reading past the page cache."""
+    def past_cache(self, run: tuple[int, int], nbytes: int) -> Span:
+        """`span`, for reading past the page cache where the file system has that. The thread that
+        reads."""
+        if self._direct_fd is None:
+            self._direct_fd = open_direct(self._path)
+            if self._direct_fd < 0 and self._dropper is not None:
+                page_cache.read_no_further(self._data_fd)
         span = self.span(run, nbytes)
         return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
 
     def is_cached(self, run: tuple[int, int], nbytes: int) -> bool:
         """Whether the first `nbytes` of a run of slots lie in the page cache now."""
         return page_cache.holds(self.address(run[0]), nbytes)
+
+    def is_end_cached(self, run: tuple[int, int], nbytes: int) -> bool:
+        """Whether the last of them does."""
+        return page_cache.holds(self.address(run[0]) + nbytes - 1, 1)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.
@@ -280,7 +283,7 @@ class ShardFile:
     def close(self) -> None:
         """Close the descriptors; the mappings go with the last array over them."""
         for descriptor in (self._data_fd, self._direct_fd):
-            if descriptor >= 0:
+            if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
         self._data_fd = self._direct_fd = -1
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from typing import Any
 import psutil
 
 from benchmark import machine, rivals
+from benchmark.machine import cpu_of
 from benchmark.plan import Plan
+
+_IDLE_SECONDS = 0.1
+_TICK = 0.005  # less than what the kernel counts CPU time in
 
 TOOLS = Path(__file__).resolve().parent.parent
 
@@ -161,6 +166,16 @@ class Contestant:
             self.tell("resume")
             self._look()
         return stayed
+
+    def rest(self, seconds: float = 10.0) -> None:
+        """Wait until its processes do nothing any more: what they do later is not for others to
+        wait for."""
+        deadline = time.monotonic() + seconds
+        while not self.kind.spins and time.monotonic() < deadline:
+            before = sum(map(cpu_of, self.family))
+            time.sleep(_IDLE_SECONDS)
+            if sum(map(cpu_of, self.family)) - before < _TICK:
+                return
 
     def check(self) -> dict[str, Any]:
         """What the store says of itself after the work."""

@@ -158,6 +158,7 @@ def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], tu
     stayed = contestant.forget(plain_reads if mine else lambda: None)
     time.sleep(_SETTLE_SECONDS)  # what was closed for that has been started for a moment
     turn(contestant, "cold read", what="read")
+    contestant.rest()  # LightMem brings in what it has read past the page cache
     return stayed
 
 

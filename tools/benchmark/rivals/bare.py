@@ -12,7 +12,7 @@ import numpy as np
 from benchmark.plan import Plan
 from benchmark.rivals import BARE
 from benchmark.rivals.base import Pages, Rival
-from light_mem.engine.cold_reads import ColdReads
+from light_mem.engine import page_cache
 from light_mem.engine.copy import (
     Copier,
     FileSink,
@@ -21,11 +21,12 @@ from light_mem.engine.copy import (
     is_one_piece,
     new_checksum,
 )
+from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
-from light_mem.engine.read_ahead import Span
+from light_mem.engine.read_ahead import Span, open_direct
 
 
 def _never() -> bool:
@@ -35,8 +36,8 @@ def _never() -> bool:
 class Bare(Rival):
     """Block n lies at n times the block's size in one mapped file; its sum is kept in memory.
 
-    The ways of a worker: what is not dirty is written by `pwrite`, the first read after an open is
-    `preadv`; all else goes through the mapping.
+    The ways of a worker: what is not dirty is written by `pwrite`, what is not in the page cache is
+    read past it; all else goes through the mapping.
     """
 
     name = BARE
@@ -55,10 +56,13 @@ class Bare(Rival):
         os.posix_fallocate(self._file, 0, plan.nbytes)
         mapping = mmap.mmap(self._file, plan.nbytes)
         self._bytes = np.frombuffer(mapping, np.uint8)
-        self._copier, self._cold, self._touch = Copier(), ColdReads(), FirstTouch()
+        self._address = self._bytes.ctypes.data
+        self._direct = open_direct(self.directory / "file")
+        self._copier, self._touch = Copier(), FirstTouch()
+        self._past = DirectReads(plan.shape.page_bytes)
         self._written: dict[int, float] = {}  # see DirtyPages
         self._dirty = DirtyPages()
-        self._was_read: set[int] = set()
+        self._was_read = False
         self._sums: dict[str, int] = {}
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
@@ -79,21 +83,37 @@ class Bare(Rival):
             self._written[at] = -now if sink.reads_first else now
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
+        cold = self._cold(hashes)
+        self._past.plan(list(cold.values()))
         for name, rows in zip(hashes, pages, strict=True):
             at = int(name[16:], 16) * self._block
-            checksum = new_checksum(at, 0)
-            place, slots = Rows(self.memory, rows), self._bytes[at : at + self._block]
-            if at in self._was_read:
-                self._copier.scatter(slots, place, checksum, _never)
-            else:
-                self._was_read.add(at)
+            checksum, place = new_checksum(at, 0), Rows(self.memory, rows)
+            if name in cold:
                 self._touch.before_stores([place])
-                self._cold.read(Span(self._file, at, self._block), place, _never)
-                checksum.update(slots.data)
+                self._past.read(cold[name], self._copier, place, checksum, _never)
+            else:
+                slots = self._bytes[at : at + self._block]
+                self._copier.scatter(slots, place, checksum, _never)
             found, wanted = checksum.intdigest(), self._sums.get(name)
             if wanted is not None and found != wanted:  # None: written before the last open
                 raise OSError("another checksum than that of what was written")
 
+    def _cold(self, names: list[Any]) -> dict[Any, Span]:
+        """Those that are not in the page cache. After the first read of an open store all are
+        there, or came past it: then nobody asks."""
+        if self._direct < 0 or self._was_read:
+            return {}
+        self._was_read = True
+        starts = {name: int(name[16:], 16) * self._block for name in names}
+        return {
+            name: Span(self._direct, at, self._block)
+            for name, at in starts.items()
+            if not page_cache.holds(self._address + at + self._block - 1, 1)
+        }
+
     def close(self) -> None:
-        os.close(self._file)
+        self._past.close()
+        for descriptor in (self._file, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
         del self._bytes
