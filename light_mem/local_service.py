@@ -63,7 +63,8 @@ class LocalCacheService(CacheService):
                     until they are evicted
     durability      "kernel": the kernel writes when it likes; what a power cut takes is a miss.
                     "flush": Finished means on the device
-    page_cache      "keep": the kernel decides which blocks stay in its page cache. "drop": what
+    page_cache      "keep": the kernel decides which blocks stay in its page cache; one that is not
+                    there is read past it, and brought in when its worker is idle. "drop": what
                     was written or read is written out and dropped, for stores larger than memory
                     beside other users of the page cache
     worker_cpus     None: workers run anywhere. "spread": each has a core of its own, on the NUMA
@@ -120,7 +121,7 @@ class LocalCacheService(CacheService):
         page_bytes, num_pages = _tensor_sizes(kvcache)
         per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, per_block)
-        check_descriptors(num_of_shard, dropping=page_cache == cache_policy.DROP)
+        check_descriptors(num_of_shard)
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)

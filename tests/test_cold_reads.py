@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from light_mem import State
 from light_mem.engine import bring_in, device_reads, page_cache, read_ahead, shard_file
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.bring_in import BringIn
@@ -23,7 +24,9 @@ from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
 from tests.cached import cached, can_forget, forget, forget_all
+from tests.conftest import wait_until
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, collect, open_local
+from tests.service_rig import rig
 
 MIB = 1 << 20
 DATA = "shard-000.data"
@@ -534,3 +537,29 @@ def test_what_was_read_last_is_brought_in_and_an_error_ends_a_span() -> None:
     later.clear()
     assert not later.next()
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+def test_a_started_service_reads_what_is_cold_and_its_workers_bring_it_in(
+    tmp_path: Path, policy: str
+) -> None:
+    keys, data = list(range(24)), tmp_path / "store" / DATA
+    with rig(tmp_path, workers=2) as r:
+        r.write(keys, keys)
+    del r  # with its mappings: mapped pages stay
+    forget_all(data)
+    with rig(tmp_path, workers=2, page_cache=policy) as r:
+        pages = keys[::-1]
+        task = r.read(keys, pages)
+        assert task.state() == [State.Finished] * 24
+        assert all(r.holds(key, [page]) for key, page in zip(keys, pages, strict=True))
+
+        def all_there() -> bool:
+            return int(cached(data).sum()) >= 24
+
+        if policy == "keep":
+            wait_until(all_there)
+        else:
+            r.read(keys, pages)  # a worker that is asked again has rested since
+            assert not all_there()
+        assert not r.service.check().damaged

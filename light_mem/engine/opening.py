@@ -34,9 +34,9 @@ from light_mem.index.room import allocate
 log = logging.getLogger("light_mem")
 
 MAX_SHARDS = 1000
-# The data file, what its two mappings (one is for views) and that of the records keep, the lock.
+# The data file, what its mapping and that of the records keep, the lock; and what the mapping for
+# views keeps, or, in a worker, the descriptor that reads past the page cache.
 DESCRIPTORS_PER_SHARD = 5
-DROPPING_DESCRIPTORS_PER_SHARD = 6  # one that reads past the page cache
 
 
 def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
@@ -72,15 +72,14 @@ def make_directory(directory: Path) -> None:
         ) from None
 
 
-def descriptors_for(shards: int, dropping: bool = False) -> int:
+def descriptors_for(shards: int) -> int:
     """Descriptors that a process with all shards mapped needs, its own few among them."""
-    a_shard = DROPPING_DESCRIPTORS_PER_SHARD if dropping else DESCRIPTORS_PER_SHARD
-    return a_shard * shards + 64
+    return DESCRIPTORS_PER_SHARD * shards + 64
 
 
-def check_descriptors(shards: int, dropping: bool = False) -> None:
+def check_descriptors(shards: int) -> None:
     """Raise InvalidArgumentError when this process may not open the files of so many shards."""
-    needed = descriptors_for(shards, dropping)
+    needed = descriptors_for(shards)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise InvalidArgumentError(

@@ -133,7 +133,7 @@ class Worker:
 
 
 def _allow_descriptors() -> None:
-    """A mapped shard costs four descriptors; the usual soft limit of 1,024 is for select(2)."""
+    """A shard costs up to five descriptors; the usual soft limit of 1,024 is for select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
