@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from light_mem import State
-from light_mem.engine import bring_in, device_reads, page_cache, read_ahead, shard_file
+from light_mem.engine import bring_in as bringing
+from light_mem.engine import page_cache, read_ahead, shard_file
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.bring_in import BringIn
 from light_mem.engine.copy import Copier
@@ -43,7 +45,7 @@ def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Whether the file system has O_DIRECT."""
     has: bool = request.param == "O_DIRECT"
     if not has:
-        monkeypatch.setattr(shard_file, "open_direct", lambda _: -1)
+        monkeypatch.setattr(shard_file, "open_direct", lambda *_: -1)
     return has
 
 
@@ -83,10 +85,10 @@ def opened(directory: Path, page_bytes: int, verify: bool = True) -> Iterator[Ri
     engine.close()
 
 
-def rest(engine: Any) -> int:
+def bring_in(engine: Any) -> int:
     """Let an engine do all that can wait; in how many steps."""
     steps = 0
-    while engine.rest():
+    while engine.bring_in():
         steps += 1
     return steps
 
@@ -116,24 +118,28 @@ def test_a_batch_of_cold_and_other_blocks_comes_back_right(
     make(tmp_path / "s", blocks, 4096)
     with opened(tmp_path / "s", 4096) as r:
         where = located(r.engine, blocks)  # type: ignore[arg-type]
-        # The first one is surely asked for, and then all are.
         cold = [where[n] for n in (0, 3, 4, 5, 6, 22)]
         start = r.engine.file(0).address(0)  # type: ignore[attr-defined]
-        ends = {start + w.slot * 4096 + w.nbytes - 1 for w in cold}
-        monkeypatch.setattr(page_cache, "holds", lambda address, _: address not in ends)
+        # Of each block the middle is asked for: its ends may have been read with its neighbours.
+        middles = {start + w.slot * 4096 + w.nbytes // 2 for w in cold}
+        monkeypatch.setattr(page_cache, "holds", lambda address, _: address not in middles)
         assert r.read(*blocks[::-1]) == [Outcome.LOADED] * 24
     assert reads == [w.nbytes for w in cold]
 
 
 @pytest.mark.usefixtures("_all_cold")
-def test_a_block_of_another_length_is_missing_and_not_begun(
-    tmp_path: Path, reads: list[int]
+def test_for_a_block_that_is_not_wanted_the_device_is_not_asked(
+    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
+    make(tmp_path / "s", [Block(1, 4), Block(2, 4), Block(3, 4)], 4096)
+    planned: list[Span] = []
+    monkeypatch.setattr(DirectReads, "plan", lambda _, spans: planned.extend(spans))
     with opened(tmp_path / "s", 4096) as r:
-        wanted = [Outcome.MISSING, Outcome.LOADED, Outcome.MISSING]
-        assert r.read(Block(1, 2), Block(2, 4), Block(1, 5)) == wanted
+        wanted = [Outcome.MISSING, Outcome.LOADED, Outcome.MISSING, Outcome.STOPPED]
+        asked = [Block(1, 2), Block(2, 4), Block(1, 5), Block(3, 4)]
+        assert r.read(*asked, stop=lambda at: at == 3) == wanted
     assert reads == [4 * 4096]
+    assert [span.nbytes for span in planned] == [4 * 4096]
 
 
 def test_what_is_in_the_page_cache_goes_through_the_mapping(
@@ -144,7 +150,7 @@ def test_what_is_in_the_page_cache_goes_through_the_mapping(
     (tmp_path / "s" / DATA).read_bytes()
     with opened(tmp_path / "s", 4096) as r:
         assert r.read(*blocks) == [Outcome.LOADED] * 6
-        assert not rest(r.engine) > r.engine.geometry.shards  # nothing but the shards to open
+        assert not bring_in(r.engine)
     assert not reads
 
 
@@ -207,11 +213,11 @@ def test_a_cold_read_stops_between_two_pieces(tmp_path: Path) -> None:
     def stop(at: int) -> bool:
         nonlocal asked
         asked += 1
-        return asked == 3
+        return asked == 4
 
     with opened(tmp_path / "s", page) as r:
         assert r.read(Block(1, 2), stop=stop) == [Outcome.STOPPED]
-        assert asked == 3
+        assert asked == 4  # the first time before the device was asked for anything
         assert r.read(Block(1, 2)) == [Outcome.LOADED]  # what was under way is not mistaken for it
 
 
@@ -284,7 +290,7 @@ def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
         m.setattr(page_cache, "holds", lambda *_: False)
         r = Rig(engine, 4096)
         assert r.read(Block(1, 4), Block(2, 4)) == [outcome, Outcome.LOADED]
-        rest(engine)  # what cannot be brought in harms nothing
+        bring_in(engine)  # what cannot be brought in harms nothing
     dropped = outcome is Outcome.DAMAGED
     assert r.find(Block(1), Block(2)) == [not dropped, True]
     assert engine.stats()["damaged"] == dropped
@@ -317,6 +323,28 @@ def test_a_block_whose_slots_another_gets_while_it_is_on_its_way_is_lost(
         assert r.read(Block(2, 4)) == [Outcome.LOST]  # ... and after
     other.engine.close()
     assert not late
+
+
+@pytest.mark.usefixtures("_all_cold")
+def test_an_error_for_slots_that_another_has_by_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "s", [Block(1, 4)], 4096)
+    other = Rig(open_local(tmp_path / "s", 4, page_bytes=4096), 4096)
+
+    def preadv(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        if other.find(Block(1)) == [True]:
+            assert other.write(Block(2, 4)) == [COPIED_AND_STORED]
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(tmp_path / "s", 4096) as r:
+        r.engine.file(0).past_cache((0, 1), 1)  # type: ignore[attr-defined]
+        with monkeypatch.context() as m:
+            m.setattr(read_ahead.os, "preadv", preadv)
+            assert r.read(Block(1, 4)) == [Outcome.LOST]
+        assert r.engine.stats()["damaged"] == 0
+        assert r.read(Block(2, 4)) == [Outcome.LOADED]
+    other.engine.close()
 
 
 def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: list[int]) -> None:
@@ -374,43 +402,6 @@ def test_a_system_without_preadv_reads_all_the_same(
     with opened(tmp_path / "s", 4096) as r:
         assert r.read(*blocks[::2]) == [Outcome.LOADED] * 4
     assert not reads
-
-
-def test_of_short_blocks_some_are_asked_for_and_all_where_one_is_cold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    short = [Block(n, 2) for n in range(10)]
-    engine = open_local(tmp_path / "s", 20, page_bytes=4096)
-    assert Rig(engine, 4096).write(*short) == [COPIED_AND_STORED] * 10
-    asked: list[int] = []
-    cold: set[int] = set()
-
-    def holds(address: int, nbytes: int) -> bool:
-        assert nbytes == 1
-        slot, byte = divmod(address - engine.file(0).address(0), 4096)
-        assert byte == 4095  # the last one of a block
-        asked.append(slot // 2)
-        return slot // 2 not in cold
-
-    monkeypatch.setattr(page_cache, "holds", holds)
-    device = engine._reader._device
-    blocks = list(enumerate(located(engine, short)))
-
-    def look(blocks: list[tuple[int, Location]]) -> tuple[list[int], list[int]]:
-        asked.clear()
-        device.begin(blocks)
-        return asked[:], [at for at, _ in blocks if device.waits_for(at)]
-
-    assert look(blocks) == ([0, 4, 8, 9], [])
-    cold = {1}
-    assert look(blocks) == ([0, 4, 8, 9], [])  # read by faults, for once
-    cold = {1, 9}
-    assert look(blocks) == ([0, 4, 8, 9, *range(10)], [1, 9])
-    assert look(blocks[1:2]) == ([1], [1])
-    monkeypatch.setattr(device_reads, "_ASK_ALWAYS_BYTES", 8192)
-    assert look(blocks) == (list(range(10)), [1, 9])
-    monkeypatch.undo()
-    engine.close()
 
 
 def located(engine: LocalStorageEngine, blocks: list[Block]) -> list[Location]:
@@ -483,10 +474,10 @@ def test_a_cold_block_is_in_the_page_cache_once_there_is_nothing_else_to_do(
     page = MIB // 2
     make(tmp_path / "s", blocks, page)
     with opened(tmp_path / "s", page) as r:
-        rest(r.engine)
         assert r.read(blocks[1]) == [Outcome.LOADED]
         assert not cached(tmp_path / "s" / DATA).any()  # the device was asked for this block alone
-        assert rest(r.engine) == 2  # 1.5 MiB
+        assert bring_in(r.engine) > 1
+        assert not r.engine.has_later  # type: ignore[attr-defined]
         there = cached(tmp_path / "s" / DATA)
         where = located(r.engine, [blocks[1]])[0]  # type: ignore[arg-type]
         first = 1 + where.slot * page // 4096
@@ -494,49 +485,196 @@ def test_a_cold_block_is_in_the_page_cache_once_there_is_nothing_else_to_do(
         assert reads == [3 * page]
         assert r.read(blocks[1]) == [Outcome.LOADED]
         assert reads == [3 * page]  # from the page cache
-        assert not rest(r.engine)
+        assert not bring_in(r.engine)
 
 
 def test_without_o_direct_what_was_read_is_in_the_page_cache_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[int]
 ) -> None:
-    monkeypatch.setattr(shard_file, "open_direct", lambda _: -1)
+    monkeypatch.setattr(shard_file, "open_direct", lambda *_: -1)
     make(tmp_path / "s", [Block(1, 4)], 4096)
     with opened(tmp_path / "s", 4096) as r:
-        rest(r.engine)
         assert r.read(Block(1, 4)) == [Outcome.LOADED]
         assert cached(tmp_path / "s" / DATA)[1:5].all()
-        assert not rest(r.engine)
+        assert not bring_in(r.engine)
     assert reads
 
 
-def test_what_was_read_last_is_brought_in_and_an_error_ends_a_span() -> None:
-    pieces: list[tuple[int, int]] = []
+def test_a_block_that_is_read_cold_again_comes_through_the_page_cache(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    """Where a worker never rests, nothing is brought in."""
+    blocks = [Block(n, 4) for n in range(4)]
+    make(tmp_path / "s", blocks, 64 << 10)
+    with opened(tmp_path / "s", 64 << 10) as r:
+        for _ in range(2):
+            assert not cached(tmp_path / "s" / DATA).any()
+            assert r.read(*blocks) == [Outcome.LOADED] * 4
+        assert cached(tmp_path / "s" / DATA)[1:].all()
+        assert not r.engine.has_later  # type: ignore[attr-defined]
+        assert len(reads) == 8
+        assert r.read(*blocks) == [Outcome.LOADED] * 4
+    assert len(reads) == 8
+
+
+@pytest.mark.usefixtures("_all_cold")
+def test_in_a_shard_that_is_being_written_nothing_is_read_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While O_DIRECT reads from a file, a `pwrite` to it waits for the device."""
+    now, direct = 1000.0, []
+    monkeypatch.setattr("light_mem.engine.device_reads.time.monotonic", lambda: now)
+    read = DirectReads.read
+
+    def spy(self: DirectReads, span: Span, *rest: Any) -> None:
+        direct.append(span.descriptor != data)
+        read(self, span, *rest)
+
+    monkeypatch.setattr(DirectReads, "read", spy)
+    blocks = [Block(n, 2) for n in range(12)]
+    make(tmp_path / "s", blocks, 4096)
+    with opened(tmp_path / "s", 4096) as r:
+        data = r.engine.file(0).span((0, 1), 1).descriptor  # type: ignore[attr-defined]
+        assert r.read(blocks[0]) == [Outcome.LOADED]
+        with opened(tmp_path / "s", 4096) as other:
+            assert other.write(Block(100, 2)) == [COPIED_AND_STORED]
+        assert r.read(blocks[-1]) == [Outcome.LOADED]
+        now += 0.99
+        assert r.read(blocks[-2]) == [Outcome.LOADED]
+        now += 0.02
+        assert r.read(blocks[-3]) == [Outcome.LOADED]
+    assert direct == [True, False, False, True]
+
+
+def test_another_store_that_lies_where_this_one_did_is_not_read(
+    tmp_path: Path, reads: list[int]
+) -> None:
+    here, block = tmp_path / "s", Block(1, 4)
+    make(here, [block], 4096)
+    with opened(here, 4096, verify=False) as r:
+        r.engine.file(0)  # type: ignore[attr-defined]
+        here.rename(tmp_path / "moved")
+        make(here, [Block(2, 4)], 4096)
+        assert r.read(block) == [Outcome.LOADED]
+    assert reads
+
+
+def test_a_closed_engine_reads_nothing_more_and_has_no_threads(tmp_path: Path) -> None:
+    make(tmp_path / "s", [Block(1, 4)], MIB)
+    with opened(tmp_path / "s", MIB) as r:
+        assert r.read(Block(1, 4)) == [Outcome.LOADED]
+        assert r.engine.has_later  # type: ignore[attr-defined]
+        assert any(thread.name.startswith("lightmem-read") for thread in threading.enumerate())
+        held = r.engine._reader._device._later  # type: ignore[attr-defined]
+    assert not held
+    assert not any(thread.name.startswith("lightmem-read") for thread in threading.enumerate())
+
+
+@contextmanager
+def pieces(
+    error_at: int = -1, seconds: float = 0.0, most: int = 1 << 40
+) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """The pieces that are brought in, as (start, bytes), and a file of 4 MiB. A call takes so many
+    seconds of a clock that stands still otherwise, and gives no more bytes than `most`."""
+    asked: list[tuple[int, int]] = []
     descriptor = os.memfd_create("test")
     os.ftruncate(descriptor, 4 * MIB)
-    later = BringIn(limit=3 * MIB)
-    read = os.preadv
+    read, now = os.preadv, 50.0
 
     def preadv(fd: int, buffers: Any, at: int) -> int:
-        pieces.append((at, sum(map(len, buffers))))
-        if at == 2 * MIB:
+        nonlocal now
+        now += seconds
+        asked.append((at, len(buffers[0])))
+        if at == error_at:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(fd, buffers, at)
+        return read(fd, [buffers[0][:most]], at)
 
-    for at, nbytes in ((0, MIB), (MIB, MIB // 2), (3 * MIB, 2 * MIB), (2 * MIB, MIB)):
-        later.add(Span(descriptor, at, nbytes))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(bring_in.os, "preadv", preadv)
-        steps = 0
-        while later.next():
-            steps += 1
-    # The first two were too many; the third one's second half lies behind the end of the file.
-    assert pieces == [(3 * MIB, MIB), (4 * MIB, MIB), (2 * MIB, MIB)]
-    assert steps == 3
-    later.add(Span(descriptor, 0, MIB))
-    later.clear()
-    assert not later.next()
+        m.setattr(bringing.os, "preadv", preadv)
+        m.setattr(bringing.time, "monotonic", lambda: now)
+        yield asked, descriptor
     os.close(descriptor)
+
+
+KIB = 1 << 10
+
+
+def test_pieces_grow_while_they_take_no_time() -> None:
+    with pieces() as (asked, descriptor):
+        later = BringIn()
+        later.add(Span(descriptor, 4096, 3 * MIB))
+        later.add(Span(descriptor, 0, 4096))
+        while later.next():
+            pass
+        lengths = [128 * KIB, 256 * KIB, 512 * KIB, MIB, MIB, 128 * KIB, 4096]
+        starts = [4096 + sum(lengths[:n]) for n in range(6)] + [0]
+        assert asked == list(zip(starts, lengths, strict=True))
+        assert not later
+
+
+def test_pieces_shrink_where_they_take_long_and_a_device_that_is_too_slow_is_left_alone() -> None:
+    with pieces(seconds=0.003) as (asked, descriptor):
+        later = BringIn()
+        later._piece_bytes = 512 * KIB
+        later.add(Span(descriptor, 0, 2 * MIB))
+        for _ in range(4):
+            assert later.next()
+        assert [nbytes for _, nbytes in asked] == [512 * KIB, 256 * KIB, 128 * KIB, 128 * KIB]
+        assert later
+    with pieces(seconds=0.03) as (asked, descriptor):
+        later = BringIn()
+        later.add(Span(descriptor, 0, 2 * MIB))
+        later.add(Span(descriptor, 3 * MIB, MIB))
+        assert later.next()
+        assert not later
+        assert not later.next()
+        assert len(asked) == 1
+
+
+def test_a_short_read_goes_on_where_it_ended_and_an_error_ends_a_span() -> None:
+    with pieces(error_at=2 * MIB, most=100_000) as (asked, descriptor):
+        later = BringIn()
+        later.add(Span(descriptor, 2 * MIB, MIB))
+        later.add(Span(descriptor, 0, 250_000))
+        later.add(Span(descriptor, 4 * MIB, 5000))  # behind the end of the file
+        while later.next():
+            pass
+        assert [at for at, _ in asked] == [2 * MIB, 0, 100_000, 200_000, 4 * MIB]
+
+
+def test_what_was_read_last_is_brought_in_and_each_span_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pieces() as (asked, descriptor):
+        later = BringIn(limit=3 * MIB)
+        for at in (0, MIB, 2 * MIB, 0, 3 * MIB):  # the second one is too much, the first was again
+            later.add(Span(descriptor, at, MIB))
+        assert later.take(Span(descriptor, 2 * MIB, MIB))
+        assert not later.take(Span(descriptor, 2 * MIB, MIB))
+        while later.next():
+            pass
+        assert sorted({at // MIB for at, _ in asked}) == [0, 3]
+        assert later._nbytes == 0
+        monkeypatch.setattr(bringing, "LIMIT_SPANS", 3)
+        for at in range(5):
+            later.add(Span(descriptor, at, 1))
+        asked.clear()
+        while later.next():
+            pass
+        assert [at for at, _ in asked] == [2, 3, 4]
+
+
+def test_without_memory_nothing_is_brought_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise MemoryError
+
+    with pieces() as (asked, descriptor):
+        later = BringIn()
+        later.add(Span(descriptor, 0, MIB))
+        monkeypatch.setattr(bringing.np, "empty", none)
+        assert later.next()
+        assert not later.next()
+        assert not asked
 
 
 @pytest.mark.parametrize("policy", ["keep", "drop"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,3 +267,33 @@ def test_large_rows_are_summed_when_the_sink_wants_it(first: bool) -> None:
 
     Copier().gather(Rows(memory, rows), Spy(), checksum, not_stopped)
     assert seen == [expected_sum(memory[rows]) if first else expected_sum(memory[:0])]
+
+
+def test_a_block_of_one_piece_is_summed_up_after_it_was_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is checksummed must be as new as what was copied, or newer."""
+    memory, source = np.zeros((9, 64), np.uint8), np.arange(256, dtype=np.uint8)
+    put = Copier._put
+
+    def put_and_change(self: Copier, *arguments: np.ndarray) -> None:
+        put(self, *arguments)
+        source[100] ^= 1
+
+    monkeypatch.setattr(Copier, "_put", put_and_change)
+    found = Copier().scatter_whole(5, 6, Rows(memory, np.array([8, 0, 5, 1])), source, True)
+    checksum = new_checksum(5, 6)
+    checksum.update(source.data)
+    assert found == checksum.intdigest()
+    assert memory[0, 100 - 64] == 100
+
+
+def test_memory_that_was_copied_from_is_let_go_of() -> None:
+    copier, memory = Copier(), np.zeros((9, 64), np.uint8)
+    rows = Rows(memory, np.array([1, 2]))
+    copier.gather_whole(1, 2, rows, MappedSink(np.zeros(128, np.uint8)))
+    gone = weakref.ref(memory)
+    del memory, rows
+    assert gone() is not None
+    copier.forget()
+    assert gone() is None

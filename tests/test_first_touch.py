@@ -124,3 +124,17 @@ def test_what_is_left_is_counted_by_what_faults_once() -> None:
     assert left == len(touched) - np.count_nonzero(touched) > 0
     touch.before_stores([Rows(table, np.arange(0, 40))])
     assert touch._memories[Rows].left == left
+
+
+@pytest.mark.parametrize("row_bytes", [16 << 10, 48 << 10, 96 << 10, 160 << 10, 250_000])
+def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(row_bytes: int) -> None:
+    memory = np.zeros(NBYTES, np.uint8)
+    rows = NBYTES // row_bytes
+    table, touch = memory[: rows * row_bytes].reshape(rows, row_bytes), FirstTouch()
+    before = memory.ctypes.data % AROUND_BYTES
+    for row in [*range(0, rows, 3), *range(1, rows, 3), *range(2, rows, 3)]:
+        touch.before_stores([Rows(table, np.array([row]))])
+        first, last = row * row_bytes + before, (row + 1) * row_bytes - 1 + before
+        touched = touch._memories[Rows]._touched
+        # A row of up to 8 KiB may reach over an edge, a longer one is touched at both ends.
+        assert touched[first // AROUND_BYTES : last // AROUND_BYTES + 1].all()

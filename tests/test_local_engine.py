@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from light_mem.engine import reading, writing
-from light_mem.engine.base import Outcome
+from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.memory import MemoryStorageEngine
+from light_mem.engine.places import Rows
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import InvalidArgumentError, LockTimeoutError, StoreFormatError
 from light_mem.index import format as fmt
@@ -392,3 +393,37 @@ def test_after_a_batch_no_intent_is_left(rig: Rig) -> None:
     rig.write(*[Block(n) for n in range(5)])
     rig.write(Block(6))
     assert not engine._owners.records["intents"][engine._owner.number].any()
+
+
+def test_a_read_tells_of_some_blocks_at_a_time_and_before_it_opens_a_shard(
+    tmp_path: Path,
+) -> None:
+    engine = open_local(tmp_path / "s", 64, page_bytes=1 << 20, shards=2)
+    blocks = [Block(n) for n in range(24)]
+    assert Rig(engine, 1 << 20).write(*blocks) == [COPIED_AND_STORED] * 24
+    shards = [engine.lookup.find_one(b.key, 0) // engine.geometry.slots for b in blocks]
+    engine.close()
+    let_go(engine)
+    engine = LocalStorageEngine(tmp_path / "s", kind="worker")
+    engine.file(0)
+    told: list[int] = []
+    opened: list[int] = []
+    open_file = engine._open.file
+
+    def note(shard: int) -> ShardFile:
+        opened.append(sum(told))
+        return open_file(shard)
+
+    engine._reader._engine.file = note  # type: ignore[method-assign]
+    # Nothing is cold, and so nothing is opened beforehand.
+    engine._reader._device.begin = lambda _: None  # type: ignore[method-assign]
+    memory = np.zeros((24, 1 << 20), np.uint8)
+    batch = [
+        BlockIO(*keymath.as_key(block.key), Rows(memory, np.array([n])))
+        for n, block in enumerate(blocks)
+    ]
+    engine.read(batch, lambda positions, outcome: told.append(len(positions)))
+    assert sum(told) == 24
+    assert max(told) <= 4
+    assert opened == [shards.count(0)]
+    engine.close()

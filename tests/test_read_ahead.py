@@ -22,7 +22,10 @@ FILE_BYTES = 12 * PIECE_BYTES + 777
 def descriptor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
     path = tmp_path / "file"
     page_bytes_of("file", 0, FILE_BYTES).tofile(path)
-    opened = open_direct(path) if request.param == "direct" else os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY)
+    if request.param == "direct":
+        plain, opened = opened, open_direct(path, opened)
+        os.close(plain)
     if opened < 0:
         pytest.skip("this file system has no O_DIRECT")
     yield opened
@@ -211,7 +214,9 @@ def test_what_is_dirty_in_the_page_cache_is_read(tmp_path: Path) -> None:
     path = tmp_path / "file"
     writer = os.open(path, os.O_RDWR | os.O_CREAT)
     os.pwrite(writer, bytes(1 << 16), 0)
-    direct = open_direct(path)
+    plain = os.open(path, os.O_RDONLY)
+    direct = open_direct(path, plain)
+    os.close(plain)
     if direct < 0:
         os.close(writer)
         pytest.skip("this file system has no O_DIRECT")

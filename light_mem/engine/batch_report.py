@@ -84,8 +84,9 @@ class BatchReport:
             left[row] -= 1
             if not left[row]:
                 ready.append(row)
-        if ready:
-            self.count()  # before the last state: whoever sees the task ready sees its numbers
+        # Before the last state: whoever sees the task ready sees its numbers. And each time: an
+        # idle worker sees by them that others read.
+        self.count()
         self._set_states(positions, _FINAL[number])
         for row in ready:
             self._table.finish(row, self._worker)

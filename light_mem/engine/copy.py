@@ -252,6 +252,10 @@ class Copier:
             self._use_memory(memory)
         self._firsts[rows]
 
+    def forget(self) -> None:
+        """Let go of the memory that was copied from or to last."""
+        self._use_memory(np.empty((0, 1), np.uint8))
+
     def _use_memory(self, memory: Bytes2D) -> None:
         self._memory = memory
         self._firsts = memory[:, 0]

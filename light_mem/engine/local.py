@@ -120,7 +120,13 @@ class LocalStorageEngine(StorageEngine):
             self._owners.close()
             raise
         # Not `self.file`: no cycle, in which the maps of a closed store would stay.
-        device = DeviceReads(geometry.page_bytes, self._open.file, self._dropper)
+        inserts = self._index.control["inserts"]
+        device = DeviceReads(
+            geometry.page_bytes,
+            self._open.file,
+            lambda shard: int(inserts[shard]),
+            self._dropper,
+        )
         self._reader = Reader(self, self._open.files, self._copier, verify, device)
         intents = Intents(self._owner)
         self._writer = Writer(self, self._owner, intents, self._copier, flush=durability == "flush")
@@ -240,7 +246,17 @@ class LocalStorageEngine(StorageEngine):
         would wait for (80 ms, most of it imports); whether there was any."""
         if self._dropper is not None and self._drop(self._dropper.drop_next):
             return True
-        return self._open.prepare_next() or self._reader.rest()
+        return self._open.prepare_next()
+
+    @property
+    def has_later(self) -> bool:
+        """Whether there is something for `bring_in`. The thread that reads."""
+        return self._reader.has_later
+
+    def bring_in(self) -> bool:
+        """While nobody waits for the device: bring in a piece of what was read past the page cache;
+        whether there was any. The thread that reads."""
+        return self._reader.bring_in()
 
     def _drop(self, step: Callable[[], bool | None]) -> bool | None:
         """The blocks are stored: what fails here costs page cache, and is said."""
@@ -443,6 +459,7 @@ class LocalStorageEngine(StorageEngine):
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
         self._reader.close()
+        self._copier.forget()
         if self._dropper is not None:
             self._drop(self._dropper.finish)
         self.limited.flush()

@@ -166,14 +166,18 @@ class ReadAhead:
         self._free.append(request.buffer)
 
 
-def open_direct(path: str | os.PathLike[str]) -> int:
-    """A descriptor for reading past the page cache, -1 where the file system has no O_DIRECT, or
-    a device has larger blocks than we read."""
+def open_direct(path: str | os.PathLike[str], like: int) -> int:
+    """A descriptor for reading past the page cache, of the file that `like` has open and `path`
+    named then. -1 where the path names another one by now, where the file system has no O_DIRECT,
+    or a device has larger blocks than we read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except (AttributeError, OSError):
         return -1
     try:
+        found, wanted = os.fstat(descriptor), os.fstat(like)
+        if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
+            raise OSError("the store was moved away")
         os.preadv(descriptor, [mmap.mmap(-1, _ALIGN)], _ALIGN)
     except OSError:
         os.close(descriptor)

@@ -63,7 +63,7 @@ class Reader:
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.read`."""
         job = ReadJob(batch, self._lookup, report, stop)
-        ahead = job.ahead()
+        ahead = self._wanted(job)
         self._device.begin(ahead)
         self._touch.before_stores([batch[at].place for at, _ in ahead])
         for at, where in ahead:
@@ -71,12 +71,30 @@ class Reader:
                 self._judge(job)
             self._load(job, at, where)
         self._judge(job)
-        if len(ahead) < len(batch):
+        if None in job.located:
             self._settle_absent(job)
 
-    def rest(self) -> bool:
-        """Do a piece of what can wait; whether there was any."""
-        return self._device.rest()
+    def _wanted(self, job: ReadJob) -> list[tuple[int, Location]]:
+        """The blocks to read, in this order; tells of those that are not, although they are there:
+        nobody waits for a device for them."""
+        wanted: list[tuple[int, Location]] = []
+        for at, where in job.ahead():
+            if where.nbytes != job.nbytes[at]:
+                self._settle_other_length(job, at, where)
+            elif job.stop(at):
+                job.report((at,), Outcome.STOPPED)
+            else:
+                wanted.append((at, where))
+        return wanted
+
+    @property
+    def has_later(self) -> bool:
+        """Whether there is something to be brought in."""
+        return self._device.has_later
+
+    def bring_in(self) -> bool:
+        """Bring in a piece of what was read past the page cache; whether there was any."""
+        return self._device.bring_in()
 
     def close(self) -> None:
         """Wait for what is under way, before the files are closed."""
@@ -102,6 +120,17 @@ class Reader:
         job.settle(lost, Outcome.LOST)
         for at in damaged:
             self._settle_damaged(job, at, WRONG_SUM)
+
+    @staticmethod
+    def _settle_other_length(job: ReadJob, at: int, where: Location) -> None:
+        low, high, _ = job.batch[at]
+        log.info(
+            "block %s is stored with %d bytes, not %d: a miss",
+            keymath.key_text(low, high),
+            where.nbytes,
+            job.nbytes[at],
+        )
+        job.report((at,), Outcome.MISSING)
 
     def _settle_damaged(self, job: ReadJob, at: int, problem: str) -> None:
         """Drop a block whose bytes are not what was written, unless it is gone, and tell."""
@@ -142,16 +171,6 @@ class Reader:
 
     def _load(self, job: ReadJob, at: int, where: Location) -> None:
         """Copy a block, to be judged; what it cannot copy it tells at once."""
-        if where.nbytes != job.nbytes[at]:
-            low, high, _ = job.batch[at]
-            log.info(
-                "block %s is stored with %d bytes, not %d: a miss",
-                keymath.key_text(low, high),
-                where.nbytes,
-                job.nbytes[at],
-            )
-            job.report((at,), Outcome.MISSING)
-            return
         try:
             checksum = self._copy(job, at, where)
         except Stopped:
@@ -180,10 +199,10 @@ class Reader:
         checksum = new_checksum(low, high) if self._verify else None
         stopped = partial(job.stop, at)
         done = 0
-        for run, nbytes in self._device.runs(where):
+        for n, (run, nbytes) in enumerate(self._device.runs(where)):
             part = place if nbytes == where.nbytes else place.part(done, done + nbytes)
             if from_device:
-                self._device.read(file, run, self._copier, part, checksum, stopped)
+                self._device.read(at, n, file, run, self._copier, part, checksum, stopped)
             else:
                 file.scatter(self._copier, run, nbytes, part, checksum, stopped)
             done += nbytes

@@ -198,7 +198,7 @@ class ShardFile:
         """`span`, for reading past the page cache where the file system has that. The thread that
         reads."""
         if self._direct_fd is None:
-            self._direct_fd = open_direct(self._path)
+            self._direct_fd = open_direct(self._path, self._data_fd)
             if self._direct_fd < 0 and self._dropper is not None:
                 page_cache.read_no_further(self._data_fd)
         span = self.span(run, nbytes)
@@ -208,9 +208,9 @@ class ShardFile:
         """Whether the first `nbytes` of a run of slots lie in the page cache now."""
         return page_cache.holds(self.address(run[0]), nbytes)
 
-    def is_end_cached(self, run: tuple[int, int], nbytes: int) -> bool:
-        """Whether the last of them does."""
-        return page_cache.holds(self.address(run[0]) + nbytes - 1, 1)
+    def is_page_cached(self, slot: int, at: int) -> bool:
+        """Whether byte `at` from a slot on does."""
+        return page_cache.holds(self.address(slot) + at, 1)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.

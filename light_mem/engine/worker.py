@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ log = logging.getLogger("light_mem")
 # Read by the server and logged there: level, then the text.
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
+QUIET_SECONDS = 0.1  # longer than most batches take that come from a device
 
 
 class Worker:
@@ -61,6 +63,7 @@ class Worker:
         self._flat = memory.reshape(-1)
         self._engine = engine
         self._limited = Limited()
+        self._read, self._read_at = 0, 0.0  # time that all workers spent reading, when it changed
 
     def run(self) -> None:
         """Work until the service is closed."""
@@ -76,8 +79,22 @@ class Worker:
                 self.do(cells)
             elif table.shutdown:
                 return
-            elif not self._engine.rest():
+            elif self._engine.rest():
+                pass
+            elif not self._engine.has_later:
                 table.futex.wait(table.work_word, seen, IDLE_SECONDS)
+            elif self._nobody_reads():
+                self._engine.bring_in()
+            else:
+                table.futex.wait(table.work_word, seen, QUIET_SECONDS)
+
+    def _nobody_reads(self) -> bool:
+        """Whether no worker of the service has told of a read for QUIET_SECONDS, and none waits:
+        what is brought in is not to take the device from them."""
+        now, read = time.monotonic(), int(self._table.workers["read_ns"].sum())
+        if read != self._read or self._table.depth(READ):
+            self._read, self._read_at = read, now
+        return now - self._read_at >= QUIET_SECONDS
 
     def do(self, cells: Sequence[int]) -> None:
         """Do one batch of claimed cells, all of one mode."""

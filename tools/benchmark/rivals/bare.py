@@ -57,7 +57,7 @@ class Bare(Rival):
         mapping = mmap.mmap(self._file, plan.nbytes)
         self._bytes = np.frombuffer(mapping, np.uint8)
         self._address = self._bytes.ctypes.data
-        self._direct = open_direct(self.directory / "file")
+        self._direct = open_direct(self.directory / "file", self._file)
         self._copier, self._touch = Copier(), FirstTouch()
         self._past = DirectReads(plan.shape.page_bytes)
         self._written: dict[int, float] = {}  # see DirtyPages
