@@ -111,7 +111,6 @@ class Worker:
             self._engine.read(batch, report, stop)
         else:
             self._engine.write(batch, report, stop)
-        report.count()
 
     def _blocks(self, records: npt.NDArray[np.void]) -> list[BlockIO]:
         """What to move for the cells of a batch."""
