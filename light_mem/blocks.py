@@ -168,24 +168,23 @@ def parse_pages(
             page=page,
             num_pages=num_pages,
         )
-    if mode == READ and not _all_differ(pages, low, high):
-        ordered = np.sort(pages)
-        page = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
-        raise InvalidArgumentError(f"page {page} would be read into twice by one task", page=page)
+    twice = _page_twice(pages, low, high) if mode == READ else None
+    if twice is not None:
+        raise InvalidArgumentError(f"page {twice} would be read into twice by one task", page=twice)
     return pages.astype(np.uint32)
 
 
-def _all_differ(pages: npt.NDArray[Any], low: int, high: int) -> bool:
-    """Whether no page number is there twice; all lie in `low` to `high`."""
+def _page_twice(pages: npt.NDArray[Any], low: int, high: int) -> int | None:
+    """The lowest page number that is there twice, None: all differ; they lie in `low` to `high`."""
     span = high - low + 1
-    if span < pages.size:
-        return False
-    if span > _FLAGS_A_PAGE * pages.size:
-        ordered = np.sort(pages)
-        return not (ordered[1:] == ordered[:-1]).any()
-    seen = np.zeros(span, np.bool_)
-    seen[pages - low] = True
-    return int(np.count_nonzero(seen)) == pages.size
+    if span <= _FLAGS_A_PAGE * pages.size:
+        seen = np.zeros(span, np.bool_)
+        seen[pages - low] = True
+        if np.count_nonzero(seen) == pages.size:
+            return None
+    ordered = np.sort(pages)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return int(twice[0]) if twice.size else None
 
 
 def pages_per_hash(hashes: int, pages: int, per_block: int) -> int:

@@ -257,7 +257,7 @@ def test_no_more_than_the_window_waits_to_be_written(
         finish(descriptor, at, nbytes)
 
     monkeypatch.setattr(page_cache, "finish_write_out", finish_and_note)
-    dropper = Dropper(4096, window=4 * MIB)
+    dropper = Dropper(window=4 * MIB)
     for n in range(16):
         os.pwrite(descriptor, bytes(MIB), n * MIB)
         dropper.wrote(Span(descriptor, n * MIB, MIB))

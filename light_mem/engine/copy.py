@@ -235,7 +235,7 @@ class Copier:
         """Copy `source` to rows of the memory."""
         if memory.shape[1] < SMALL_PAGE_BYTES:
             self._fetch(memory, rows)
-        elif memory is not self._memory:
+        else:
             self._use_memory(memory)
         # An array of one element a row: `put` copies an element by one call, where an assignment
         # to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us).
@@ -248,8 +248,7 @@ class Copier:
         rows are copied it gets to one after the other, and begins each with a wait: a fifth of the
         time of rows of 1 KiB, a tenth of those of 4 KiB, nothing of those of 32 KiB.
         """
-        if memory is not self._memory:
-            self._use_memory(memory)
+        self._use_memory(memory)
         self._firsts[rows]
 
     def forget(self) -> None:
@@ -257,9 +256,11 @@ class Copier:
         self._use_memory(np.empty((0, 1), np.uint8))
 
     def _use_memory(self, memory: Bytes2D) -> None:
-        self._memory = memory
-        self._firsts = memory[:, 0]
-        self._elements = memory.view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
+        """Have views of the memory at hand: most blocks are of the same."""
+        if memory is not self._memory:
+            self._memory = memory
+            self._firsts = memory[:, 0]
+            self._elements = memory.view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
 
 
 def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None:

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from light_mem.engine import page_cache
 from light_mem.engine.bring_in import BringIn
 from light_mem.engine.copy import Copier
 from light_mem.engine.direct_reads import DirectReads
-from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Place
 from light_mem.engine.read_ahead import Span
 from light_mem.errors import StoreFormatError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 1.0
 
 Blocks = Sequence[tuple[int, Location]]  # position in the batch, where it lies
+Way = tuple[Span, "Span | None"]  # what is read, and what is to be brought in then
 
 
 class DeviceReads:
@@ -46,58 +47,52 @@ class DeviceReads:
         page_bytes: int,
         open_file: Callable[[int], ShardFile],
         stored: Callable[[int], int],
-        dropper: Dropper | None,
+        drops: bool,
     ) -> None:
         """`open_file` gives a shard's files, or raises OSError, StoreFormatError; `stored` how many
-        blocks were ever stored in a shard."""
+        blocks were ever stored in a shard. `drops`: the policy is "drop"."""
         self._page_bytes = page_bytes
         self._open_file = open_file
         self._stored = stored
-        self._dropper = dropper
-        self._direct = DirectReads(page_bytes) if dropper is None else dropper
+        self._drops = drops
+        self._direct = DirectReads(page_bytes)
         self._later = BringIn()
         self._can_read = hasattr(os, "preadv")
-        self._spans: dict[int, list[Span]] = {}  # of the batch in hand, one a run
+        self._ways: dict[int, list[Way]] = {}  # of the batch in hand, one a run
         # Of each shard: how many blocks had been stored in it, and when that was seen to change.
         self._changes: dict[int, tuple[int, float]] = {}
 
     def begin(self, blocks: Blocks) -> None:
         """A batch is read now, in this order: the device begins with what it is needed for."""
-        self._spans = {}
+        self._ways = {}
         if not self._can_read:
             return
-        quiet: dict[int, bool] = {}
         # What fails here the reads themselves say, each for its block.
         for at, where in blocks:
             try:
                 file = self._open_file(where.shard)
-                if self._dropper is None and not self._is_cold(file, where):
-                    continue
-                if where.shard not in quiet:
-                    quiet[where.shard] = self._dropper is not None or self._is_quiet(where.shard)
-                self._spans[at] = [
-                    self._way(file, run, nbytes, quiet[where.shard])
-                    for run, nbytes in self.runs(where)
-                ]
+                if self._drops or self._is_cold(file, where):
+                    past_cache = self._drops or self._is_quiet(where.shard)
+                    self._ways[at] = [
+                        self._way(file, run, nbytes, past_cache) for run, nbytes in self.runs(where)
+                    ]
             except (OSError, StoreFormatError):
                 continue
-        if not self._spans:
+        if not self._ways:
             return
         try:
-            self._direct.plan([span for spans in self._spans.values() for span in spans])
+            self._direct.plan([span for ways in self._ways.values() for span, _ in ways])
         except OSError:
             pass  # no memory, say
 
     def waits_for(self, at: int) -> bool:
         """Whether `read` is for the block at this position of the batch."""
-        return at in self._spans
+        return at in self._ways
 
     def read(
         self,
         at: int,
         n: int,
-        file: ShardFile,
-        run: Run,
         copier: Copier,
         place: Place,
         checksum: xxhash.xxh3_64 | None,
@@ -105,12 +100,14 @@ class DeviceReads:
     ) -> None:
         """Copy the bytes of a block's nth run of slots, as long as `place`; raises Stopped,
         OSError."""
-        span = self._spans[at][n]
-        self._direct.read(span, copier, place, checksum, stopped)
-        if self._dropper is None:
-            through_cache = file.span(run, span.nbytes)
-            if span != through_cache:
-                self._later.add(through_cache)
+        span, later = self._ways[at][n]
+        try:
+            self._direct.read(span, copier, place, checksum, stopped)
+        finally:
+            if self._drops:  # some of it may be in the page cache all the same
+                page_cache.drop(*span)
+        if later is not None:
+            self._later.add(later)
 
     def runs(self, where: Location) -> list[tuple[Run, int]]:
         """The runs of a block, and how many bytes of it lie in each."""
@@ -135,20 +132,20 @@ class DeviceReads:
     def close(self) -> None:
         """Wait for what is under way; nothing is brought in any more."""
         self._later.clear()
-        if isinstance(self._direct, DirectReads):
-            self._direct.close()
+        self._direct.close()
 
     def _is_cold(self, file: ShardFile, where: Location) -> bool:
         """Whether the middle of a block's last run is not in the page cache: its ends may have been
         read with its neighbours."""
         run, nbytes = self.runs(where)[-1]
-        return not file.is_page_cached(run[0], nbytes // 2)
+        return not file.is_cached(run, 1, nbytes // 2)
 
-    def _way(self, file: ShardFile, run: Run, nbytes: int, past_cache: bool) -> Span:
+    def _way(self, file: ShardFile, run: Run, nbytes: int, past_cache: bool) -> Way:
         through_cache = file.span(run, nbytes)
         if self._later.take(through_cache) or not past_cache:
-            return through_cache
-        return file.past_cache(run, nbytes)
+            return through_cache, None
+        span = file.past_cache(run, nbytes)
+        return span, None if self._drops or span == through_cache else through_cache
 
     def _is_quiet(self, shard: int) -> bool:
         """Whether nobody has been storing blocks in a shard lately, as far as can be told: at the

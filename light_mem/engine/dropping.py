@@ -7,7 +7,7 @@ write  by `pwrite`; the device begins at once, and the worker waits for what it 
        WINDOW_BYTES ago, then drops that. So a worker has some WINDOW_BYTES dirty at most, and the
        device is never idle while blocks come
 read   past the page cache into memory of the worker's own, ahead over the blocks of a batch; pages
-       that a block has in the page cache all the same are dropped when it was read
+       that a block has in the page cache all the same are dropped when it was read (`DeviceReads`)
 
 Nothing goes through a mapping: a page that any process has mapped cannot be dropped. Nothing here
 needs to survive a kill: what a dead worker would have dropped the kernel drops when it needs room.
@@ -16,32 +16,23 @@ needs to survive a kill: what a dead worker would have dropped the kernel drops 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-
-import xxhash
 
 from light_mem.engine import page_cache
-from light_mem.engine.copy import Copier
-from light_mem.engine.direct_reads import DirectReads
-from light_mem.engine.places import Place
 from light_mem.engine.read_ahead import Span
 
 WINDOW_BYTES = 32 << 20
 
 
 class Dropper:
-    """Moves the bytes of one process past the page cache. Not thread-safe.
+    """Writes out and drops what one process has written. Not thread-safe.
 
     Its descriptors belong to the shards' files: `finish` before they are closed.
     """
 
-    def __init__(self, page_bytes: int, window: int = WINDOW_BYTES) -> None:
+    def __init__(self, window: int = WINDOW_BYTES) -> None:
         self._window = window
         self._written: deque[Span] = deque()
         self._written_bytes = 0
-        self._reads = DirectReads(page_bytes)
-
-    # --- writing ---------------------------------------------------------------------------------
 
     def wrote(self, span: Span) -> None:
         """A span was written by `pwrite`: the device begins with it now. Raises OSError."""
@@ -66,7 +57,6 @@ class Dropper:
 
     def finish(self) -> None:
         """Wait for and drop all that was written; raises OSError, of the last that failed."""
-        self._reads.close()
         failed: OSError | None = None
         while self._written:
             try:
@@ -75,23 +65,3 @@ class Dropper:
                 failed = error
         if failed is not None:
             raise failed
-
-    # --- reading ---------------------------------------------------------------------------------
-
-    def plan(self, spans: Sequence[Span]) -> None:
-        """These are read next, in this order; any of them may be left out."""
-        self._reads.plan(spans)
-
-    def read(
-        self,
-        span: Span,
-        copier: Copier,
-        place: Place,
-        checksum: xxhash.xxh3_64 | None,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """`DirectReads.read`; what the page cache has of the span all the same is dropped."""
-        try:
-            self._reads.read(span, copier, place, checksum, stopped)
-        finally:
-            page_cache.drop(*span)

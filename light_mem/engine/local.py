@@ -99,7 +99,7 @@ class LocalStorageEngine(StorageEngine):
         self.time_to_live = time_to_live
         self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
         self._copier = Copier()
-        self._dropper = Dropper(geometry.page_bytes) if page_cache == "drop" else None
+        self._dropper = Dropper() if page_cache == "drop" else None
         self._closed = False
         self._ending = threading.Lock()  # only tried: of the thread that ends leases for finalizers
         self._in_order = True  # nothing of ours was left behind
@@ -121,13 +121,13 @@ class LocalStorageEngine(StorageEngine):
             raise
         # Not `self.file`: no cycle, in which the maps of a closed store would stay.
         inserts = self._index.control["inserts"]
-        device = DeviceReads(
+        self._device = DeviceReads(
             geometry.page_bytes,
             self._open.file,
             lambda shard: int(inserts[shard]),
-            self._dropper,
+            drops=self._dropper is not None,
         )
-        self._reader = Reader(self, self._open.files, self._copier, verify, device)
+        self._reader = Reader(self, self._open.files, self._copier, verify, self._device)
         intents = Intents(self._owner)
         self._writer = Writer(self, self._owner, intents, self._copier, flush=durability == "flush")
         self._write_now = WriteNow(self, self._owner, intents, self._copier)
@@ -251,12 +251,12 @@ class LocalStorageEngine(StorageEngine):
     @property
     def has_later(self) -> bool:
         """Whether there is something for `bring_in`. The thread that reads."""
-        return self._reader.has_later
+        return self._device.has_later
 
     def bring_in(self) -> bool:
         """While nobody waits for the device: bring in a piece of what was read past the page cache;
         whether there was any. The thread that reads."""
-        return self._reader.bring_in()
+        return self._device.bring_in()
 
     def _drop(self, step: Callable[[], bool | None]) -> bool | None:
         """The blocks are stored: what fails here costs page cache, and is said."""
@@ -458,7 +458,7 @@ class LocalStorageEngine(StorageEngine):
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
         self._owners.close()
-        self._reader.close()
+        self._device.close()
         self._copier.forget()
         if self._dropper is not None:
             self._drop(self._dropper.finish)

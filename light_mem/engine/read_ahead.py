@@ -175,8 +175,7 @@ def open_direct(path: str | os.PathLike[str], like: int) -> int:
     except (AttributeError, OSError):
         return -1
     try:
-        found, wanted = os.fstat(descriptor), os.fstat(like)
-        if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
+        if not os.path.sameopenfile(descriptor, like):
             raise OSError("the store was moved away")
         os.preadv(descriptor, [mmap.mmap(-1, _ALIGN)], _ALIGN)
     except OSError:

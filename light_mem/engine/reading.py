@@ -87,19 +87,6 @@ class Reader:
                 wanted.append((at, where))
         return wanted
 
-    @property
-    def has_later(self) -> bool:
-        """Whether there is something to be brought in."""
-        return self._device.has_later
-
-    def bring_in(self) -> bool:
-        """Bring in a piece of what was read past the page cache; whether there was any."""
-        return self._device.bring_in()
-
-    def close(self) -> None:
-        """Wait for what is under way, before the files are closed."""
-        self._device.close()
-
     def _judge(self, job: ReadJob) -> None:
         """Look again at what was copied, and tell: before anything that may wait for a device or a
         lock."""
@@ -202,9 +189,10 @@ class Reader:
         for n, (run, nbytes) in enumerate(self._device.runs(where)):
             part = place if nbytes == where.nbytes else place.part(done, done + nbytes)
             if from_device:
-                self._device.read(at, n, file, run, self._copier, part, checksum, stopped)
+                self._device.read(at, n, self._copier, part, checksum, stopped)
             else:
-                file.scatter(self._copier, run, nbytes, part, checksum, stopped)
+                source = file.first_bytes(run[0], nbytes)
+                self._copier.scatter(source, part, checksum, stopped)
             done += nbytes
         return None if checksum is None else checksum.intdigest()
 

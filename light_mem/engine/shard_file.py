@@ -174,18 +174,6 @@ class ShardFile:
             for run in runs:
                 page_cache.read_edges(*self.span(run, run[1] * self.page_bytes))
 
-    def scatter(
-        self,
-        copier: Copier,
-        run: tuple[int, int],
-        nbytes: int,
-        place: Place,
-        checksum: xxhash.xxh3_64 | None,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """Copy the first `nbytes` of a run of slots from the mapping to `place`; raises Stopped."""
-        copier.scatter(self.first_bytes(run[0], nbytes), place, checksum, stopped)
-
     def address(self, slot: int) -> int:
         """Where in this process a slot is mapped."""
         return self._address + slot * self.page_bytes
@@ -204,13 +192,9 @@ class ShardFile:
         span = self.span(run, nbytes)
         return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
 
-    def is_cached(self, run: tuple[int, int], nbytes: int) -> bool:
-        """Whether the first `nbytes` of a run of slots lie in the page cache now."""
-        return page_cache.holds(self.address(run[0]), nbytes)
-
-    def is_page_cached(self, slot: int, at: int) -> bool:
-        """Whether byte `at` from a slot on does."""
-        return page_cache.holds(self.address(slot) + at, 1)
+    def is_cached(self, run: tuple[int, int], nbytes: int, first: int = 0) -> bool:
+        """Whether `nbytes` of a run of slots, from byte `first` on, lie in the page cache now."""
+        return page_cache.holds(self.address(run[0]) + first, nbytes)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.
@@ -227,7 +211,7 @@ class ShardFile:
 
     def bytes(self, start: int, length: int) -> Bytes1D:
         """The mapped bytes of a run of slots, uint8 [length * page_bytes]."""
-        return self._bytes[start * self.page_bytes : (start + length) * self.page_bytes]
+        return self.first_bytes(start, length * self.page_bytes)
 
     def first_bytes(self, slot: int, nbytes: int) -> Bytes1D:
         """The mapped bytes from a slot on, uint8 [nbytes]."""

@@ -67,7 +67,7 @@ class Bare(Rival):
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
         for name, rows in zip(hashes, pages, strict=True):
-            at = int(name[16:], 16) * self._block
+            at = self._start_of(name)
             place, now = Rows(self.memory, rows), time.monotonic()
             written = self._written.get(at, 0.0)
             if self._dirty.need_no_fault(self._file, at, self._block, written, now):
@@ -86,7 +86,7 @@ class Bare(Rival):
         cold = self._cold(hashes)
         self._past.plan(list(cold.values()))
         for name, rows in zip(hashes, pages, strict=True):
-            at = int(name[16:], 16) * self._block
+            at = self._start_of(name)
             checksum, place = new_checksum(at, 0), Rows(self.memory, rows)
             if name in cold:
                 self._touch.before_stores([place])
@@ -98,13 +98,16 @@ class Bare(Rival):
             if wanted is not None and found != wanted:  # None: written before the last open
                 raise OSError("another checksum than that of what was written")
 
+    def _start_of(self, name: str) -> int:
+        return int(name[16:], 16) * self._block
+
     def _cold(self, names: list[Any]) -> dict[Any, Span]:
         """Those that are not in the page cache. After the first read of an open store all are
         there, or came past it: then nobody asks."""
         if self._direct < 0 or self._was_read:
             return {}
         self._was_read = True
-        starts = {name: int(name[16:], 16) * self._block for name in names}
+        starts = {name: self._start_of(name) for name in names}
         return {
             name: Span(self._direct, at, self._block)
             for name, at in starts.items()
