@@ -208,12 +208,14 @@ class CacheService(Closing, ABC):
             raise
         task = CacheTask(**fields, table=session.table, place=place, session=session)
         order = np.flatnonzero(~done)
+        homes = None
         if kind == WRITE and len(order) > 1:
-            mixed = keymath.mix(keys[order])
-            shards = keymath.shards_of(mixed, self._engine.geometry.shards)
+            count = self._engine.geometry.shards
+            shards = keymath.shards_of(keymath.mix(keys[order]), count)
             workers = int(session.table.header["workers"][0])
-            order = order[deal(shards, layout.nbytes[order], workers)]
-        session.submit(task, place, done, order, kind)
+            in_turn, homes = deal(shards, layout.nbytes[order], count, workers)
+            order = order[in_turn]
+        session.submit(task, place, done, order, homes, kind)
         return task
 
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:

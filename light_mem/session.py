@@ -144,12 +144,14 @@ class Session:
         place: Place,
         done: npt.NDArray[np.bool_],
         order: npt.NDArray[np.int64],
+        homes: npt.NDArray[np.int64] | None,
         mode: int,
     ) -> None:
         """Queue the blocks of a placed task that are not `done` already, in this order.
 
         done    bool [blocks]; such a block is Finished in a write and Aborted in a read
         order   positions within the task of the others, at least one
+        homes   of each of those, see `dealing`; None: any worker
 
         Raises ServiceClosedError, LockTimeoutError; then nothing is queued.
         """
@@ -163,7 +165,10 @@ class Session:
             table.states[place.start : place.start + place.blocks] = states
             table.active[place.row] = mode
 
-        self.queue.push((place.start + order).astype(np.uint32), mode, publish)
+        cells = (place.start + order).astype(np.uint32)
+        if homes is not None:
+            table.cells["home"][cells] = homes
+        self.queue.push(cells, mode, publish)
         with self._guard:
             self._tasks.add(task)  # to take its room back early when the table is full
 

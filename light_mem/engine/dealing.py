@@ -1,8 +1,12 @@
-"""The order in which the blocks of a write are queued: it keeps workers out of each other's way.
+"""Which worker had better write which blocks, and their order in the queue: it keeps workers out
+of each other's way.
 
 A batch of one shard takes two holds of that shard's lock, whatever its length, and one file is
 written by one process at a time (the kernel holds the file's lock during a `pwrite`). So what a
-worker claims at a time should be of one shard, and what two workers claim in turn of two.
+worker claims at a time should be of one shard, and what two workers claim in turn of two. And a
+shard should be written by the same worker again and again: what it has stored to a slot's pages
+before, and the kernel not yet written out, it stores to without a page fault (`dirty_pages`). So
+each shard has a *home*, a worker; others write to it only when they have nothing else to do.
 """
 
 from __future__ import annotations
@@ -16,18 +20,23 @@ from light_mem.engine.table_layout import WRITE
 Positions = npt.NDArray[np.int64]
 
 
-def deal(shards: Positions, nbytes: Positions, workers: int) -> Positions:
-    """Order of blocks by their `shards` and lengths in bytes, [n] each: positions, [n].
+def deal(
+    shards: Positions, nbytes: Positions, num_shards: int, workers: int
+) -> tuple[Positions, Positions]:
+    """How to queue blocks by their `shards` and lengths in bytes, [n] each.
 
-    The blocks, sorted by shard, are cut into a part a worker; batches are dealt from the parts in
-    turn.
+    Returns positions in the order to queue them, [n], and the home of each block there, [n]:
+    workers count from 1. Batches of the workers come in turn, so that each finds its own near the
+    head of the queue.
     """
     count = len(shards)
-    by_shard = np.argsort(shards, kind="stable")
-    part = -(-count // workers)
+    order = np.argsort(shards, kind="stable")
+    if num_shards < workers:  # a shard has several workers: even parts
+        homes = np.arange(count) * workers // count
+    else:
+        homes = shards[order] * workers // num_shards
     mean = max(1, int(nbytes.sum()) // count)
-    batch = min(BATCH_BLOCKS, part, -(-BATCH_BYTES[WRITE] // mean))
-    at = np.arange(count)
-    whose, within = np.divmod(at, part)
-    turn, place = np.divmod(within, batch)
-    return by_shard[np.argsort((turn * workers + whose) * batch + place, kind="stable")]
+    batch = min(BATCH_BLOCKS, -(-count // workers), -(-BATCH_BYTES[WRITE] // mean))
+    within = np.arange(count) - np.searchsorted(homes, homes)
+    in_turn = np.lexsort((homes, within // batch))  # stable: by shard within a batch
+    return order[in_turn], homes[in_turn] + 1

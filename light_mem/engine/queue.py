@@ -8,6 +8,9 @@ two stores:
 
 push    ring entries -> tail -> states of the cells
 claim   worker and state of the cells -> head
+
+A cell may be claimed before others that came earlier: it says which worker had better do it, its
+home (see `dealing`). The head is the first entry that may wait.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ BATCH_BLOCKS = WRITE_BATCH  # a few more would be two holds of the shard's lock 
 LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 4
+# A worker looks for blocks of its own among so many a worker. Whose worker is stopped or slow are
+# passed over until there are so many of them that others find nothing else, and do them.
+WINDOW_BLOCKS = 2 * BATCH_BLOCKS
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
 
@@ -59,6 +65,7 @@ class TaskQueue:
         self._turn = 0
         cells = table.cells
         self._modes, self._workers, self._lengths = cells["mode"], cells["worker"], cells["nbytes"]
+        self._homes = cells["home"]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -130,8 +137,8 @@ class TaskQueue:
     def claim(self, worker: int) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
 
-        A batch is a fair share of what waits, or LEAST_BYTES if that is more, and no more than
-        BATCH_BYTES beyond its first block.
+        A batch is at most a fair share of what waits, or LEAST_BYTES if that is more, and no more
+        than BATCH_BYTES beyond its first block.
         """
         if not (self._table.depth(READ) or self._table.depth(WRITE)):
             return []
@@ -145,38 +152,30 @@ class TaskQueue:
         return []
 
     def _take(self, worker: int, mode: int) -> list[int]:
+        """Claim in the ring's order: blocks whose home this worker is, or that have none; where
+        there are none of these, what waits for others."""
         table = self._table
-        ring, states = table.rings[mode], table.states
-        heads, tails = self._table.ends[mode]
-        head, tail = int(heads[0]), int(tails[0])
-        share = -(-(tail - head) // int(table.header["workers"][0]))
-        claimed: dict[int, None] = {}  # in order; an entry may be there twice
-        nbytes = 0
-        enough = False
-        while head < tail and not enough:
-            at = head % table.ring_length
-            cells = ring[at : at + min(BATCH_BLOCKS, tail - head)]
-            for cell, state, its_mode, length in zip(
-                cells.tolist(),
-                states[cells].tolist(),
-                self._modes[cells].tolist(),
-                self._lengths[cells].tolist(),
-                strict=True,
-            ):
-                head += 1
-                if state == INITIAL and its_mode == mode and cell not in claimed:
-                    claimed[cell] = None
-                    nbytes += length
-                    enough = len(claimed) >= share and nbytes >= LEAST_BYTES[mode]
-                    if enough or nbytes >= BATCH_BYTES[mode] or len(claimed) == BATCH_BLOCKS:
-                        enough = True
-                        break
-        mine = list(claimed)
-        if mine:
-            self._workers[mine] = worker
-            states[mine] = WORKING
-        heads[0] = head
-        return mine
+        head, tail = (int(end[0]) for end in table.ends[mode])
+        workers = int(table.header["workers"][0])
+        end = min(tail, head + WINDOW_BLOCKS * workers)
+        cells = table.rings[mode][np.arange(head, end) % table.ring_length]
+        free = (table.states[cells] == INITIAL) & (self._modes[cells] == mode)
+        homes = self._homes[cells]
+        at = np.flatnonzero(free & ((homes == worker) | (homes == 0)))[:BATCH_BLOCKS]
+        if not len(at):
+            at = np.flatnonzero(free)[:BATCH_BLOCKS]
+        upto = np.cumsum(self._lengths[cells[at]])
+        share = -(-(int(np.count_nonzero(free)) + tail - end) // workers)
+        least, most = np.searchsorted(upto, (LEAST_BYTES[mode], BATCH_BYTES[mode])).tolist()
+        at = at[: min(max(share, least + 1), most + 1)]
+        claimed = list(dict.fromkeys(cells[at].tolist()))  # in order; one may be there twice
+        if claimed:
+            self._workers[claimed] = worker
+            table.states[claimed] = WORKING
+        free[at] = False
+        left = np.flatnonzero(free)
+        table.ends[mode][0][0] = head + int(left[0]) if len(left) else end
+        return claimed
 
     def abort(self, table: TaskTable, start: int, end: int, row: int, generation: int) -> None:
         """Abort a task: blocks nobody has begun at once, the others when their worker looks.

@@ -106,7 +106,7 @@ CELL = np.dtype(
         ("attempts", "u1"),
         ("mode", "u1"),
         ("regions", "<u4"),  # 1: the block is regions of the KV memory, not pages
-        ("pad", "<u4"),
+        ("home", "<u4"),  # the worker that had better do it, see `dealing`; 0: any
     ]
 )
 

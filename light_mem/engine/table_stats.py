@@ -48,7 +48,7 @@ def read_numbers(table: TaskTable) -> ServiceNumbers:
     gauges = {"workers": int(workers["ready"].sum())}
     latencies: dict[str, Histogram] = {}
     for name, mode in MODES.items():
-        gauges[f"{name}_queue"] = max(0, table.depth(mode))
+        gauges[f"{name}_queue"] = table.waiting(mode)
         gauges[f"active_{name}_tasks"] = table.active_tasks(mode)
         latencies[name] = merged(
             [table.latencies.read(latency_at(worker, mode)) for worker in range(used)]

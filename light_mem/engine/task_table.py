@@ -29,6 +29,7 @@ from light_mem.engine.table_layout import (
     CELL,
     CLIENT_LANES,
     HEADER,
+    INITIAL,
     LANE,
     MAGIC,
     MAX_WORKERS,
@@ -248,9 +249,17 @@ class TaskTable:
         return bool(self._shutdown[0])
 
     def depth(self, mode: int) -> int:
-        """Blocks of a mode that wait for a worker, aborted ones among them."""
+        """Entries of a mode's ring from the first on that waits for a worker: also of blocks that
+        were aborted or claimed since. No lock, no system call."""
         head, tail = self.ends[mode]
         return int(tail[0]) - int(head[0])
+
+    def waiting(self, mode: int) -> int:
+        """Blocks of a mode that wait for a worker, about now. No lock, no system call."""
+        head, tail = (int(end[0]) for end in self.ends[mode])
+        cells = self.rings[mode][np.arange(head, max(head, tail)) % self.ring_length]
+        found = (self.states[cells] == INITIAL) & (self.cells["mode"][cells] == mode)
+        return int(np.count_nonzero(found))
 
     def lock_path(self) -> str:
         """A path that opens the table's memory object anew, for locks of its own."""
