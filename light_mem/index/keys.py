@@ -9,7 +9,6 @@ Upper-case hex is an ordinary string: `"AB…"` and `"ab…"` are two different 
 from __future__ import annotations
 
 import operator
-import re
 import reprlib
 import struct
 from collections.abc import Iterable, Sequence
@@ -29,7 +28,6 @@ U64Array: TypeAlias = "npt.NDArray[np.uint64]"
 _MASK = (1 << 64) - 1
 _PAIR = struct.Struct("<QQ")
 KEY_BYTES = _PAIR.size  # of `key_bytes`
-_HEX = re.compile(r"[0-9a-f]*")
 # Odd multipliers of the splitmix64 / MurmurHash3 finalisers (public domain): full avalanche, so
 # that small ints, which users do pass as hashes, spread over shards and buckets.
 _M1 = 0x9E3779B97F4A7C15
@@ -45,12 +43,20 @@ def _digest(value: str | bytes) -> bytes:
     return blake2b(data, digest_size=16, person=person).digest()
 
 
+def _from_hex(text: str) -> bytes | None:
+    """The bytes of lower-case hex digits, None for any other text."""
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        return None
+    return raw if raw.hex() == text else None  # `fromhex` takes upper case and white space
+
+
 def _one(value: object) -> bytes:
     """16 bytes, big-endian, of one hash value."""
     if isinstance(value, str):
-        if len(value) == 32 and _HEX.fullmatch(value):
-            return bytes.fromhex(value)
-        return _digest(value)
+        raw = _from_hex(value) if len(value) == 32 else None
+        return _digest(value) if raw is None else raw
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _digest(bytes(value))
     if isinstance(value, bool):
@@ -86,10 +92,8 @@ def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
         return np.empty((0, 2), np.uint64)
     kinds = set(map(type, values))
     raw: bytes | None = None
-    if kinds == {str} and set(map(len, values)) == {32}:  # type: ignore[arg-type]
-        joined = "".join(values)  # type: ignore[arg-type]
-        if _HEX.fullmatch(joined):
-            raw = bytes.fromhex(joined)
+    if kinds == {str} and list(map(len, values)).count(32) == len(values):  # type: ignore[arg-type]
+        raw = _from_hex("".join(values))  # type: ignore[arg-type]
     elif kinds == {int}:
         try:
             raw = b"".join([v.to_bytes(16, "big") for v in values])  # type: ignore[union-attr]
