@@ -200,11 +200,11 @@ def test_without_memory_to_read_into_blocks_fail_and_are_read_later(
     r = open_dropping(tmp_path / "store", 8, 4096)
     r.write(Block(1, 2), Block(2, 2))
 
-    def refuse(nbytes: int) -> np.ndarray:
+    def refuse(count: int, nbytes: int) -> list[np.ndarray]:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     with monkeypatch.context() as m:
-        m.setattr(read_ahead, "private_memory", refuse)
+        m.setattr(read_ahead, "private_buffers", refuse)
         assert r.read(Block(1, 2), Block(2, 2)) == [Outcome.FAILED] * 2
     assert r.read(Block(1, 2), Block(2, 2)) == [Outcome.LOADED] * 2
     r.engine.close()

@@ -3,9 +3,10 @@
 Without it a store that is larger than memory pushes everything else out of the page cache, and its
 writes run until the kernel stops the writer to wait for the device. With it:
 
-write  by `pwrite`; the device begins at once, and the worker waits for what it wrote
-       WINDOW_BYTES ago, then drops that. So a worker has some WINDOW_BYTES dirty at most, and the
-       device is never idle while blocks come
+write  past the page cache (`direct_writes.py`). What cannot go so, short blocks, pages shared by
+       two blocks, all of it where the file system has no O_DIRECT, goes by `pwrite`: the device
+       begins at once, and the worker waits for what it wrote WINDOW_BYTES ago, then drops that. So
+       a worker has some WINDOW_BYTES dirty at most, and the device is never idle while blocks come
 read   past the page cache into memory of the worker's own, ahead over the blocks of a batch; pages
        that a block has in the page cache all the same are dropped when it was read (`DeviceReads`)
 
@@ -16,8 +17,14 @@ needs to survive a kill: what a dead worker would have dropped the kernel drops 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 
 from light_mem.engine import page_cache
+from light_mem.engine.copy import FileSink, Sink
+from light_mem.engine.direct_writes import DirectWrites
 from light_mem.engine.read_ahead import Span
 
 WINDOW_BYTES = 32 << 20
@@ -33,6 +40,33 @@ class Dropper:
         self._window = window
         self._written: deque[Span] = deque()
         self._written_bytes = 0
+        self._direct = DirectWrites()
+
+    @contextmanager
+    def sink(self, span: Span, direct: int) -> Iterator[Sink]:
+        """Where a block's bytes for `span` are put, in order; raises OSError. They are there after
+        `finish_direct`.
+
+        `direct`: a descriptor of the file for O_DIRECT, -1: there is none.
+        """
+        if direct < 0:
+            try:
+                yield FileSink(span.descriptor, span.at)
+            finally:
+                self.wrote(span)
+            return
+        try:
+            yield self._direct.sink(span, direct)
+        except BaseException:
+            self._direct.end_run()  # what comes next does not follow what was put
+            raise
+
+    def finish_direct(self) -> None:
+        """Return when what was put is written, as far as the device tells; raises OSError, of the
+        first that failed. Whatever comes, nothing is under way then."""
+        for piece, span in self._direct.finish():
+            FileSink(span.descriptor, span.at).put(0, np.frombuffer(piece, np.uint8))
+            self.wrote(span)
 
     def wrote(self, span: Span) -> None:
         """A span was written by `pwrite`: the device begins with it now. Raises OSError."""
@@ -56,12 +90,14 @@ class Dropper:
         return True
 
     def finish(self) -> None:
-        """Wait for and drop all that was written; raises OSError, of the last that failed."""
+        """Wait for and drop all that was written, and end the threads; raises OSError, of the last
+        that failed."""
         failed: OSError | None = None
         while self._written:
             try:
                 self.drop_next()
             except OSError as error:
                 failed = error
+        self._direct.close()
         if failed is not None:
             raise failed

@@ -193,6 +193,14 @@ def private_memory(nbytes: int) -> npt.NDArray[np.uint8]:
     return array[start : start + nbytes]
 
 
+def private_buffers(count: int, nbytes: int) -> list[npt.NDArray[np.uint8]]:
+    """Buffers in one `private_memory`, each of a multiple of pages of the kernel's that holds
+    `nbytes` at least, and beginning with one."""
+    stride = nbytes + -nbytes % mmap.PAGESIZE
+    memory = private_memory(count * stride)
+    return [memory[at : at + stride] for at in range(0, count * stride, stride)]
+
+
 def map_sysv(shmid: int, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
     """The same of a System V segment, whose size the caller checks before touching the array."""
     libc = ctypes.CDLL(None, use_errno=True)

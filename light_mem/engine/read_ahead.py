@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.device_threads import DeviceThreads, give_up
-from light_mem.engine.maps import private_memory
+from light_mem.engine.maps import private_buffers
 from light_mem.engine.places import Bytes1D
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 20
 DEPTH = 8  # requests under way or waiting to be taken
-_ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
+ALIGN = 4096  # of memory, offset and length: what any device's O_DIRECT wants
 
 
 class Span(NamedTuple):
@@ -144,17 +144,11 @@ class ReadAhead:
             if parts is None:
                 return
             if not self._free:
-                self._free = self._new_buffers()
+                # For all requests under way, with what is read around a piece.
+                self._free = private_buffers(DEPTH, self._piece_bytes + 2 * ALIGN)
             request = _Request(parts, self._free.pop())
             request.data = self._threads.submit(_load, request.span, request.buffer)
             self._under_way.append(request)
-
-    def _new_buffers(self) -> list[Bytes1D]:
-        """Buffers for all requests under way."""
-        stride = self._piece_bytes + 2 * _ALIGN  # what is read around a piece
-        stride += -stride % _ALIGN
-        memory = private_memory(DEPTH * stride)
-        return [memory[at : at + stride] for at in range(0, DEPTH * stride, stride)]
 
     def _forget(self) -> None:
         self._next = iter(())
@@ -166,18 +160,19 @@ class ReadAhead:
         self._free.append(request.buffer)
 
 
-def open_direct(path: str | os.PathLike[str], like: int) -> int:
-    """A descriptor for reading past the page cache, of the file that `like` has open and `path`
-    named then. -1 where the path names another one by now, where the file system has no O_DIRECT,
+def open_direct(path: str | os.PathLike[str], like: int, flags: int = os.O_RDONLY) -> int:
+    """A descriptor past the page cache, of the file that `like` has open and `path` named then.
+
+    -1 where the path names another one by now, where the file system has no O_DIRECT,
     or a device has larger blocks than we read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT)
     except (AttributeError, OSError):
         return -1
     try:
         if not os.path.sameopenfile(descriptor, like):
             raise OSError("the store was moved away")
-        os.preadv(descriptor, [mmap.mmap(-1, _ALIGN)], _ALIGN)
+        os.preadv(descriptor, [mmap.mmap(-1, ALIGN)], ALIGN)
     except OSError:
         os.close(descriptor)
         return -1
@@ -186,15 +181,15 @@ def open_direct(path: str | os.PathLike[str], like: int) -> int:
 
 def _load(span: Span, buffer: Bytes1D) -> Bytes1D:
     """The bytes of a span; what O_DIRECT must read with them lies around them in the buffer."""
-    first = span.at - span.at % _ALIGN
+    first = span.at - span.at % ALIGN
     skipped = span.at - first
     wanted = skipped + span.nbytes
-    length = wanted + -wanted % _ALIGN
+    length = wanted + -wanted % ALIGN
     done = 0
     while done < wanted:
         count = os.preadv(span.descriptor, [buffer[done:length].data], first + done)
         if done + count < wanted:  # go on at a place that O_DIRECT can read from
-            whole = count - count % _ALIGN
+            whole = count - count % ALIGN
             if not whole:
                 raise OSError(f"the file ends {wanted - done - count} bytes too early")
             count = whole

@@ -112,7 +112,8 @@ class ShardFile:
         stopped: Callable[[], bool],
         by_calls: bool = False,
     ) -> int:
-        """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError.
+        """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError. Its
+        bytes are there after `await_written`.
 
         `by_calls`: not through the mapping in any case.
         """
@@ -146,17 +147,20 @@ class ShardFile:
     ) -> None:
         """Copy what lies at `place` into a run of slots, whole or up to Stopped; raises OSError."""
         if self._dropper is not None:
-            span = self.span(run, place.nbytes)
-            try:
-                copier.gather(place, FileSink(span.descriptor, span.at), checksum, stopped)
-            finally:
-                self._dropper.wrote(span)
+            with self._dropper.sink(self.span(run, place.nbytes), self._direct()) as sink:
+                copier.gather(place, sink, checksum, stopped)
             return
         start, length = run
         now = time.monotonic()
         sink = self._sink(start, length, now, by_calls)
         copier.gather(place, sink, checksum, stopped)
         self._written_at[start : start + length] = -now if sink.reads_first else now
+
+    def await_written(self) -> None:
+        """Return when all that `gather` has copied lies in its slots; raises OSError, of the first
+        that does not. Whatever comes, nothing is under way then."""
+        if self._dropper is not None:
+            self._dropper.finish_direct()
 
     def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
         """How a run of slots is written: through the mapping where that faults little, else by
@@ -184,13 +188,19 @@ class ShardFile:
 
     def past_cache(self, run: tuple[int, int], nbytes: int) -> Span:
         """`span`, for reading past the page cache where the file system has that. The thread that
-        reads."""
+        reads and writes."""
+        span = self.span(run, nbytes)
+        direct = self._direct()
+        return span if direct < 0 else span._replace(descriptor=direct)
+
+    def _direct(self) -> int:
+        """The data file's descriptor for O_DIRECT; -1: there is none."""
         if self._direct_fd is None:
-            self._direct_fd = open_direct(self._path, self._data_fd)
+            flags = os.O_RDONLY if self._dropper is None else os.O_RDWR
+            self._direct_fd = open_direct(self._path, self._data_fd, flags)
             if self._direct_fd < 0 and self._dropper is not None:
                 page_cache.read_no_further(self._data_fd)
-        span = self.span(run, nbytes)
-        return span._replace(descriptor=self._direct_fd) if self._direct_fd >= 0 else span
+        return self._direct_fd
 
     def is_cached(self, run: tuple[int, int], nbytes: int, first: int = 0) -> bool:
         """Whether `nbytes` of a run of slots, from byte `first` on, lie in the page cache now."""

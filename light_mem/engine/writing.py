@@ -162,13 +162,16 @@ class Writer:
         copied: list[tuple[int, list[Run], int]] = []  # position, runs, checksum
         for _, where in taken:
             file.expect(where.runs)
-        for at, (_, runs) in taken:
-            try:
-                checksum = file.gather(copier, runs, job.batch[at], partial(job.stop, at))
-            except Stopped:
-                continue
-            job.report((at,), Outcome.COPIED)
-            copied.append((at, runs, checksum))
+        try:
+            for at, (_, runs) in taken:
+                try:
+                    checksum = file.gather(copier, runs, job.batch[at], partial(job.stop, at))
+                except Stopped:
+                    continue
+                job.report((at,), Outcome.COPIED)
+                copied.append((at, runs, checksum))
+        finally:  # before the slots are described, or given back
+            file.await_written()
         if not copied:
             return {}
         keys = [job.batch[at][:2] for at, _, _ in copied]
