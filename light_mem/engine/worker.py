@@ -26,6 +26,7 @@ from light_mem.engine.base import BlockIO
 from light_mem.engine.batch_report import BatchReport
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.map_ahead import MapAhead
 from light_mem.engine.places import Bytes2D, Regions, RowNumbers, Rows
 from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
@@ -62,6 +63,7 @@ class Worker:
         self._memory = memory
         self._flat = memory.reshape(-1)
         self._engine = engine
+        self._ahead = MapAhead(memory)
         self._limited = Limited()
         self._read, self._read_at = 0, 0.0  # time that all workers spent reading, when it changed
 
@@ -79,7 +81,7 @@ class Worker:
                 self.do(cells)
             elif table.shutdown:
                 return
-            elif self._engine.rest():
+            elif self._engine.rest() or self._ahead.step():
                 pass
             elif not self._engine.has_later:
                 table.futex.wait(table.work_word, seen, IDLE_SECONDS)

@@ -1,0 +1,40 @@
+"""An idle worker maps the KV memory before it is needed.
+
+The server has filled its KV memory; a new worker has none of it mapped, and its first copy of each
+64 KiB stops for a fault: 4.7 us, a fifth of the first fill of a store (blocks of 246 KB, Linux
+6.18). A worker that has nothing else to do takes these faults ahead of use.
+
+Only what is in memory: a fault elsewhere would make a page that nobody has asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from light_mem.engine import page_cache
+from light_mem.engine.first_touch import AROUND_BYTES
+from light_mem.engine.places import Bytes2D
+
+# At a time, 0.5 ms: work that comes meanwhile waits so long.
+_STEP_BYTES = 2 << 20
+
+
+class MapAhead:
+    """Of one worker and its KV memory. Not thread-safe."""
+
+    def __init__(self, memory: Bytes2D) -> None:
+        self._flat = memory.reshape(-1)
+        self._address = self._flat.ctypes.data
+        # Elsewhere nothing tells what is in memory.
+        self._next = 0 if sys.platform == "linux" else len(self._flat)
+
+    def step(self) -> bool:
+        """Map a piece; whether there was one left. Once through the memory, and no more."""
+        first = self._next
+        if first >= len(self._flat):
+            return False
+        end = min(len(self._flat), first + _STEP_BYTES - (self._address + first) % _STEP_BYTES)
+        self._next = end
+        if page_cache.holds(self._address + first, end - first):
+            self._flat[first:end:AROUND_BYTES].max()  # a load each
+        return True
