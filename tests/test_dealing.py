@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from light_mem.engine.dealing import deal
-from light_mem.engine.queue import BATCH_BLOCKS, LEAST_BYTES, WINDOW_BLOCKS, TaskQueue
+from light_mem.engine.queue import AHEAD_BLOCKS, BATCH_BLOCKS, LEAST_BYTES, TaskQueue
 from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WRITE
 from light_mem.engine.task_table import Sizes, TaskTable
+from light_mem.index import keys as keymath
 from light_mem.index.locks import RangeLock
+from tests.service_rig import rig
 
 MIB = 1 << 20
 LEAST = LEAST_BYTES[WRITE] // MIB  # blocks of 1 MiB
@@ -108,6 +111,21 @@ def test_long_blocks_are_dealt_by_their_bytes() -> None:
     assert homes.tolist() == [1, 1, 2, 2] * 16
 
 
+def test_a_task_is_queued_by_the_homes_of_its_shards(tmp_path: Path) -> None:
+    with rig(tmp_path, pages=64, page_bytes=64, slots=1024, shards=4, workers=2, run=False) as r:
+        r.service.create("write", [f"old {n}" for n in range(5)], range(5))  # cells begin later
+        task = r.service.create("write", [f"key {n}" for n in range(50)], range(50))
+        reading = r.service.create("read", ["key 1"], [60])
+        assert not task.ready()
+        assert reading.ready()
+        table = r.service._session.table
+        cells = table.cells[5:55]
+        keys = np.stack([cells["low"], cells["high"]], axis=1)
+        shards = keymath.shards_of(keymath.mix(keys), 4)
+        assert cells["home"].tolist() == (1 + shards // 2).tolist()
+        assert set(cells["home"].tolist()) == {1, 2}
+
+
 # --- the queue ------------------------------------------------------------------------------------
 
 
@@ -156,7 +174,7 @@ def test_every_block_is_claimed_once_whoever_asks(queued: Queued) -> None:
 def test_the_blocks_of_a_stopped_worker_are_not_passed_over_for_good(queued: Queued) -> None:
     """However much another worker has of its own."""
     [old] = queued.push([1])
-    room = WORKERS * WINDOW_BLOCKS
+    room = WORKERS * AHEAD_BLOCKS
     passed = 0
     for turn in range(40):
         queued.push([1] * 16 + [2] * 16, first=1 + 32 * turn)
@@ -179,6 +197,33 @@ def test_what_was_aborted_is_passed_over_and_its_cell_may_come_again(queued: Que
     assert queued.queue.claim(1) == cells[:2]
     assert queued.queue.claim(2) == cells[2:]
     assert queued.table.depth(WRITE) == 0
+
+
+@pytest.mark.parametrize("mode", [READ, WRITE])
+@pytest.mark.parametrize("count", [1, AHEAD_BLOCKS * WORKERS, 3000])
+def test_what_waits_behind_much_that_was_aborted_is_claimed_at_once(
+    queued: Queued, mode: int, count: int
+) -> None:
+    """Who gets nothing goes to sleep until something more is queued."""
+    aborted = queued.push([1] * count, mode)
+    queued.table.states[aborted] = ABORTED
+    cells = queued.push([2], mode, first=count)
+    assert queued.queue.claim(1) == cells
+    assert queued.queue.claim(1) == []
+    assert queued.table.depth(mode) == 0
+
+
+def test_a_batch_is_of_one_mode_whatever_old_entries_say(queued: Queued) -> None:
+    """An entry stays when its block is aborted, and the cell may be another task's by then."""
+    old = queued.push([0, 0], READ)
+    queued.table.states[old] = ABORTED
+    queued.push([0, 0], WRITE)  # the same cells
+    reads = queued.push([0, 0], READ, first=2)
+    claimed: list[list[int]] = []
+    while batch := queued.queue.claim(1):
+        claimed.append(batch)
+        assert len(set(queued.table.cells["mode"][batch].tolist())) == 1
+    assert sorted(claimed) == [[0, 1], [2], [3]] or sorted(claimed) == [old, reads]
 
 
 def test_the_ring_may_go_round(queued: Queued) -> None:

@@ -109,9 +109,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
     made: list[Span] = []
     store = direct_writes._store
 
-    def note(data: Any, to: Span, cached: int) -> None:
-        made.append(to)
-        store(data, to, cached)
+    def note(data: Any, span: Span, direct: int) -> bool:
+        made.append(span)
+        return store(data, span, direct)
 
     monkeypatch.setattr(direct_writes, "_store", note)
     return made
@@ -160,9 +160,9 @@ def test_blocks_are_told_copied_before_and_stored_after_the_device_has_them(
     r = open_dropping(tmp_path / "store", 16, 64 << 10)
     go, store = threading.Event(), direct_writes._store
 
-    def wait(*args: Any) -> None:
+    def wait(*args: Any) -> bool:
         assert go.wait(30)
-        store(*args)
+        return store(*args)
 
     monkeypatch.setattr(direct_writes, "_store", wait)
     told: list[Outcome] = []
@@ -235,7 +235,9 @@ def test_a_file_system_that_refuses_such_writes_gets_others(
     dropper = Dropper()
     put(dropper, file, 77, 61440, 64, 1)
     dropper.finish_direct()
+    assert cached(file.path).sum() > 64 * 61440 // mmap.PAGESIZE
     dropper.finish()
+    assert cached(file.path).sum() <= 1  # the last page is another's, too
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
 
@@ -312,13 +314,14 @@ def test_pages_that_blocks_share_are_written_when_nothing_is_under_way(
     guard = threading.Lock()
     store, start = direct_writes._store, page_cache.start_write_out
 
-    def count(*args: Any) -> None:
+    def count(*args: Any) -> bool:
         nonlocal under_way
         with guard:
             under_way += 1
-        store(*args)
+        past_cache = store(*args)
         with guard:
             under_way -= 1
+        return past_cache
 
     edges: list[tuple[int, int]] = []
 
@@ -358,17 +361,84 @@ def test_no_more_than_the_buffers_is_under_way(file: File, monkeypatch: pytest.M
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
 
+def test_edges_of_blocks_that_failed_are_not_written_later(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their slots may be another block's by then."""
+    dropper = Dropper()
+    wanted = file.wanted.copy()
+
+    def fail(*_: Any) -> bool:
+        raise OSError(errno.EIO, "no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(direct_writes, "_store", fail)
+        put(dropper, file, 1000, 61440, 8, 1)
+        with pytest.raises(OSError, match="no disk"):
+            dropper.finish_direct()
+    file.wanted = wanted
+    put(dropper, file, 4 * MIB + 10, 61440, 8, 2)
+    dropper.finish_direct()
+    dropper.finish()
+    assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
+
+
+def test_whatever_ends_a_batch_waits_for_its_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has the slots next must not be written over."""
+    r = open_dropping(tmp_path / "store", 64, 64 << 10)
+    store, gather = direct_writes._store, r.engine.file(0).gather
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> bool:
+        begun.set()
+        threading.Event().wait(0.2)
+        result = store(*args)
+        ended.set()
+        return result
+
+    def break_second(*args: Any, **options: Any) -> int:
+        if begun.is_set():
+            raise RuntimeError("not an OSError")
+        return gather(*args, **options)
+
+    monkeypatch.setattr(direct_writes, "_store", slow)
+    monkeypatch.setattr(r.engine.file(0), "gather", break_second)
+    with pytest.raises(RuntimeError, match="not an OSError"):
+        # Longer than a buffer: its first part is under way when the second block comes.
+        r.write(Block(1, 40), Block(2, 4))
+    assert begun.is_set()
+    assert ended.is_set()
+    monkeypatch.undo()
+    assert r.write(Block(3, 32)) == [COPIED_AND_STORED]
+    assert r.read(Block(3, 32)) == [Outcome.LOADED]
+    r.engine.close()
+
+
+def test_no_thread_outlives_the_engine(tmp_path: Path) -> None:
+    def writers() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("lightmem-write")]
+
+    r = open_dropping(tmp_path / "store", 16, 64 << 10)
+    r.write(Block(1, 4))
+    assert writers()
+    r.engine.close()
+    assert not writers()
+
+
 def test_what_is_under_way_is_waited_for_whatever_fails(
     file: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = direct_writes._store
     ended: list[int] = []
 
-    def fail_first(data: Any, to: Span, cached: int) -> None:
-        store(data, to, cached)
-        ended.append(to.at)
-        if to.at == 0:
+    def fail_first(data: Any, span: Span, direct: int) -> bool:
+        past_cache = store(data, span, direct)
+        ended.append(span.at)
+        if span.at == 0:
             raise OSError(errno.EIO, "the first")
+        return past_cache
 
     monkeypatch.setattr(direct_writes, "_store", fail_first)
     writes = DirectWrites()

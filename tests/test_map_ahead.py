@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from light_mem.engine import map_ahead, page_cache
 from light_mem.engine.map_ahead import MapAhead
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.worker import Worker
@@ -70,9 +71,34 @@ def test_memory_that_nobody_has_used_is_left_alone() -> None:
         os.close(descriptor)
 
 
-def test_a_system_that_does_not_tell_maps_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert not MapAhead(np.zeros((1, 1), np.uint8)).step()
+@pytest.mark.parametrize("mincore", [None, lambda *_: -1])  # none, and a filter of system calls
+def test_where_nothing_tells_what_is_there_nothing_is_mapped(
+    monkeypatch: pytest.MonkeyPatch, mincore: Any
+) -> None:
+    monkeypatch.setattr(page_cache, "_mincore", mincore)
+    descriptor = os.memfd_create("test")
+    try:
+        os.ftruncate(descriptor, NBYTES)
+        ahead = MapAhead(mapped(descriptor))
+        while ahead.step():
+            pass
+        assert os.fstat(descriptor).st_blocks == 0
+    finally:
+        os.close(descriptor)
+
+
+def test_no_more_than_the_limit_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_ahead, "MOST_BYTES", 4 * MIB)
+    descriptor = os.memfd_create("test")
+    try:
+        os.write(descriptor, bytes(NBYTES))
+        ahead = MapAhead(memory := mapped(descriptor))
+        while ahead.step():
+            pass
+        assert faults_of_stores(memory[:, : 4 * MIB]) < 10
+        assert faults_of_stores(memory[:, 4 * MIB :]) >= (NBYTES - 4 * MIB) // PAGE - 40
+    finally:
+        os.close(descriptor)
 
 
 def test_work_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

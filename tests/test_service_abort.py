@@ -158,3 +158,18 @@ def test_a_task_of_another_service_is_refused_and_goes_on(tmp_path: Path) -> Non
         with pytest.raises(InvalidArgumentError, match="another service"):
             one.service.abort(others)
         assert mine.state() == others.state() == [State.Initial]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_task_that_is_queued_after_a_long_one_was_aborted_is_done(
+    tmp_path: Path, workers: int
+) -> None:
+    with rig(tmp_path, pages=1004, page_bytes=4096, slots=8192, shards=4, workers=workers) as r:
+        for turn in range(8):
+            long = r.service.create("w", [f"{turn} {n}" for n in range(1000)], range(1000))
+            r.service.abort(long)
+            short = r.service.create(
+                "w", [f"{turn} short {n}" for n in range(4)], range(1000, 1004)
+            )
+            assert short.wait(WAIT)
+            assert short.state() == [State.Finished] * 4

@@ -39,9 +39,17 @@ LEAST_BYTES = 64 * 1024
 Edge = tuple[bytes, Span]  # what is written through the page cache, and where
 
 
+class Leftovers(NamedTuple):
+    """What `DirectWrites.finish` leaves to its caller."""
+
+    edges: list[Edge]  # to be written through the page cache now
+    cached: list[Span]  # what went through it, for the file system refused
+
+
 class _Request(NamedTuple):
     buffer: Bytes1D
-    written: Future[None]
+    span: Span  # with the descriptor for the page cache
+    written: Future[bool]  # whether past the page cache
 
 
 class DirectWrites:
@@ -53,7 +61,7 @@ class DirectWrites:
         self._under_way: deque[_Request] = deque()
         self._failed: BaseException | None = None
         self._run: DirectSink | None = None
-        self._edges: list[Edge] = []
+        self._left = Leftovers([], [])
 
     def sink(self, span: Span, direct: int) -> DirectSink:
         """Where the bytes for `span` are put, `direct` the descriptor for O_DIRECT; what follows
@@ -81,21 +89,18 @@ class DirectWrites:
         """A buffer that is not written."""
         self._free.append(buffer)
 
-    def send(self, buffer: Bytes1D, first: int, end: int, to: Span, cached: int) -> None:
-        """Write bytes `[first, end)` of a buffer to where `to` says; the buffer is ours again.
-
-        `cached`: a descriptor of the same file without O_DIRECT, for a file system that refuses.
-        """
-        written = self._threads.submit(_store, buffer[first:end], to, cached)
-        self._under_way.append(_Request(buffer, written))
+    def send(self, buffer: Bytes1D, first: int, end: int, span: Span, direct: int) -> None:
+        """Write bytes `[first, end)` of a buffer to a span; the buffer is ours again."""
+        written = self._threads.submit(_store, buffer[first:end], span, direct)
+        self._under_way.append(_Request(buffer, span, written))
 
     def put_edge(self, piece: Bytes1D, span: Span) -> None:
         """Keep a copy of bytes that are to go through the page cache."""
-        self._edges.append((piece.tobytes(), span))
+        self._left.edges.append((piece.tobytes(), span))
 
-    def finish(self) -> list[Edge]:
-        """Return when all that was put is on the device, and nothing under way, with the edges,
-        which are the caller's to write now; raises what failed first, an OSError."""
+    def finish(self) -> Leftovers:
+        """Return when all that was put is on the device, but for the edges, and nothing is under
+        way; raises what failed first, an OSError."""
         try:
             self.end_run()
         except OSError as error:
@@ -103,10 +108,10 @@ class DirectWrites:
         while self._under_way:
             self._take_back()
         failed, self._failed = self._failed, None
-        edges, self._edges = self._edges, []
+        left, self._left = self._left, Leftovers([], [])  # none of this for the blocks to come
         if failed is not None:
             raise failed
-        return edges
+        return left
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it, and end the threads."""
@@ -115,9 +120,12 @@ class DirectWrites:
         self._threads.close()
 
     def _take_back(self) -> None:
-        buffer, written = self._under_way.popleft()
+        buffer, span, written = self._under_way.popleft()
         error = written.exception()  # waits, also where another one has failed
-        self._failed = self._failed or error
+        if error is not None:
+            self._failed = self._failed or error
+        elif not written.result():
+            self._left.cached.append(span)
         self._free.append(buffer)
 
 
@@ -184,8 +192,8 @@ class DirectSink:
         left = filled - end
         self._buffer[:left] = full[end:filled]
         self._is_long = True
-        to = Span(self._direct, self._at + begin, end - begin)
-        self._writes.send(full, begin, end, to, self._cached)
+        span = Span(self._cached, self._at + begin, end - begin)
+        self._writes.send(full, begin, end, span, self._direct)
         self._at += end
         self._begin, self._filled = 0, left
 
@@ -194,18 +202,22 @@ class DirectSink:
         self._writes.put_edge(self._buffer[begin:end], span)
 
 
-def _store(data: Bytes1D, to: Span, cached: int) -> None:
+def _store(data: Bytes1D, span: Span, direct: int) -> bool:
+    """Write to a span past the page cache; False: through it, for the file system refuses."""
     done = 0
-    while done < to.nbytes:
-        rest, at = data[done:].data, to.at + done
+    past_cache = True
+    while done < span.nbytes:
+        rest, at = data[done:].data, span.at + done
         try:
-            count = os.pwrite(to.descriptor, rest, at)
+            count = os.pwrite(direct if past_cache else span.descriptor, rest, at)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if not past_cache or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            count = os.pwrite(cached, rest, at)  # it reads so and does not write so
-        if count < to.nbytes - done:  # go on at a place that O_DIRECT can write to
+            past_cache = False
+            continue
+        if count < span.nbytes - done:  # go on at a place that O_DIRECT can write to
             count -= count % ALIGN
             if not count:
                 raise OSError(errno.EIO, f"a write stops at byte {at}")
         done += count
+    return past_cache

@@ -64,8 +64,11 @@ class Dropper:
     def finish_direct(self) -> None:
         """Return when what was put is written, as far as the device tells; raises OSError, of the
         first that failed. Whatever comes, nothing is under way then."""
-        for piece, span in self._direct.finish():
+        left = self._direct.finish()
+        for piece, span in left.edges:
             FileSink(span.descriptor, span.at).put(0, np.frombuffer(piece, np.uint8))
+            self.wrote(span)
+        for span in left.cached:
             self.wrote(span)
 
     def wrote(self, span: Span) -> None:

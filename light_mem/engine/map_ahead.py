@@ -9,14 +9,15 @@ Only what is in memory: a fault elsewhere would make a page that nobody has aske
 
 from __future__ import annotations
 
-import sys
-
 from light_mem.engine import page_cache
 from light_mem.engine.first_touch import AROUND_BYTES
 from light_mem.engine.places import Bytes2D
 
 # At a time, 0.5 ms: work that comes meanwhile waits so long.
 _STEP_BYTES = 2 << 20
+# A mapping costs page tables, 2 MiB a GiB in each worker, and who has hundreds of GiB may never use
+# all of it.
+MOST_BYTES = 16 << 30
 
 
 class MapAhead:
@@ -25,16 +26,16 @@ class MapAhead:
     def __init__(self, memory: Bytes2D) -> None:
         self._flat = memory.reshape(-1)
         self._address = self._flat.ctypes.data
-        # Elsewhere nothing tells what is in memory.
-        self._next = 0 if sys.platform == "linux" else len(self._flat)
+        self._next = 0
+        self._end = min(len(self._flat), MOST_BYTES)
 
     def step(self) -> bool:
-        """Map a piece; whether there was one left. Once through the memory, and no more."""
+        """Map a piece; whether there was one left. Once through the memory, MOST_BYTES of it."""
         first = self._next
-        if first >= len(self._flat):
+        if first >= self._end:
             return False
-        end = min(len(self._flat), first + _STEP_BYTES - (self._address + first) % _STEP_BYTES)
+        end = min(self._end, first + _STEP_BYTES - (self._address + first) % _STEP_BYTES)
         self._next = end
-        if page_cache.holds(self._address + first, end - first):
+        if page_cache.holds(self._address + first, end - first, untold=False):
             self._flat[first:end:AROUND_BYTES].max()  # a load each
         return True

@@ -101,19 +101,18 @@ def read_no_further(descriptor: int) -> None:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
-def holds(address: int, nbytes: int) -> bool:
+def holds(address: int, nbytes: int, untold: bool = True) -> bool:
     """Whether all pages of mapped bytes are in the page cache, at this moment. Brings nothing in.
 
-    True where the system does not tell.
+    `untold` where the system does not tell.
     """
-    if _mincore is None:
-        return True
     first = address - address % _PAGE
     pages = -(-(address + nbytes - first) // _PAGE)
     there = ctypes.create_string_buffer(pages)
-    if _mincore(first, pages * _PAGE, there) != 0 or there.raw == b"\1" * pages:
-        return True
-    return all(byte & 1 for byte in there.raw)  # macOS says more of a page in further bits
+    if _mincore is None or _mincore(first, pages * _PAGE, there) != 0:
+        return untold
+    # macOS says more of a page in further bits.
+    return there.raw == b"\1" * pages or all(byte & 1 for byte in there.raw)
 
 
 def read_edges(descriptor: int, at: int, nbytes: int) -> None:

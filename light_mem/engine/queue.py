@@ -48,9 +48,11 @@ BATCH_BLOCKS = WRITE_BATCH  # a few more would be two holds of the shard's lock 
 LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 4
-# A worker looks for blocks of its own among so many a worker. Whose worker is stopped or slow are
-# passed over until there are so many of them that others find nothing else, and do them.
-WINDOW_BLOCKS = 2 * BATCH_BLOCKS
+# A worker looks for blocks of its own among so many a worker, two batches. Those of a worker that
+# is stopped or slow are passed over until others find nothing else among so many, and do them.
+AHEAD_BLOCKS = 2 * BATCH_BLOCKS
+# ... but no more than these in all: 60 us, with the queue's lock in hand.
+_MOST_AHEAD = 4096
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
 
@@ -146,18 +148,22 @@ class TaskQueue:
         order = (WRITE, READ) if self._turn % WRITE_TURN == 0 else (READ, WRITE)
         with self.held():
             for mode in order:
-                cells = self._take(worker, mode)
-                if cells:
-                    return cells
+                while self._table.depth(mode):  # each look claims something or moves the head
+                    cells = self._take(worker, mode)
+                    if cells:
+                        return cells
         return []
 
     def _take(self, worker: int, mode: int) -> list[int]:
         """Claim in the ring's order: blocks whose home this worker is, or that have none; where
-        there are none of these, what waits for others."""
+        there are none of these, what waits for others. Looks at a part of the ring; where nothing
+        in it waits the head is behind it then."""
         table = self._table
         head, tail = (int(end[0]) for end in table.ends[mode])
         workers = int(table.header["workers"][0])
-        end = min(tail, head + WINDOW_BLOCKS * workers)
+        # Blocks to read have no home.
+        window = BATCH_BLOCKS if mode == READ else min(AHEAD_BLOCKS * workers, _MOST_AHEAD)
+        end = min(tail, head + window)
         cells = table.rings[mode][np.arange(head, end) % table.ring_length]
         free = (table.states[cells] == INITIAL) & (self._modes[cells] == mode)
         homes = self._homes[cells]
