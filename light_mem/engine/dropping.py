@@ -55,11 +55,8 @@ class Dropper:
             finally:
                 self.wrote(span)
             return
-        try:
-            yield self._direct.sink(span, direct)
-        except BaseException:
-            self._direct.end_run()  # what comes next does not follow what was put
-            raise
+        # Of a block that is stopped in the middle the next one does not follow what was put.
+        yield self._direct.sink(span, direct)
 
     def finish_direct(self) -> None:
         """Return when what was put is written, as far as the device tells; raises OSError, of the
