@@ -104,6 +104,10 @@ def test_every_byte_lies_where_it_belongs_and_none_beside_it(file: File, seed: i
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
 
+def no_disk(*_: Any) -> bool:
+    raise OSError(errno.EIO, "no disk")
+
+
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
     """What is handed to the device from now on."""
     made: list[Span] = []
@@ -205,12 +209,8 @@ def test_an_edge_that_fails_is_not_put_off_to_the_next_blocks(
     file: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropper = Dropper()
-
-    def fail(*_: Any) -> None:
-        raise OSError(errno.EIO, "no disk")
-
     with monkeypatch.context() as patch:
-        patch.setattr(page_cache, "start_write_out", fail)
+        patch.setattr(page_cache, "start_write_out", no_disk)
         put(dropper, file, 10, 4096, 4, 1)
         with pytest.raises(OSError, match="no disk"):
             dropper.finish_direct()
@@ -367,12 +367,8 @@ def test_edges_of_blocks_that_failed_are_not_written_later(
     """Their slots may be another block's by then."""
     dropper = Dropper()
     wanted = file.wanted.copy()
-
-    def fail(*_: Any) -> bool:
-        raise OSError(errno.EIO, "no disk")
-
     with monkeypatch.context() as patch:
-        patch.setattr(direct_writes, "_store", fail)
+        patch.setattr(direct_writes, "_store", no_disk)
         put(dropper, file, 1000, 61440, 8, 1)
         with pytest.raises(OSError, match="no disk"):
             dropper.finish_direct()

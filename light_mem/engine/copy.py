@@ -50,7 +50,7 @@ class Sink(Protocol):
 
 
 class MappedSink:
-    """Slots that this process has mapped: uint8 [bytes], contiguous."""
+    """Slots that this process has mapped, or other memory: uint8 [bytes], contiguous."""
 
     reads_first = False
 

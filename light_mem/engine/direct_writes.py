@@ -21,7 +21,7 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from light_mem.engine.copy import PIECE_BYTES
+from light_mem.engine.copy import PIECE_BYTES, MappedSink
 from light_mem.engine.device_threads import DeviceThreads
 from light_mem.engine.maps import private_buffers
 from light_mem.engine.places import Bytes1D, Bytes2D, RowNumbers
@@ -67,15 +67,9 @@ class DirectWrites:
         """Where the bytes for `span` are put, `direct` the descriptor for O_DIRECT; what follows
         the one before goes with it. Raises OSError."""
         if self._run is None or self._run.next != span[:2]:
-            self.end_run()
+            self._end_run()
             self._run = DirectSink(self, span, direct)
         return self._run
-
-    def end_run(self) -> None:
-        """Hand all that was put to the device; raises OSError."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.end()
 
     def buffer(self) -> Bytes1D:
         """A buffer to fill; waits for one if all are under way. Raises OSError."""
@@ -102,7 +96,7 @@ class DirectWrites:
         """Return when all that was put is on the device, but for the edges, and nothing is under
         way; raises what failed first, an OSError."""
         try:
-            self.end_run()
+            self._end_run()
         except OSError as error:
             self._failed = self._failed or error
         while self._under_way:
@@ -115,9 +109,13 @@ class DirectWrites:
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it, and end the threads."""
-        while self._under_way:
-            self._take_back()
         self._threads.close()
+
+    def _end_run(self) -> None:
+        """Hand all that was put to the device; raises OSError."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.end()
 
     def _take_back(self) -> None:
         buffer, span, written = self._under_way.popleft()
@@ -155,9 +153,7 @@ class DirectSink:
 
     def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
         """Store rows of the memory, one after the other."""
-        row_bytes = memory.shape[1]
-        out = self._room(len(rows) * row_bytes).reshape(len(rows), row_bytes)
-        memory.take(rows, 0, out, "clip")
+        MappedSink(self._room(len(rows) * memory.shape[1])).put_rows(0, memory, rows)
 
     def end(self) -> None:
         """All was put: hand the rest to the device. Raises OSError."""

@@ -66,8 +66,7 @@ class TaskQueue:
         self._threads = threading.Lock()
         self._turn = 0
         cells = table.cells
-        self._modes, self._workers, self._lengths = cells["mode"], cells["worker"], cells["nbytes"]
-        self._homes = cells["home"]
+        self._homes, self._workers, self._lengths = cells["home"], cells["worker"], cells["nbytes"]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -125,16 +124,15 @@ class TaskQueue:
     def _compact(self, mode: int) -> int:
         """Drop the entries of blocks that nobody will claim, which abort leaves; the new tail."""
         table = self._table
-        heads, tails = table.ends[mode]
-        head, tail = int(heads[0]), int(tails[0])
-        at = np.arange(head, tail) % table.ring_length
-        cells = table.rings[mode][at]
-        cells = cells[(table.states[cells] == INITIAL) & (table.cells["mode"][cells] == mode)]
+        cells, waits = table.queued(mode)
+        cells = cells[waits]
         _, first = np.unique(cells, return_index=True)
         cells = cells[np.sort(first)]
-        table.rings[mode][at[: len(cells)]] = cells
-        tails[0] = head + len(cells)
-        return head + len(cells)
+        head = int(table.ends[mode][0][0])
+        tail = head + len(cells)
+        table.rings[mode][np.arange(head, tail) % table.ring_length] = cells
+        table.ends[mode][1][0] = tail
+        return tail
 
     def claim(self, worker: int) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
@@ -159,19 +157,17 @@ class TaskQueue:
         there are none of these, what waits for others. Looks at a part of the ring; where nothing
         in it waits the head is behind it then."""
         table = self._table
-        head, tail = (int(end[0]) for end in table.ends[mode])
         workers = int(table.header["workers"][0])
         # Blocks to read have no home.
         window = BATCH_BLOCKS if mode == READ else min(AHEAD_BLOCKS * workers, _MOST_AHEAD)
-        end = min(tail, head + window)
-        cells = table.rings[mode][np.arange(head, end) % table.ring_length]
-        free = (table.states[cells] == INITIAL) & (self._modes[cells] == mode)
+        cells, free = table.queued(mode, window)
+        beyond = table.depth(mode) - len(cells)
         homes = self._homes[cells]
         at = np.flatnonzero(free & ((homes == worker) | (homes == 0)))[:BATCH_BLOCKS]
         if not len(at):
             at = np.flatnonzero(free)[:BATCH_BLOCKS]
         upto = np.cumsum(self._lengths[cells[at]])
-        share = -(-(int(np.count_nonzero(free)) + tail - end) // workers)
+        share = -(-(int(np.count_nonzero(free)) + beyond) // workers)
         least, most = np.searchsorted(upto, (LEAST_BYTES[mode], BATCH_BYTES[mode])).tolist()
         at = at[: min(max(share, least + 1), most + 1)]
         claimed = list(dict.fromkeys(cells[at].tolist()))  # in order; one may be there twice
@@ -180,7 +176,8 @@ class TaskQueue:
             table.states[claimed] = WORKING
         free[at] = False
         left = np.flatnonzero(free)
-        table.ends[mode][0][0] = head + int(left[0]) if len(left) else end
+        heads = table.ends[mode][0]
+        heads += int(left[0]) if len(left) else len(cells)
         return claimed
 
     def abort(self, table: TaskTable, start: int, end: int, row: int, generation: int) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.engine import histogram
 from light_mem.engine.futex import FutexWords
@@ -134,6 +135,7 @@ class TaskTable:
         self.done_word = header_at + HEADER.fields["done_seq"][1]  # type: ignore[index]
         self._row_done = ROW.fields["done"][1]  # type: ignore[index]
         self._abort = self.rows["abort"]
+        self._modes = self.cells["mode"]
         self.ends = {  # of the rings: heads and tails, [1] each
             mode: (self.header[f"{name}_head"], self.header[f"{name}_tail"])
             for mode, name in ((READ, "read"), (WRITE, "write"))
@@ -254,12 +256,20 @@ class TaskTable:
         head, tail = self.ends[mode]
         return int(tail[0]) - int(head[0])
 
+    def queued(
+        self, mode: int, most: int | None = None
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Entries of a mode's ring from its head on, `most` of them: cells, and whether each waits
+        for a worker in this mode. An entry stays when its block is aborted, and the cell may be
+        another task's by then. No lock, no system call."""
+        head, tail = (int(end[0]) for end in self.ends[mode])
+        end = tail if most is None else min(tail, head + most)
+        cells = self.rings[mode][np.arange(head, end) % self.ring_length]
+        return cells, (self.states[cells] == INITIAL) & (self._modes[cells] == mode)
+
     def waiting(self, mode: int) -> int:
         """Blocks of a mode that wait for a worker, about now. No lock, no system call."""
-        head, tail = (int(end[0]) for end in self.ends[mode])
-        cells = self.rings[mode][np.arange(head, max(head, tail)) % self.ring_length]
-        found = (self.states[cells] == INITIAL) & (self.cells["mode"][cells] == mode)
-        return int(np.count_nonzero(found))
+        return int(np.count_nonzero(self.queued(mode)[1]))
 
     def lock_path(self) -> str:
         """A path that opens the table's memory object anew, for locks of its own."""
