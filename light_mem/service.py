@@ -321,6 +321,7 @@ class CacheService(Closing, ABC):
         Latencies are seconds; sizes bytes; `*_rate` bytes a second while workers were at it.
         """
         self._check_open()
+        self._session.queue.tell_ready()  # whoever has seen a task ready sees its latency
         found = read_numbers(self._session.table)
         numbers: dict[str, Any] = {**self._engine.stats(), **found.counters, **found.gauges}
         for name, done in (("read", "bytes_read"), ("write", "bytes_written")):

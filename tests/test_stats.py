@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from light_mem import State, TaskTableFullError
+from light_mem.engine.table_layout import FINISHED
 from light_mem.index import format as fmt
 from light_mem.index.ages import AGE_BOUNDS, by_age
 from tests.service_rig import WAIT, rig
@@ -74,6 +75,21 @@ def test_tasks_of_several_workers_are_all_counted(tmp_path: Path) -> None:
         count = r.service.stats()["write_latency"]["count"]
         # Two workers that finish a task's last blocks at the same instant may both count it.
         assert 50 <= count <= 55
+
+
+def test_a_task_that_is_seen_ready_is_counted_before_its_worker_comes_to_that(
+    tmp_path: Path,
+) -> None:
+    with rig(tmp_path, run=False) as r:
+        task = r.service.create("write", ["a"], [0])
+        table = r.service._session.table
+        [cell] = r.service._session.queue.claim(1)
+        assert r.service.stats()["write_latency"]["count"] == 0
+        table.states[cell] = FINISHED  # ... and here the worker loses its processor
+        assert task.ready()
+        assert r.service.stats()["write_latency"]["count"] == 1
+        table.finish(int(table.cells["row"][cell]), 1)
+        assert r.service.stats()["write_latency"]["count"] == 1
 
 
 def test_a_client_sees_the_same_and_adds_to_it(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ class TaskQueue:
             for part in self._table.used_cells() if cells is None else [cells]:
                 states = self._table.states[part]
                 states[states == INITIAL] = ABORTED
-        self._finish_lost_tasks()
+        self.tell_ready()
 
     def abort_all(self) -> None:
         """Abort every block of every task: the workers are gone, and the service is shut down.
@@ -218,7 +218,7 @@ class TaskQueue:
             self._abort_all()
             raise
         finally:
-            self._finish_lost_tasks()
+            self.tell_ready()
 
     def _abort_all(self) -> None:
         for cells in self._table.used_cells():
@@ -252,7 +252,7 @@ class TaskQueue:
                 if cells:
                     self._append(np.array(cells, np.uint32), mode)
         table.futex.wake(table.work_word)
-        self._finish_lost_tasks()
+        self.tell_ready()
         return len(lost)
 
     def _begun_by(self, worker: int) -> list[int]:
@@ -264,7 +264,8 @@ class TaskQueue:
             begun += (cells.start + found).tolist()
         return begun
 
-    def _finish_lost_tasks(self) -> None:
-        """Tell the waiters of tasks that became ready without a worker saying so."""
+    def tell_ready(self) -> None:
+        """Tell, and count, the tasks that are ready without a worker having said so: none will, or
+        it has stored the last state and not come to that yet."""
         for row in self._table.active_rows():
             self._table.finish(row, 0)
