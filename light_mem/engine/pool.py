@@ -14,11 +14,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from light_mem.engine import program, worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
+from light_mem.engine.restarts import Restarts
+from light_mem.engine.table_layout import WORKER_COUNTERS
 from light_mem.engine.task_table import TaskTable
+from light_mem.engine.worker_log import WorkerLog
 from light_mem.errors import (
     LockTimeoutError,
     ServiceClosedError,
@@ -80,11 +84,13 @@ class WorkerPool:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
-        self._pipes: list[int] = []
+        self._wakes: tuple[int, ...] = ()  # a pipe
         self._life = threading.Lock()  # keeps `start` and `stop` apart
         self._stopping = False
         self._early_deaths = 0
-        self._tail: list[str] = []  # last lines of the workers, for the error at start
+        self._restarts = Restarts()
+        self._did: dict[int, int] = {}  # by worker: its counters' sum when it was last replaced
+        self._log: WorkerLog | None = None
         self._thread: threading.Thread | None = None
         self._limited = Limited()
         self.failure = ""  # why there are no workers any more
@@ -110,31 +116,29 @@ class WorkerPool:
                 self.failure = f"not ready within {START_SECONDS:g} s"
             if self.failure:
                 self.stop()
-                raise WorkerStartError(
-                    f"workers did not start: {self.failure}\n" + "\n".join(self._tail[-10:])
-                )
+                tail = self._log.tail(10) if self._log else ""
+                raise WorkerStartError(f"workers did not start: {self.failure}\n{tail}")
             seen = int(self._table.header["done_seq"][0])
             self._table.futex.wait(self._table.done_word, seen, 0.02)
 
     def _start(self) -> None:
         if self._stopping:
             raise ServiceClosedError("the service is closed")
-        self._log_read, self._log_write = os.pipe()
-        self._wake_read, self._wake_write = os.pipe()
-        self._pipes = [self._log_read, self._log_write, self._wake_read, self._wake_write]
-        os.set_blocking(self._log_read, False)
-        self._selector.register(self._log_read, selectors.EVENT_READ, "log")
-        self._selector.register(self._wake_read, selectors.EVENT_READ, "wake")
         try:
+            lines = self._log = WorkerLog()
+            self._wakes = os.pipe()
+            self._selector.register(lines.read, selectors.EVENT_READ, lines.relay)
+            self._selector.register(self._wakes[0], selectors.EVENT_READ, None)
             for number in range(1, self._count + 1):
-                self._spawn(number)
+                self._spawn(number, lines)
         except OSError as error:  # no such executable, no more processes or descriptors
             self.failure = str(error)
             return
-        self._thread = threading.Thread(target=self._watch, name="lightmem-pool", daemon=True)
+        watch = partial(self._watch, lines)
+        self._thread = threading.Thread(target=watch, name="lightmem-pool", daemon=True)
         self._thread.start()
 
-    def _spawn(self, number: int) -> None:
+    def _spawn(self, number: int, lines: WorkerLog) -> None:
         config = {
             "number": number,
             "parent": os.getpid(),
@@ -152,58 +156,59 @@ class WorkerPool:
             program.command(worker.__name__, config),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=self._log_write,
+            stderr=lines.write,
             pass_fds=descriptors,
             env=program.environment(_ENVIRONMENT),
         )
+        try:
+            if hasattr(os, "pidfd_open"):
+                self._pidfds[number] = os.pidfd_open(process.pid)
+                self._selector.register(self._pidfds[number], selectors.EVENT_READ, None)
+        except BaseException:  # no descriptor left: nobody would know of this worker
+            if number in self._pidfds:
+                os.close(self._pidfds.pop(number))
+            process.kill()
+            process.wait()
+            raise
         self._processes[number] = process
-        if hasattr(os, "pidfd_open"):
-            self._pidfds[number] = os.pidfd_open(process.pid)
-            self._selector.register(self._pidfds[number], selectors.EVENT_READ, number)
+        self._restarts.started(number)
 
     # --- the watching thread ---------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        timeout = _ROUND_SECONDS if self._pidfds else _POLL_SECONDS
+    def _watch(self, lines: WorkerLog) -> None:
+        round_seconds = _ROUND_SECONDS if self._pidfds else _POLL_SECONDS
         self._tidy_up()  # after those who died before us
         self._prepare()
         while not self._stopping:
-            for key, _ in self._selector.select(timeout):
-                if key.data == "log":
-                    self._relay()
+            for key, _ in self._selector.select(self._restarts.wait(round_seconds)):
+                if key.data is not None:
+                    key.data()
             self._look_round()
             for number, process in list(self._processes.items()):
-                if process.poll() is not None and not self._stopping:
-                    try:
-                        self._replace(number, process)
-                    except LockTimeoutError as error:
-                        # Whoever is stopped with the queue in hand (a debugged client) may go on
-                        # later: this comes back here at once, and waits for the lock again.
-                        self._limited.warning(
-                            "worker %d died and waits to be replaced: %s", number, str(error)
-                        )
-                    except Exception:
-                        log.exception("replacing worker %d failed", number)
-                        self._give_up(f"worker {number} could not be replaced")
+                if process.poll() is not None:
+                    self._attempt(number, partial(self._replace, number, process, lines))
+            for number in self._restarts.take():
+                self._attempt(number, partial(self._fill_place, number, lines))
+
+    def _attempt(self, number: int, step: Callable[[], None]) -> None:
+        """A step of replacing a worker; where it cannot be done the service ends."""
+        if self._stopping:
+            return
+        try:
+            step()
+        except LockTimeoutError as error:
+            # Whoever is stopped with the queue in hand (a debugged client) may go on later: the
+            # dead worker is met again at once, and the lock waited for again.
+            self._limited.warning("worker %d died and waits to be replaced: %s", number, str(error))
+        except Exception:
+            log.exception("replacing worker %d failed", number)
+            self._give_up(f"worker {number} could not be replaced")
 
     def _look_round(self) -> None:
         try:
             self._now_and_then()
         except Exception:  # dead workers are replaced all the same
             log.exception("what waits to be ended waits for longer")
-
-    def _relay(self) -> None:
-        try:
-            raw = os.read(self._log_read, 1 << 16)
-        except BlockingIOError:
-            return
-        for line in raw.decode("utf-8", "replace").splitlines():
-            level, _, text = line.partition(" ")
-            self._tail = [*self._tail[-50:], line]
-            if level.isdigit():
-                log.log(int(level), "%s", text)
-            else:
-                log.error("worker: %s", line)
 
     def _forget(self, number: int) -> None:
         self._processes.pop(number).wait()
@@ -213,7 +218,7 @@ class WorkerPool:
             self._selector.unregister(pidfd)
             os.close(pidfd)
 
-    def _replace(self, number: int, process: subprocess.Popen[bytes]) -> None:
+    def _replace(self, number: int, process: subprocess.Popen[bytes], lines: WorkerLog) -> None:
         ready = bool(self._table.workers["ready"][number])
         early_deaths = 0 if ready else self._early_deaths + 1
         # Where the service ends nobody is left to do its blocks again, and it may leave in order.
@@ -221,23 +226,31 @@ class WorkerPool:
         again = not ends and early_deaths < MAX_EARLY_DEATHS
         lost = self._queue.recover(number, self._is_stored, again)
         self._early_deaths = early_deaths
-        self._relay()
+        lines.relay()
         self._forget(number)
         if ends:
             return
         self._tidy_up()
+        pause = self._restarts.died(number, self._has_done(number) or lost > 0)
         log.warning(
-            "worker %d (pid %d) died with status %d; %d blocks were in its hands",
+            "worker %d (pid %d) died with status %d; %d blocks were in its hands%s",
             number,
             process.pid,
             process.returncode,
             lost,
+            f"; it did nothing, as those before it: the next one starts in {pause:g} s"
+            if pause
+            else "",
         )
         if not again:
             self._give_up(f"{MAX_EARLY_DEATHS} workers in a row died before they were ready")
-            return
-        self._table.header["restarts"] += 1
-        self._spawn_again(number)
+
+    def _has_done(self, number: int) -> bool:
+        """Whether a worker has ended blocks since this was asked last."""
+        record = self._table.workers[number]
+        before = self._did.get(number, 0)
+        self._did[number] = sum(int(record[name]) for name in WORKER_COUNTERS)
+        return self._did[number] != before
 
     def _tidy_up(self) -> None:
         try:
@@ -246,16 +259,19 @@ class WorkerPool:
             # A write that finds no room, and the next open, will do it.
             log.warning("slots that dead processes were filling stay taken: %s", str(error))
 
-    def _spawn_again(self, number: int) -> None:
+    def _fill_place(self, number: int, lines: WorkerLog) -> None:
         """Start a worker in the place of a dead one; want of descriptors or memory may pass."""
+        if self.failure or self._table.shutdown:
+            return
+        self._table.header["restarts"] += 1
         for pause in _SPAWN_PAUSES:
             try:
-                self._spawn(number)
+                self._spawn(number, lines)
                 return
             except (OSError, WorkerStartError) as error:
                 log.warning("worker %d cannot be started: %s", number, str(error))
                 time.sleep(pause)
-        self._spawn(number)
+        self._spawn(number, lines)
 
     def _give_up(self, reason: str) -> None:
         """Workers that live finish what they have in hand and leave; the rest is aborted."""
@@ -273,7 +289,7 @@ class WorkerPool:
             self._stopping = True
         self._shut_down()
         if self._thread is not None:
-            os.write(self._wake_write, b"x")
+            os.write(self._wakes[1], b"x")
             if self._thread is not threading.current_thread():
                 self._thread.join()
         deadline = time.monotonic() + STOP_SECONDS
@@ -292,9 +308,9 @@ class WorkerPool:
                 "a client is stopped and keeps its tasks from being aborted: %s", str(error)
             )
         self._selector.close()
-        if self._pipes:
-            self._relay()
-        for descriptor in self._pipes:
+        if self._log is not None:
+            self._log.close()
+        for descriptor in self._wakes:
             os.close(descriptor)
 
     def _shut_down(self) -> None:

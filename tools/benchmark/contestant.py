@@ -20,6 +20,7 @@ from benchmark.machine import cpu_of
 from benchmark.plan import Plan
 
 _IDLE_SECONDS = 0.1
+_READY_SECONDS = 0.3  # in which several processes make their hashes
 _TICK = 0.005  # less than what the kernel counts CPU time in
 
 TOOLS = Path(__file__).resolve().parent.parent
@@ -146,6 +147,15 @@ class Contestant:
     def move(self, what: str, passes: int = 1) -> float:
         """Seconds of `write`, `read` or `mixed`: those of the slowest process."""
         return float(max(self.tell(what, passes=passes)))
+
+    def steady(self, what: str, seconds: float) -> tuple[int, int]:
+        """Bytes that all processes together move by `write` or `read` while all are at it, for so
+        many seconds, and the bytes until the last has ended its pass."""
+        begin = time.monotonic() + _READY_SECONDS
+        moved, total = zip(
+            *self.tell("steady", mode=what, begin=begin, seconds=seconds), strict=True
+        )
+        return sum(moved), sum(total)
 
     def awake(self, yes: bool) -> None:
         """Stop a contestant that uses the CPU while idle, so that it does not slow others down."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmark.contestant import Contestant
 from benchmark.plan import Plan, Shape
 from benchmark.run import Run
-from benchmark.samples import Samples
+from benchmark.samples import Sample, Samples
 
 SMALL, LARGE = Shape(3840, 64), Shape(61440, 64)
+_WINDOW_SECONDS = 0.5  # of a sample of several servers
 
 
 def bench_growth(run: Run, what: str) -> dict[str, Any]:
@@ -62,15 +64,23 @@ def _measure(
         contestant.move("read")
     for _ in range(min(run.rounds, 5)):
         for contestant, name in contestants:
-            # Servers evict from each other: all must have written a generation before the next.
-            passes = 1 if run.quick or not contestant.many_passes else 2
             for work, of_work in samples[name].items():
-                sample = run.meter.take(
-                    lambda c=contestant, w=work, p=passes: c.move(w, p),
-                    passes * plan.nbytes,
-                    contestant.family,
-                )
-                of_work.all.append(sample)
+                of_work.all.append(_sample(run, what, contestant, work))
     for contestant, name in contestants:
         run.checked(f"{what}, {plan.shape.name}, {name}", contestant)
     return {n: {w: s.summary() for w, s in works.items()} for n, works in samples.items()}
+
+
+def _sample(run: Run, what: str, contestant: Contestant, work: str) -> Sample:
+    if what == "servers":
+        # What all reach while all are at it: who is done first leaves the CPUs to the others.
+        seconds = _WINDOW_SECONDS / 5 if run.quick else _WINDOW_SECONDS
+        call = partial(contestant.steady, work)
+        sample = run.meter.take_window(call, seconds, contestant.family)
+        if work == "write":
+            # One wrote more than another, and evicted from it: for the reads all is to be there.
+            contestant.move("write")
+        return sample
+    passes = 1 if run.quick or not contestant.many_passes else 2
+    nbytes = passes * contestant.plan.nbytes
+    return run.meter.take(partial(contestant.move, work, passes), nbytes, contestant.family)

@@ -22,6 +22,8 @@ from benchmark import rivals
 from benchmark.plan import Plan
 from benchmark.rivals.base import Rival, Setup
 
+_MOST_BYTES_A_SECOND = 30e9
+
 
 class Host:
     """Carries commands out on its share of the blocks, and keeps their hashes."""
@@ -93,6 +95,33 @@ class Host:
             self._rival.mixed(kept, self._pages[old], written, self._pages[new])
             taken += time.perf_counter() - started
         return taken
+
+    def steady(self, mode: str, begin: float, seconds: float) -> tuple[int, int]:
+        """Passes of `write` or `read` without a pause, from `begin` (`time.monotonic`, in all
+        processes the same) until `seconds` later and then to the end of the pass; returns the
+        bytes moved in that time, the last pass's in proportion, and those moved in all."""
+        every = np.arange(len(self._blocks))
+        nbytes = len(every) * self._plan.shape.block_bytes
+        # Hashes are made beforehand, of more passes than any memory has time for.
+        passes = 1 + int(_MOST_BYTES_A_SECOND * seconds) // nbytes if mode == "write" else 1
+        hashes = [
+            self._renew(every, delete=False) if mode == "write" else self.hashes(every)
+            for _ in range(passes)
+        ]
+        first = self._generation - passes + 1
+        time.sleep(max(0.0, begin - time.monotonic()))
+        end, done = begin + seconds, 0
+        while True:
+            started = time.monotonic()
+            if mode == "write":
+                self._rival.write(hashes[done % passes], self._pages)
+                self._versions[:] = first + done % passes
+            else:
+                self._rival.read(hashes[0], self._pages)
+            ended, done = time.monotonic(), done + 1
+            if ended >= end:
+                beyond = (ended - end) / (ended - started)
+                return int((done - beyond) * nbytes), done * nbytes
 
     def latency(self, mode: str, count: int) -> list[float]:
         """Seconds of `count` calls with one block each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
@@ -13,6 +13,8 @@ from benchmark.machine import OtherLoad, cpu_of
 
 MAX_OTHERS = 0.05  # of all CPUs: more by other processes and a sample is dropped
 _TICKS = 0.03  # seconds that clock ticks may be wrong by
+
+Found = TypeVar("Found")
 
 
 class Sample(NamedTuple):
@@ -62,13 +64,30 @@ class Meter:
         self, call: Callable[[], float], nbytes: float, family: Iterable[psutil.Process]
     ) -> Sample:
         """`call` returns the seconds that count, of work that moves `nbytes`."""
+        seconds, cpu, others = self._watch(call, family)
+        return Sample(seconds, cpu, nbytes, others)
+
+    def take_window(
+        self,
+        call: Callable[[float], tuple[int, int]],
+        seconds: float,
+        family: Iterable[psutil.Process],
+    ) -> Sample:
+        """`call` returns the bytes moved in so many seconds, and those that it moved in all."""
+        (moved, total), cpu, others = self._watch(lambda: call(seconds), family)
+        return Sample(seconds, cpu * moved / total, moved, others)
+
+    def _watch(
+        self, call: Callable[[], Found], family: Iterable[psutil.Process]
+    ) -> tuple[Found, float, float]:
+        """What a call returns, and CPU seconds meanwhile: the contestant's, and those of others."""
         family = list(family)
         cpu = sum(map(cpu_of, family))
         others = self._others.seconds(cpu + cpu_of(self._own))
-        seconds = call()
+        found = call()
         spent = sum(map(cpu_of, family)) - cpu
         others = self._others.seconds(cpu + spent + cpu_of(self._own)) - others
-        return Sample(seconds, spent, nbytes, max(0.0, others))
+        return found, spent, max(0.0, others)
 
 
 def median_of(call: Callable[[], object], times: int = 101) -> float:

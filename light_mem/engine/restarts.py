@@ -1,0 +1,57 @@
+"""When a dead worker's place is filled again.
+
+Who did something is replaced at once. A worker that dies again and again before it has done
+anything (a broken disk, no memory left, a library that crashes) would be started ten times a
+second for ever: such ones are replaced later and later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+FREE = 2  # so many in a row are replaced at once: the kernel's choice when memory is short
+FIRST_SECONDS = 0.2  # then so much later, and twice as much each time
+MOST_SECONDS = 10.0  # ... up to this: what was wrong may be mended, and a server waits for it
+LONG_SECONDS = 60.0  # a worker that lived for so long was not broken
+
+
+class Restarts:
+    """Which workers are to be started, and when. One thread."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._born: dict[int, float] = {}
+        self._useless: dict[int, int] = {}  # deaths in a row without having done anything
+        self._due: dict[int, float] = {}
+
+    def started(self, number: int) -> None:
+        """A worker was started."""
+        self._born[number] = self._now()
+
+    def died(self, number: int, was_of_use: bool) -> float:
+        """A worker died and is to be replaced; returns in how many seconds.
+
+        `was_of_use`: it did blocks, or died over one.
+        """
+        now = self._now()
+        if was_of_use or now - self._born.get(number, now) >= LONG_SECONDS:
+            self._useless[number] = 0
+        else:
+            self._useless[number] = self._useless.get(number, 0) + 1
+        more = self._useless[number] - FREE
+        pause = min(FIRST_SECONDS * 2.0 ** min(more - 1, 32), MOST_SECONDS) if more > 0 else 0.0
+        self._due[number] = now + pause
+        return pause
+
+    def take(self) -> list[int]:
+        """Workers to be started now, each told once."""
+        now = self._now()
+        due = [number for number, at in self._due.items() if at <= now]
+        for number in due:
+            del self._due[number]
+        return due
+
+    def wait(self, most: float) -> float:
+        """Seconds until the next is due, but no more than `most`."""
+        return max(0.0, min([most, *(at - self._now() for at in self._due.values())]))
