@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from light_mem.engine.base import Outcome
-from light_mem.engine.batch_report import BatchReport
+from light_mem.engine.batch_report import BatchReport, Stopwatch
 from light_mem.engine.table_layout import (
     ABORTED,
     CELL,
@@ -38,7 +38,7 @@ class Told:
         records["row"] = [cell // BLOCKS for cell in cells]
         records["nbytes"] = [100 + cell for cell in cells]
         records["mode"] = mode
-        self.report = BatchReport(table, 2, cells, records)
+        self.report = BatchReport(table, 2, cells, records, Stopwatch())
         self.finished: list[tuple[int, dict[str, int], bytes]] = []
         table.finish = self._finish  # type: ignore[method-assign]
 

@@ -97,8 +97,8 @@ def test_every_byte_lies_where_it_belongs_and_none_beside_it(file: File, seed: i
         if rng.random() < 0.3:  # a gap: what lies there is another's
             at += int(rng.integers(1, 2 * ALIGN))
         if rng.random() < 0.2:
-            dropper.finish_direct()
-    dropper.finish_direct()
+            dropper.land(dropper.cut())
+    dropper.land(dropper.cut())
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
     dropper.finish()
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
@@ -128,12 +128,12 @@ def test_blocks_that_follow_each_other_go_together(
     dropper = Dropper()
     for n in range(16):
         put(dropper, file, 100 + n * 64 * 3840, 3840, 64, n)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     total = 16 * 64 * 3840
     assert len(made) == -(-total // (4 * 64 * 3840))  # four fill a buffer
     assert sum(span.nbytes for span in made) >= total - 2 * ALIGN
     assert all(span.at % ALIGN == span.nbytes % ALIGN == 0 for span in made)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     dropper.finish()
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
@@ -143,7 +143,7 @@ def test_little_goes_through_the_page_cache(file: File, monkeypatch: pytest.Monk
     dropper = Dropper()
     put(dropper, file, 0, 4096, LEAST_BYTES // 4096 - 1, 1)
     put(dropper, file, MIB, 4096, LEAST_BYTES // 4096, 2)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     assert [(span.at, span.nbytes) for span in made] == [(MIB, LEAST_BYTES)]
     assert cached(file.path).sum() == LEAST_BYTES // mmap.PAGESIZE - 1
     dropper.finish()
@@ -213,9 +213,9 @@ def test_an_edge_that_fails_is_not_put_off_to_the_next_blocks(
         patch.setattr(page_cache, "start_write_out", no_disk)
         put(dropper, file, 10, 4096, 4, 1)
         with pytest.raises(OSError, match="no disk"):
-            dropper.finish_direct()
+            dropper.land(dropper.cut())
     put(dropper, file, 10, 4096, 64, 2)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     dropper.finish()
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
@@ -234,7 +234,7 @@ def test_a_file_system_that_refuses_such_writes_gets_others(
     monkeypatch.setattr(os, "pwrite", refuse)
     dropper = Dropper()
     put(dropper, file, 77, 61440, 64, 1)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     assert cached(file.path).sum() > 64 * 61440 // mmap.PAGESIZE
     dropper.finish()
     assert cached(file.path).sum() <= 1  # the last page is another's, too
@@ -256,7 +256,7 @@ def test_a_write_cut_short_goes_on_at_a_whole_page(
     monkeypatch.setattr(os, "pwrite", short)
     dropper = Dropper()
     put(dropper, file, 4096, 61440, 8, 1)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     dropper.finish()
     assert next(cuts, None) is None
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
@@ -267,7 +267,7 @@ def test_a_write_that_gets_nowhere_is_an_error(file: File, monkeypatch: pytest.M
     dropper = Dropper()
     put(dropper, file, 4096, 61440, 8, 1)
     with pytest.raises(OSError, match="stops at byte 4096"):
-        dropper.finish_direct()
+        dropper.land(dropper.cut())
     dropper.finish()
 
 
@@ -335,7 +335,7 @@ def test_pages_that_blocks_share_are_written_when_nothing_is_under_way(
     dropper = Dropper()
     for n in range(4):
         put(dropper, file, 10 + n * 4 * MIB, 61440, 32, n)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     assert len(edges) == 8
     assert {(at % ALIGN, nbytes) for at, nbytes in edges} == {(10, ALIGN - 10), (0, 10)}
     dropper.finish()
@@ -355,7 +355,7 @@ def test_no_more_than_the_buffers_is_under_way(file: File, monkeypatch: pytest.M
     dropper = Dropper()
     for n in range(5):
         put(dropper, file, n * 4 * MIB, MIB, 4, n)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     dropper.finish()
     assert made == direct_writes.DEPTH
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
@@ -371,10 +371,10 @@ def test_edges_of_blocks_that_failed_are_not_written_later(
         patch.setattr(direct_writes, "_store", no_disk)
         put(dropper, file, 1000, 61440, 8, 1)
         with pytest.raises(OSError, match="no disk"):
-            dropper.finish_direct()
+            dropper.land(dropper.cut())
     file.wanted = wanted
     put(dropper, file, 4 * MIB + 10, 61440, 8, 2)
-    dropper.finish_direct()
+    dropper.land(dropper.cut())
     dropper.finish()
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
@@ -442,7 +442,7 @@ def test_what_is_under_way_is_waited_for_whatever_fails(
     for _ in range(16):
         sink.put(0, np.zeros(PIECE_BYTES, np.uint8))
     with pytest.raises(OSError, match="the first"):
-        writes.finish()
+        writes.land(writes.cut())
     assert sorted(ended) == [n * MIB for n in range(8)]
-    writes.finish()  # told once
+    writes.land(writes.cut())  # told once
     writes.close()

@@ -7,7 +7,7 @@ All work is done in a control group with a memory limit (as root, or with --limi
 a limit already). In turn, round by round, each moves every byte of a store's worth:
 
 plain          one thread, pieces of 8 MiB, front to back: pwrite and a last fdatasync, to a file
-               of the store's size beside it; preadv of the store's data files
+               of the store's size beside it; preadv of what was written of the store's data files
 plain, direct  the same by O_DIRECT
 keep, drop     a service of each policy: all blocks under new hashes, evicting, and a last
                fdatasync of the data files; all blocks in random order
@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from benchmark import machine
+from benchmark import extents, machine
 from benchmark.memory_limit import memory_limit
 from benchmark.resident import resident, write_out
 from rich.console import Console
@@ -81,12 +81,9 @@ class Plain:
         started = time.perf_counter()
         for path in self._files:
             descriptor = os.open(path, os.O_RDONLY | self._flags)
-            at = 0
-            while count := os.preadv(descriptor, [self._buffer], at):
-                at += count
-                if count % mmap.PAGESIZE:
-                    break  # the end; O_DIRECT could not go on from here
-            total += at
+            for at, length in extents.pieces(path, PIECE):
+                whole = length + -length % mmap.PAGESIZE
+                total += os.preadv(descriptor, [self._buffer[:whole]], at)
             os.close(descriptor)
         return time.perf_counter() - started, total
 

@@ -43,6 +43,24 @@ for _outcome, _counter in _COUNTERS.items():
 _FEW = 8  # up to here stores one by one are faster than a numpy call
 
 
+class Stopwatch:
+    """The time that a worker is at work, which its batches share: the last blocks of one may be
+    told after the next has begun, and no time is to count twice."""
+
+    def __init__(self) -> None:
+        self._since = 0
+
+    def start(self) -> None:
+        """Work begins, or goes on after a pause that does not count."""
+        self._since = time.perf_counter_ns()
+
+    def lap(self) -> int:
+        """Nanoseconds since the last call."""
+        now, before = time.perf_counter_ns(), self._since
+        self._since = now
+        return now - before
+
+
 class BatchReport:
     """The `Report` of one batch of a worker. One thread."""
 
@@ -52,6 +70,7 @@ class BatchReport:
         worker: int,
         cells: Sequence[int],
         records: npt.NDArray[np.void],
+        stopwatch: Stopwatch,
     ) -> None:
         """`records`: a copy of the cells, all of one mode."""
         self._table = table
@@ -65,7 +84,8 @@ class BatchReport:
         self._time_word = _WORDS["read_ns" if reading else "write_ns"]
         self._tally = [0] * len(_FINAL)  # by outcome
         self._moved = 0
-        self._counted = time.perf_counter_ns()
+        self._stopwatch = stopwatch
+        stopwatch.start()
 
     def __call__(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell what became of blocks, by their positions in the batch."""
@@ -103,9 +123,7 @@ class BatchReport:
     def count(self) -> None:
         """Add what was told since the last call to the worker's counters."""
         words = self._table.worker_words(self._worker)
-        now = time.perf_counter_ns()
-        words[self._time_word] += now - self._counted
-        self._counted = now
+        words[self._time_word] += self._stopwatch.lap()
         words[self._bytes_word] += self._moved
         self._moved = 0
         for number, blocks in enumerate(self._tally):

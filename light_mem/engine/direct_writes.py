@@ -3,7 +3,8 @@
 Through the page cache the kernel makes a page for each 4 KiB, copies, and writes out from there:
 several times the processor time of a write by O_DIRECT from huge pages, and the device waits for
 it. Here a block is copied into buffers, as it would be into slots, and threads write them while the
-next ones are filled.
+next ones are filled. What was put is cut into groups, of the blocks that are published together: a
+group lands while the next one is put, so that the device is not idle between them.
 
 O_DIRECT writes whole pages of the kernel. Of the first and last one, which blocks share with their
 neighbours, each writes its part through the page cache: the *edges*.
@@ -39,17 +40,21 @@ LEAST_BYTES = 64 * 1024
 Edge = tuple[bytes, Span]  # what is written through the page cache, and where
 
 
-class Leftovers(NamedTuple):
-    """What `DirectWrites.finish` leaves to its caller."""
+class Group:
+    """What was put between two calls of `DirectWrites.cut`."""
 
-    edges: list[Edge]  # to be written through the page cache now
-    cached: list[Span]  # what went through it, for the file system refused
+    def __init__(self) -> None:
+        self.edges: list[Edge] = []  # to be written through the page cache when it has landed
+        self.cached: list[Span] = []  # what went through it, for the file system refused
+        self.failed: BaseException | None = None  # what failed first
+        self.under_way = 0  # requests
 
 
 class _Request(NamedTuple):
     buffer: Bytes1D
     span: Span  # with the descriptor for the page cache
     written: Future[bool]  # whether past the page cache
+    group: Group
 
 
 class DirectWrites:
@@ -59,9 +64,8 @@ class DirectWrites:
         self._threads = DeviceThreads("lightmem-write")
         self._free: list[Bytes1D] = []
         self._under_way: deque[_Request] = deque()
-        self._failed: BaseException | None = None
         self._run: DirectSink | None = None
-        self._left = Leftovers([], [])
+        self._group = Group()
 
     def sink(self, span: Span, direct: int) -> DirectSink:
         """Where the bytes for `span` are put, `direct` the descriptor for O_DIRECT; what follows
@@ -86,26 +90,30 @@ class DirectWrites:
     def send(self, buffer: Bytes1D, first: int, end: int, span: Span, direct: int) -> None:
         """Write bytes `[first, end)` of a buffer to a span; the buffer is ours again."""
         written = self._threads.submit(_store, buffer[first:end], span, direct)
-        self._under_way.append(_Request(buffer, span, written))
+        self._under_way.append(_Request(buffer, span, written, self._group))
+        self._group.under_way += 1
 
     def put_edge(self, piece: Bytes1D, span: Span) -> None:
         """Keep a copy of bytes that are to go through the page cache."""
-        self._left.edges.append((piece.tobytes(), span))
+        self._group.edges.append((piece.tobytes(), span))
 
-    def finish(self) -> Leftovers:
-        """Return when all that was put is on the device, but for the edges, and nothing is under
-        way; raises what failed first, an OSError."""
+    def cut(self) -> Group:
+        """All that was put since the last cut; what is put from now on is another group's."""
         try:
             self._end_run()
         except OSError as error:
-            self._failed = self._failed or error
-        while self._under_way:
+            self._group.failed = self._group.failed or error
+        group, self._group = self._group, Group()
+        return group
+
+    def land(self, group: Group) -> None:
+        """Return when what a group holds is on the device, but for its edges: if there are any,
+        nothing at all is under way then. Raises what failed first of it, an OSError: then its edges
+        are nobody's, and none of it is under way all the same."""
+        while group.under_way or (group.edges and self._under_way):
             self._take_back()
-        failed, self._failed = self._failed, None
-        left, self._left = self._left, Leftovers([], [])  # none of this for the blocks to come
-        if failed is not None:
-            raise failed
-        return left
+        if group.failed is not None:
+            raise group.failed
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it, and end the threads."""
@@ -118,12 +126,13 @@ class DirectWrites:
             run.end()
 
     def _take_back(self) -> None:
-        buffer, span, written = self._under_way.popleft()
+        buffer, span, written, group = self._under_way.popleft()
         error = written.exception()  # waits, also where another one has failed
+        group.under_way -= 1
         if error is not None:
-            self._failed = self._failed or error
+            group.failed = group.failed or error
         elif not written.result():
-            self._left.cached.append(span)
+            group.cached.append(span)
         self._free.append(buffer)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from light_mem.engine import page_cache
 from light_mem.engine.copy import FileSink, Sink
-from light_mem.engine.direct_writes import DirectWrites
+from light_mem.engine.direct_writes import DirectWrites, Group
 from light_mem.engine.read_ahead import Span
 
 WINDOW_BYTES = 32 << 20
@@ -45,7 +45,7 @@ class Dropper:
     @contextmanager
     def sink(self, span: Span, direct: int) -> Iterator[Sink]:
         """Where a block's bytes for `span` are put, in order; raises OSError. They are there after
-        `finish_direct`.
+        `land` of the group that `cut` returns.
 
         `direct`: a descriptor of the file for O_DIRECT, -1: there is none.
         """
@@ -58,14 +58,18 @@ class Dropper:
         # Of a block that is stopped in the middle the next one does not follow what was put.
         yield self._direct.sink(span, direct)
 
-    def finish_direct(self) -> None:
-        """Return when what was put is written, as far as the device tells; raises OSError, of the
-        first that failed. Whatever comes, nothing is under way then."""
-        left = self._direct.finish()
-        for piece, span in left.edges:
+    def cut(self) -> Group:
+        """What was put since the last cut."""
+        return self._direct.cut()
+
+    def land(self, group: Group) -> None:
+        """Return when a group is written, as far as the device tells; raises OSError, of the first
+        that failed. Whatever comes, none of it is under way then."""
+        self._direct.land(group)
+        for piece, span in group.edges:
             FileSink(span.descriptor, span.at).put(0, np.frombuffer(piece, np.uint8))
             self.wrote(span)
-        for span in left.cached:
+        for span in group.cached:
             self.wrote(span)
 
     def wrote(self, span: Span) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.index.format import MAX_INTENTS
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Intents:
-    """First slots that are ours, WRITING, by shard: of the batch in hand, and of batches that
+    """First slots that are ours, WRITING, by shard: of the blocks in hand, and of batches that
     failed. Not thread-safe."""
 
     def __init__(self, owner: Owner) -> None:
@@ -25,6 +26,11 @@ class Intents:
         """Shards in which slots are ours."""
         return [shard for shard, slots in self._slots.items() if slots]
 
+    @property
+    def count(self) -> int:
+        """How many slots are announced."""
+        return sum(map(len, self._slots.values()))
+
     def announce(self, shard: int, slots: list[int]) -> None:
         """Announce the slots of one shard that are being filled, and keep announcing those that a
         failed lock left behind in others: they go back when their shard is written to again, when
@@ -34,9 +40,17 @@ class Intents:
         intents = [(s, slot) for s, left in self._slots.items() for slot in left]
         self._owner.intend(intents[-MAX_INTENTS:])
 
-    def give_back(self, shard: int, index: ShardIndex, file: ShardFile) -> None:
-        """Free what a failed batch left in a shard; under its lock. `announce` follows."""
+    def forget(self, shard: int, slots: list[int]) -> None:
+        """These are published, or were given back."""
+        gone = set(slots)
+        self.announce(shard, [slot for slot in self._slots.get(shard, ()) if slot not in gone])
+
+    def give_back(
+        self, shard: int, index: ShardIndex, file: ShardFile, but: Sequence[int] = ()
+    ) -> None:
+        """Free what a failed batch left in a shard; under its lock. `announce` follows, of those
+        that are in hand as well, `but`."""
         for slot in self._slots.get(shard, []):
-            if index.is_marked(slot, self._owner.number):
+            if slot not in but and index.is_marked(slot, self._owner.number):
                 file.clear_records([slot])
                 index.give_back(slot)

@@ -211,10 +211,20 @@ class LocalStorageEngine(StorageEngine):
     # --- moving bytes ----------------------------------------------------------------------------
 
     def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        self.begin_write(batch, report, stop)
+        self.finish_writes()
+
+    def begin_write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        """`write` for who has more to write: with `page_cache="drop"` it may return before the last
+        blocks are on the device. Their outcomes are told by the next call, or `finish_writes`."""
         check_places(batch, self.geometry.page_bytes)
-        self._writer.write(batch, report, stop)
+        self._writer.begin(batch, report, stop)
         if self._dropper is not None:
             self._drop(self._dropper.keep_up)
+
+    def finish_writes(self) -> bool:
+        """End what `begin_write` has left; whether there was any."""
+        return self._writer.finish()
 
     def prepare(self) -> None:
         """Open all shards, for `write_now`. One thread."""

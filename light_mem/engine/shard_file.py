@@ -30,6 +30,7 @@ from light_mem.engine.copy import (
     is_one_piece,
     new_checksum,
 )
+from light_mem.engine.direct_writes import Group
 from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
@@ -113,7 +114,7 @@ class ShardFile:
         by_calls: bool = False,
     ) -> int:
         """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError. Its
-        bytes are there after `await_written`.
+        bytes are there after `land` of what `cut` then returns.
 
         `by_calls`: not through the mapping in any case.
         """
@@ -156,11 +157,15 @@ class ShardFile:
         copier.gather(place, sink, checksum, stopped)
         self._written_at[start : start + length] = -now if sink.reads_first else now
 
-    def await_written(self) -> None:
-        """Return when all that `gather` has copied lies in its slots; raises OSError, of the first
-        that does not. Whatever comes, nothing is under way then."""
-        if self._dropper is not None:
-            self._dropper.finish_direct()
+    def cut(self) -> Group | None:
+        """What `gather` has copied since the last cut and does not lie in its slots yet."""
+        return None if self._dropper is None else self._dropper.cut()
+
+    def land(self, group: Group | None) -> None:
+        """Return when a group lies in its slots; raises OSError, of the first that does not.
+        Whatever comes, none of it is under way then."""
+        if self._dropper is not None and group is not None:
+            self._dropper.land(group)
 
     def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
         """How a run of slots is written: through the mapping where that faults little, else by

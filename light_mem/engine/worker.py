@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from light_mem.engine.affinity import bind
 from light_mem.engine.base import BlockIO
-from light_mem.engine.batch_report import BatchReport
+from light_mem.engine.batch_report import BatchReport, Stopwatch
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.map_ahead import MapAhead
@@ -65,6 +65,7 @@ class Worker:
         self._engine = engine
         self._ahead = MapAhead(memory)
         self._limited = Limited()
+        self._stopwatch = Stopwatch()
         self._read, self._read_at = 0, 0.0  # time that all workers spent reading, when it changed
 
     def run(self) -> None:
@@ -76,9 +77,12 @@ class Worker:
                 cells = self._queue.claim(self._number)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
                 self._limited.warning("worker %d waits: %s", self._number, str(error))
+                self._engine.finish_writes()
                 continue
             if cells:
                 self.do(cells)
+            elif self._engine.finish_writes():
+                pass
             elif table.shutdown:
                 return
             elif self._engine.rest() or self._ahead.step():
@@ -99,11 +103,12 @@ class Worker:
         return now - self._read_at >= QUIET_SECONDS
 
     def do(self, cells: Sequence[int]) -> None:
-        """Do one batch of claimed cells, all of one mode."""
+        """Do one batch of claimed cells, all of one mode. What is written may not be told until
+        the next batch has been done, or `finish_writes`."""
         table = self._table
         records = table.cells[cells]  # a copy: of one moment
         batch = self._blocks(records)
-        report = BatchReport(table, self._number, cells, records)
+        report = BatchReport(table, self._number, cells, records, self._stopwatch)
         rows = report.rows
 
         def stop(at: int) -> bool:
@@ -111,8 +116,9 @@ class Worker:
 
         if int(records["mode"][0]) == READ:
             self._engine.read(batch, report, stop)
+            self._engine.finish_writes()
         else:
-            self._engine.write(batch, report, stop)
+            self._engine.begin_write(batch, report, stop)
 
     def _blocks(self, records: npt.NDArray[np.void]) -> list[BlockIO]:
         """What to move for the cells of a batch."""

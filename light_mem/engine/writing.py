@@ -4,8 +4,11 @@ Two holds of the shard's lock a batch, none during the copies:
 
 allocate  room for all, evicting where needed; intents, then the records of evicted blocks go, then
           marks
-copy      pages to slots with the checksum; then the slot records; with `flush`, a sync
-publish   all become visible, or give their slots back
+copy      pages to slots with the checksum
+publish   the slot records; with `flush`, a sync; all become visible, or give their slots back
+
+What goes past the page cache is on its way for some milliseconds after the copy. So `begin` may
+return without having published its last blocks; they follow when the next ones have been copied.
 """
 
 from __future__ import annotations
@@ -14,17 +17,18 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped
 from light_mem.engine.intents import Intents
 from light_mem.engine.shard_file import Written
 from light_mem.engine.write_job import WriteJob
-from light_mem.errors import LockTimeoutError, StoreFormatError
+from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
+    from light_mem.engine.direct_writes import Group
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.shard_file import ShardFile
     from light_mem.index.allocation import Allocation
@@ -37,6 +41,30 @@ ROOM_SECONDS = 2.0
 _ROOM_PAUSE = 0.002
 
 Taken = tuple[int, "Allocation"]  # position in the batch, its room
+
+
+class Copied(NamedTuple):
+    """A block that has left the KV pages."""
+
+    at: int  # position in the batch
+    runs: list[Run]
+    checksum: int
+
+
+class Part(NamedTuple):
+    """Blocks of one shard that were copied, or stopped, and are not published yet."""
+
+    shard: int
+    job: WriteJob
+    taken: list[Taken]
+    copied: list[Copied]
+    under_way: Group | None  # what does not lie in its slots yet
+    all_new: tuple[int, int] | None  # the shard's stamp when none of the keys was stored
+
+    @property
+    def slots(self) -> list[int]:
+        """The blocks' first slots."""
+        return [where.slot for _, where in self.taken]
 
 
 def is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
@@ -64,11 +92,11 @@ class Writer:
         self._flush = flush
         self._copier = copier
         self._geometry = engine.geometry
-        # The stamp of the shard in hand when none of its keys was stored.
-        self._all_new: tuple[int, int] | None = None
+        self._last: Part | None = None  # to be published
 
-    def write(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
-        """`StorageEngine.write`."""
+    def begin(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
+        """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
+        call, or by `finish`."""
         job = WriteJob(batch, self._geometry, report, stop)
         for shard, positions in job.by_shard.items():
             for first in range(0, len(positions), WRITE_BATCH):
@@ -76,14 +104,34 @@ class Writer:
                 try:
                     self._write_shard(shard, part, job)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    engine = self._engine
-                    engine.limited.warning(
-                        "write to shard %d of %s failed: %s", shard, engine.directory, str(error)
-                    )
-                    job.settle(sorted(job.open.intersection(part)), Outcome.FAILED)
+                    self._fail(shard, part, job, error)
+                    # Intents have room for what failed and one part more.
+                    self.finish()
+
+    def finish(self) -> bool:
+        """Publish what was copied and is not published yet; whether there was any."""
+        part, self._last = self._last, None
+        if part is None:
+            return False
+        try:
+            self._engine.file(part.shard).land(part.under_way)
+            self._publish(part, self._describe(part))
+        except (LockTimeoutError, OSError, StoreFormatError) as error:
+            self._fail(part.shard, [at for at, _ in part.taken], part.job, error)
+        return True
+
+    def _fail(
+        self, shard: int, positions: list[int], job: WriteJob, error: LightMemError | OSError
+    ) -> None:
+        engine = self._engine
+        engine.limited.warning(
+            "write to shard %d of %s failed: %s", shard, engine.directory, str(error)
+        )
+        job.settle(sorted(job.open.intersection(positions)), Outcome.FAILED)
 
     def close(self) -> None:
         """Give back the slots of failed batches; raises LockTimeoutError, OSError."""
+        self.finish()
         for shard in self._intents.shards:
             with self._engine.change(shard, timeout=1) as (index, file):
                 self._intents.give_back(shard, index, file)
@@ -93,12 +141,15 @@ class Writer:
         waiting = positions
         deadline = time.monotonic() + ROOM_SECONDS
         while waiting:
-            taken, waiting = self._allocate(shard, waiting, job)
-            written = self._copy_in(shard, taken, job)
+            taken, waiting, all_new = self._allocate(shard, waiting, job)
             if taken:
-                self._publish(shard, taken, written, job)
+                copied, under_way = self._copy_in(shard, taken, job)
+                self.finish()  # the part before: it has landed meanwhile
+                self._last = Part(shard, job, taken, copied, under_way, all_new)
+                if under_way is None or self._intents.count > len(taken):
+                    self.finish()
                 deadline = time.monotonic() + ROOM_SECONDS
-            elif waiting:
+            elif waiting and not self.finish():  # its blocks may be evicted, once they are stored
                 waiting = self._wait_for_room(waiting, deadline, job)
 
     def _wait_for_room(self, waiting: list[int], deadline: float, job: WriteJob) -> list[int]:
@@ -119,11 +170,14 @@ class Writer:
 
     def _allocate(
         self, shard: int, positions: list[int], job: WriteJob
-    ) -> tuple[list[Taken], list[int]]:
-        """Take room; returns what was given, by position in the batch, and who waits for more."""
+    ) -> tuple[list[Taken], list[int], tuple[int, int] | None]:
+        """Take room; returns what was given, by position in the batch, who waits for more, and, if
+        none of the keys was stored, the shard's stamp."""
         evicted: list[int] = []
+        last = self._last
+        in_hand = last.slots if last is not None and last.shard == shard else []
         with self._engine.change(shard) as (index, file):
-            self._intents.give_back(shard, index, file)
+            self._intents.give_back(shard, index, file, in_hand)
             found = index.find_mixed(job.keys.at(positions))
             wanted, outcomes = self._wanted(index, positions, found, job)
             # First come, first served: what finds no room waits, and so does what follows.
@@ -133,13 +187,13 @@ class Writer:
             # The order binds: intents name the slots before the slots are marked. The records of
             # evicted blocks go before their slots are marked too: a holder that dies in between
             # leaves either FREE slots, whose records the next holder clears, or cleared records.
-            self._intents.announce(shard, [where.slot for where in given])
+            self._intents.announce(shard, in_hand + [where.slot for where in given])
             if evicted:
                 file.clear_records(evicted)
             index.mark_many(given, self._owner.number)
-            self._all_new = index.stamp() if max(found) < 0 else None
+            all_new = index.stamp() if max(found) < 0 else None
         job.settle_each(outcomes)
-        return list(zip(wanted, given, strict=False)), wanted[len(given) :]
+        return list(zip(wanted, given, strict=False)), wanted[len(given) :], all_new
 
     def _wanted(
         self, index: ShardIndex, positions: list[int], found: list[int], job: WriteJob
@@ -156,10 +210,12 @@ class Writer:
                 wanted.append(at)
         return wanted, outcomes
 
-    def _copy_in(self, shard: int, taken: list[Taken], job: WriteJob) -> dict[int, Written]:
-        """Copy into the slots; what was written, by position in the batch."""
+    def _copy_in(
+        self, shard: int, taken: list[Taken], job: WriteJob
+    ) -> tuple[list[Copied], Group | None]:
+        """Copy into the slots; which blocks were, and what of them is under way."""
         file, copier = self._engine.file(shard), self._copier
-        copied: list[tuple[int, list[Run], int]] = []  # position, runs, checksum
+        copied: list[Copied] = []
         for _, where in taken:
             file.expect(where.runs)
         try:
@@ -169,32 +225,38 @@ class Writer:
                 except Stopped:
                     continue
                 job.report((at,), Outcome.COPIED)
-                copied.append((at, runs, checksum))
-        finally:  # before the slots are described, or given back
-            file.await_written()
-        if not copied:
+                copied.append(Copied(at, runs, checksum))
+        except BaseException:
+            file.land(file.cut())  # before the slots are given back
+            raise
+        return copied, file.cut()
+
+    def _describe(self, part: Part) -> dict[int, Written]:
+        """Write the records of what lies in its slots; by position in the batch."""
+        if not part.copied:
             return {}
-        keys = [job.batch[at][:2] for at, _, _ in copied]
-        now, nbytes = time.time_ns(), job.nbytes
+        batch, nbytes = part.job.batch, part.job.nbytes
+        keys = [batch[at][:2] for at, _, _ in part.copied]
+        now = time.time_ns()
         written = {
             at: Written(low, high, checksum, nbytes[at], runs, now, keep)
             for (at, runs, checksum), (low, high), keep in zip(
-                copied, keys, self._engine.keeps_for(keys), strict=True
+                part.copied, keys, self._engine.keeps_for(keys), strict=True
             )
         }
+        file = self._engine.file(part.shard)
         file.write_records(list(written.values()))
         if self._flush:
             file.sync()
         return written
 
-    def _publish(
-        self, shard: int, taken: list[Taken], written: dict[int, Written], job: WriteJob
-    ) -> None:
+    def _publish(self, part: Part, written: dict[int, Written]) -> None:
+        shard, taken, job = part.shard, part.taken, part.job
         outcomes: list[tuple[int, Outcome]] = []
         stored: list[int] = []
         fresh: dict[tuple[int, int], int] = {}  # positions
         with self._engine.change(shard) as (index, file):
-            ours = index.are_marked([where.slot for _, where in taken], self._owner.number)
+            ours = index.are_marked(part.slots, self._owner.number)
             before = index.stamp()
             for (at, where), is_ours in zip(taken, ours, strict=True):
                 block = written.get(at)
@@ -212,11 +274,11 @@ class Writer:
                         del fresh[key]
                         outcomes.append((at, Outcome.FAILED))
             if fresh:
-                stored = self._publish_fresh(index, file, list(fresh.values()), written, job)
+                stored = self._publish_fresh(index, file, list(fresh.values()), written, part)
                 if len(stored) < len(fresh):
                     others = set(fresh.values()).difference(stored)
                     outcomes += [(at, Outcome.PRESENT) for at in sorted(others)]
-        self._intents.announce(shard, [])
+        self._intents.forget(shard, part.slots)
         if stored:
             job.settle(stored, Outcome.STORED)
         job.settle_each(outcomes)
@@ -227,12 +289,12 @@ class Writer:
         file: ShardFile,
         fresh: list[int],
         written: dict[int, Written],
-        job: WriteJob,
+        part: Part,
     ) -> list[int]:
         """Publish blocks of different keys, by position, those aside that another process stored
         meanwhile; returns which."""
-        keys = job.keys.at(fresh)
-        stored = [] if index.stamp() == self._all_new else index.find_mixed(keys)
+        keys = part.job.keys.at(fresh)
+        stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
         if stored and max(stored) >= 0:
             left = []
             for at, slot in zip(fresh, stored, strict=True):
@@ -244,7 +306,7 @@ class Writer:
                     index.remove(slot)
                     file.clear_records([slot])
                 left.append(at)
-            fresh, keys = left, job.keys.at(left)
+            fresh, keys = left, part.job.keys.at(left)
         blocks = [written[at] for at in fresh]
         index.publish_many(
             [block.runs[0][0] for block in blocks],

@@ -1,4 +1,5 @@
-"""Plain sequential reads of a store's data files that are not in the page cache."""
+"""Plain sequential reads of a store's data files that are not in the page cache: of every slot that
+was ever written."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmark import extents
 from benchmark.machine import forget
 from light_mem.engine.maps import private_memory
 
@@ -25,12 +27,12 @@ def _files(directory: Path) -> list[Path]:
 
 
 def size(directory: Path) -> int:
-    """Bytes of all data files."""
-    return sum(path.stat().st_size for path in _files(directory))
+    """Bytes of all data files that were ever written."""
+    return sum(length for path in _files(directory) for _, length in extents.pieces(path, _PIECE))
 
 
 def ways(directory: Path) -> dict[str, Callable[[], float]]:
-    """Each way reads every byte of the data files once, and answers with its seconds."""
+    """Each way reads what was written of the data files once, and answers with its seconds."""
     files = _files(directory)
     return {
         "preadv of 8 MiB": lambda: _threads(files, 1, 0),
@@ -42,18 +44,18 @@ def ways(directory: Path) -> dict[str, Callable[[], float]]:
 
 
 def _threads(files: list[Path], count: int, flags: int) -> float:
-    parts = [(path, at) for path in files for at in range(0, path.stat().st_size, _PIECE)]
+    parts = [(path, *piece) for path in files for piece in extents.pieces(path, _PIECE)]
     failed: list[BaseException] = []
 
     def read(number: int) -> None:
         buffer = private_memory(_PIECE)
         try:
-            for path, at in parts[
+            for path, at, length in parts[
                 number * len(parts) // count : (number + 1) * len(parts) // count
             ]:
                 descriptor = os.open(path, os.O_RDONLY | flags)
                 try:
-                    os.preadv(descriptor, [buffer], at)
+                    os.preadv(descriptor, [buffer[: length + -length % mmap.PAGESIZE]], at)
                 finally:
                     os.close(descriptor)
         except BaseException as err:
@@ -77,8 +79,7 @@ def _mapped(files: list[Path]) -> float:
         with path.open("rb") as file:
             length = path.stat().st_size
             with mmap.mmap(file.fileno(), length, prot=mmap.PROT_READ) as mapping:
-                for at in range(0, length, _PIECE):
-                    count = min(_PIECE, length - at)
+                for at, count in extents.pieces(path, _PIECE):
                     try:
                         mapping.madvise(_POPULATE_READ, at, count)
                     except OSError:
