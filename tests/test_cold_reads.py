@@ -133,7 +133,7 @@ def test_for_a_block_that_is_not_wanted_the_device_is_not_asked(
 ) -> None:
     make(tmp_path / "s", [Block(1, 4), Block(2, 4), Block(3, 4)], 4096)
     planned: list[Span] = []
-    monkeypatch.setattr(DirectReads, "plan", lambda _, spans: planned.extend(spans))
+    monkeypatch.setattr(DirectReads, "plan", lambda _, spans, more: planned.extend(spans))
     with opened(tmp_path / "s", 4096) as r:
         wanted = [Outcome.MISSING, Outcome.LOADED, Outcome.MISSING, Outcome.STOPPED]
         asked = [Block(1, 2), Block(2, 4), Block(1, 5), Block(3, 4)]
@@ -380,7 +380,7 @@ def test_a_plan_that_fails_fails_no_block(tmp_path: Path, monkeypatch: pytest.Mo
     make(tmp_path / "s", blocks, 4096)
     plan, failed = DirectReads.plan, []
 
-    def refuse(self: DirectReads, spans: list[Span]) -> None:
+    def refuse(self: DirectReads, spans: list[Span], more: bool) -> None:
         if not failed:
             failed.append(spans)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -415,7 +415,7 @@ def test_every_run_of_what_is_cold_is_planned_in_the_order_of_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[Span] = []
-    monkeypatch.setattr(DirectReads, "plan", lambda _, spans: planned.extend(spans))
+    monkeypatch.setattr(DirectReads, "plan", lambda _, spans, more: planned.extend(spans))
 
     def at(shard: int, *runs: tuple[int, int], nbytes: int) -> Location:
         return Location(0, shard, runs[0][0], 0, 0, nbytes, list(runs))

@@ -416,7 +416,7 @@ def test_a_read_tells_of_some_blocks_at_a_time_and_before_it_opens_a_shard(
 
     engine._reader._engine.file = note  # type: ignore[method-assign]
     # Nothing is cold, and so nothing is opened beforehand.
-    engine._reader._device.begin = lambda _: None  # type: ignore[method-assign]
+    engine._reader._device.begin = lambda *_, **__: {}  # type: ignore[method-assign]
     memory = np.zeros((24, 1 << 20), np.uint8)
     batch = [
         BlockIO(*keymath.as_key(block.key), Rows(memory, np.array([n])))

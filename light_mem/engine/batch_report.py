@@ -48,7 +48,7 @@ class Stopwatch:
     told after the next has begun, and no time is to count twice."""
 
     def __init__(self) -> None:
-        self._since = 0
+        self.start()
 
     def start(self) -> None:
         """Work begins, or goes on after a pause that does not count."""
@@ -72,7 +72,7 @@ class BatchReport:
         records: npt.NDArray[np.void],
         stopwatch: Stopwatch,
     ) -> None:
-        """`records`: a copy of the cells, all of one mode."""
+        """`records`: a copy of the cells, all of one mode; `stopwatch`: the worker's, started."""
         self._table = table
         self._worker = worker
         self._cells = cells
@@ -85,7 +85,6 @@ class BatchReport:
         self._tally = [0] * len(_FINAL)  # by outcome
         self._moved = 0
         self._stopwatch = stopwatch
-        stopwatch.start()
 
     def __call__(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell what became of blocks, by their positions in the batch."""

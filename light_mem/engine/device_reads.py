@@ -37,6 +37,7 @@ QUIET_SECONDS = 1.0
 
 Blocks = Sequence[tuple[int, Location]]  # position in the batch, where it lies
 Way = tuple[Span, "Span | None"]  # what is read, and what is to be brought in then
+Ways = dict[int, list[Way]]  # of the blocks that wait for a device, by position; one a run
 
 
 class DeviceReads:
@@ -58,49 +59,43 @@ class DeviceReads:
         self._direct = DirectReads(page_bytes)
         self._later = BringIn()
         self._can_read = hasattr(os, "preadv")
-        self._ways: dict[int, list[Way]] = {}  # of the batch in hand, one a run
         # Of each shard: how many blocks had been stored in it, and when that was seen to change.
         self._changes: dict[int, tuple[int, float]] = {}
 
-    def begin(self, blocks: Blocks) -> None:
-        """A batch is read now, in this order: the device begins with what it is needed for."""
-        self._ways = {}
+    def begin(self, blocks: Blocks, more: bool = False) -> Ways:
+        """A batch is read now, in this order: the device begins with what it is needed for. `more`:
+        after the batch before, which has not been read yet."""
+        found: Ways = {}
         if not self._can_read:
-            return
+            return found
         # What fails here the reads themselves say, each for its block.
         for at, where in blocks:
             try:
                 file = self._open_file(where.shard)
                 if self._drops or self._is_cold(file, where):
                     past_cache = self._drops or self._is_quiet(where.shard)
-                    self._ways[at] = [
+                    found[at] = [
                         self._way(file, run, nbytes, past_cache) for run, nbytes in self.runs(where)
                     ]
             except (OSError, StoreFormatError):
                 continue
-        if not self._ways:
-            return
-        try:
-            self._direct.plan([span for ways in self._ways.values() for span, _ in ways])
-        except OSError:
-            pass  # no memory, say
-
-    def waits_for(self, at: int) -> bool:
-        """Whether `read` is for the block at this position of the batch."""
-        return at in self._ways
+        if found:
+            try:
+                self._direct.plan([span for ways in found.values() for span, _ in ways], more)
+            except OSError:
+                pass  # no memory, say
+        return found
 
     def read(
         self,
-        at: int,
-        n: int,
+        way: Way,
         copier: Copier,
         place: Place,
         checksum: xxhash.xxh3_64 | None,
         stopped: Callable[[], bool],
     ) -> None:
-        """Copy the bytes of a block's nth run of slots, as long as `place`; raises Stopped,
-        OSError."""
-        span, later = self._ways[at][n]
+        """Copy the bytes of a run of slots, as long as `place`; raises Stopped, OSError."""
+        span, later = way
         try:
             self._direct.read(span, copier, place, checksum, stopped)
         finally:

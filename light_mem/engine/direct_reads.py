@@ -27,9 +27,13 @@ class DirectReads:
     def __init__(self, page_bytes: int) -> None:
         self._ahead = ReadAhead(page_bytes)
 
-    def plan(self, spans: Sequence[Span]) -> None:
-        """These are read next, in this order; any of them may be left out."""
-        self._ahead.plan(spans)
+    def plan(self, spans: Sequence[Span], more: bool = False) -> None:
+        """These are read next, in this order; any of them may be left out. `more`: after what is
+        planned already."""
+        if more:
+            self._ahead.extend(spans)
+        else:
+            self._ahead.plan(spans)
 
     def read(
         self,

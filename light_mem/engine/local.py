@@ -226,6 +226,11 @@ class LocalStorageEngine(StorageEngine):
         """End what `begin_write` has left; whether there was any."""
         return self._writer.finish()
 
+    @property
+    def has_begun_writes(self) -> bool:
+        """Whether there is something for `finish_writes`."""
+        return self._writer.has_begun
+
     def prepare(self) -> None:
         """Open all shards, for `write_now`. One thread."""
         while self._open.prepare_next():
@@ -248,8 +253,23 @@ class LocalStorageEngine(StorageEngine):
         return self._write_now.write(block)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        self.begin_read(batch, report, stop)
+        self.finish_reads()
+
+    def begin_read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+        """`read` for who has more to read: a batch that waits for a device may be read, and its
+        outcomes told, by the next call, or by `finish_reads`."""
         check_places(batch, self.geometry.page_bytes)
-        self._reader.read(batch, report, stop)
+        self._reader.begin(batch, report, stop)
+
+    def finish_reads(self) -> bool:
+        """End what `begin_read` has left; whether there was any."""
+        return self._reader.finish()
+
+    @property
+    def has_begun_reads(self) -> bool:
+        """Whether there is something for `finish_reads`."""
+        return self._reader.has_begun
 
     def rest(self) -> bool:
         """For a worker without work: do one piece of what can wait, or of what its first blocks

@@ -152,10 +152,31 @@ class TaskQueue:
                         return cells
         return []
 
-    def _take(self, worker: int, mode: int) -> list[int]:
+    def claim_ahead(self, worker: int) -> list[int]:
+        """Cells of reads for a worker that has other reads to do first: a whole batch, where one
+        waits for every other worker as well, and it is not the turn of writes. Else empty, for
+        what is claimed so waits for longer than it would if another worker took it.
+        """
+        table = self._table
+        if not table.depth(READ) or ((self._turn + 1) % WRITE_TURN == 0 and table.depth(WRITE)):
+            return []
+        self._turn += 1
+        with self.held():
+            while table.depth(READ):
+                cells = self._take(worker, READ, ahead=True)
+                if cells is None:
+                    break
+                if cells:
+                    return cells
+        return []
+
+    def _take(self, worker: int, mode: int, ahead: bool = False) -> list[int] | None:
         """Claim in the ring's order: blocks whose home this worker is, or that have none; where
         there are none of these, what waits for others. Looks at a part of the ring; where nothing
-        in it waits the head is behind it then."""
+        in it waits the head is behind it then.
+
+        `ahead`: only if as much waits for each of the others, else None.
+        """
         table = self._table
         workers = int(table.header["workers"][0])
         # Blocks to read have no home.
@@ -169,6 +190,8 @@ class TaskQueue:
         upto = np.cumsum(self._lengths[cells[at]])
         share = -(-(int(np.count_nonzero(free)) + beyond) // workers)
         least, most = np.searchsorted(upto, (LEAST_BYTES[mode], BATCH_BYTES[mode])).tolist()
+        if ahead and share < min(len(at), most + 1):
+            return None
         at = at[: min(max(share, least + 1), most + 1)]
         claimed = list(dict.fromkeys(cells[at].tolist()))  # in order; one may be there twice
         if claimed:

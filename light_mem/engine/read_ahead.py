@@ -67,14 +67,18 @@ class ReadAhead:
         self._threads = DeviceThreads("lightmem-read")
         self._free: list[Bytes1D] = []
         self._under_way: deque[_Request] = deque()
-        self._planned: set[Span] = set()
-        self._next: Iterator[list[Span]] = iter(())
+        self._planned: deque[Span] = deque()  # in order, those that may be asked for yet
+        self._next: deque[list[Span]] = deque()  # requests
 
     def plan(self, spans: Sequence[Span]) -> None:
         """These are read next, in this order; each may be left out, or left before its end."""
         self._forget()
-        self._planned = set(spans)
-        self._next = self._requests(spans)
+        self.extend(spans)
+
+    def extend(self, spans: Sequence[Span]) -> None:
+        """As `plan`, after what is planned already."""
+        self._planned += spans
+        self._next += self._requests(spans)
         self._begin()
 
     def pieces(self, span: Span) -> Generator[Bytes1D, None, None]:
@@ -83,8 +87,12 @@ class ReadAhead:
 
         One that was not planned is read all the same. Raises OSError.
         """
-        if span.nbytes and span not in self._planned:
+        if not span.nbytes:
+            return
+        if span not in self._planned:
             self.plan([span])
+        while self._planned.popleft() != span:
+            pass  # left out
         for wanted in self._cut(span):
             request = self._find(wanted)
             try:
@@ -139,19 +147,17 @@ class ReadAhead:
         self._begin()
 
     def _begin(self) -> None:
-        while len(self._under_way) < DEPTH:
-            parts = next(self._next, None)
-            if parts is None:
-                return
+        while self._next and len(self._under_way) < DEPTH:
             if not self._free:
                 # For all requests under way, with what is read around a piece.
                 self._free = private_buffers(DEPTH, self._piece_bytes + 2 * ALIGN)
-            request = _Request(parts, self._free.pop())
+            request = _Request(self._next.popleft(), self._free.pop())
             request.data = self._threads.submit(_load, request.span, request.buffer)
             self._under_way.append(request)
 
     def _forget(self) -> None:
-        self._next = iter(())
+        self._planned.clear()
+        self._next.clear()
         while self._under_way:
             self._drop(self._under_way.popleft())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.engine.device_reads import Ways
 from light_mem.index.lookup import Location, Lookup
 
 
@@ -15,6 +16,8 @@ class ReadJob:
     entries   where the index lists them, -1: it does not
     located   where they lie; None: not listed, or listed with runs that make no sense
     order     positions in the batch, in the order of the files: how a device reads ahead
+    ahead     the blocks to read, in the order in which they are read: position, and where
+    ways      how those are read that wait for a device
     copied    blocks whose bytes lie in their pages and that nobody has been told of: position, and
               the checksum of what was copied (None: it is not asked for)
     untold    the bytes of those
@@ -31,11 +34,13 @@ class ReadJob:
         self.entries = lookup.find_each(keys)
         self.located = lookup.locate_many(self.entries, keys)
         self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
+        self.ahead: list[tuple[int, Location]] = []
+        self.ways: Ways = {}
         self.copied: list[tuple[int, int | None]] = []
         self.untold = 0
 
-    def ahead(self) -> list[tuple[int, Location]]:
-        """The blocks that are there, in the order in which they are read: position, and where."""
+    def there(self) -> list[tuple[int, Location]]:
+        """The blocks that are there, in the order of the files: position, and where."""
         return [(at, where) for at in self.order if (where := self.located[at]) is not None]
 
     def has_copied(self, at: int, checksum: int | None) -> None:

@@ -1,5 +1,8 @@
 """Reading batches of blocks: find, copy, look again. A part of LocalStorageEngine.
 
+A batch for which a device must be waited is read when the next one has been begun, so that the
+device is not idle between them.
+
 No lock is held, so a block may go while it is copied; the tag and the checksum, asked for after the
 copy, tell. Only a block found damaged is taken out under the lock. Blocks are looked at again some
 at a time: between two copies each step more is slow, for a copy pushes the interpreter out of the
@@ -59,26 +62,44 @@ class Reader:
         self._files = files
         self._touch = FirstTouch()
         self._device = device
+        self._last: ReadJob | None = None  # whose bytes are on their way
 
-    def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
-        """`StorageEngine.read`."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something for `finish`."""
+        return self._last is not None
+
+    def begin(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
+        """`StorageEngine.read`, but where a device is waited for all may be told by the next call,
+        or by `finish`."""
         job = ReadJob(batch, self._lookup, report, stop)
-        ahead = self._wanted(job)
-        self._device.begin(ahead)
-        self._touch.before_stores([batch[at].place for at, _ in ahead])
-        for at, where in ahead:
+        job.ahead = self._wanted(job)
+        job.ways = self._device.begin(job.ahead, more=self.has_begun)
+        self.finish()
+        self._last = job
+        if not job.ways:
+            self.finish()
+
+    def finish(self) -> bool:
+        """Read the batch that was begun last; whether there was one."""
+        job, self._last = self._last, None
+        if job is None:
+            return False
+        self._touch.before_stores([job.batch[at].place for at, _ in job.ahead])
+        for at, where in job.ahead:
             if job.untold + job.nbytes[at] > _TELL_BYTES:
                 self._judge(job)
             self._load(job, at, where)
         self._judge(job)
         if None in job.located:
             self._settle_absent(job)
+        return True
 
     def _wanted(self, job: ReadJob) -> list[tuple[int, Location]]:
         """The blocks to read, in this order; tells of those that are not, although they are there:
         nobody waits for a device for them."""
         wanted: list[tuple[int, Location]] = []
-        for at, where in job.ahead():
+        for at, where in job.there():
             if where.nbytes != job.nbytes[at]:
                 self._settle_other_length(job, at, where)
             elif job.stop(at):
@@ -175,21 +196,21 @@ class Reader:
         Stopped, OSError, StoreFormatError."""
         low, high, place = job.batch[at]
         file = self._files.get(where.shard) or self._open(job, where.shard)
-        from_device = self._device.waits_for(at)
-        if not from_device and len(where.runs) == 1 and is_one_piece(place):
+        ways = job.ways.get(at)
+        if ways is None and len(where.runs) == 1 and is_one_piece(place):
             if job.stop(at):
                 raise Stopped
             source = file.first_bytes(where.runs[0][0], where.nbytes)
             return self._copier.scatter_whole(low, high, place, source, self._verify)
-        if from_device:
+        if ways is not None:
             self._judge(job)
         checksum = new_checksum(low, high) if self._verify else None
         stopped = partial(job.stop, at)
         done = 0
         for n, (run, nbytes) in enumerate(self._device.runs(where)):
             part = place if nbytes == where.nbytes else place.part(done, done + nbytes)
-            if from_device:
-                self._device.read(at, n, self._copier, part, checksum, stopped)
+            if ways is not None:
+                self._device.read(ways[n], self._copier, part, checksum, stopped)
             else:
                 source = file.first_bytes(run[0], nbytes)
                 self._copier.scatter(source, part, checksum, stopped)

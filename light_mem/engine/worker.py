@@ -70,27 +70,29 @@ class Worker:
 
     def run(self) -> None:
         """Work until the service is closed."""
-        table = self._table
+        table, engine = self._table, self._engine
         while True:
             seen = int(table.header["work_seq"][0])
             try:
-                cells = self._queue.claim(self._number)
+                if engine.has_begun_reads:
+                    cells = self._queue.claim_ahead(self._number)
+                else:
+                    cells = self._queue.claim(self._number)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
                 self._limited.warning("worker %d waits: %s", self._number, str(error))
-                self._engine.finish_writes()
-                continue
+                cells = []
             if cells:
                 self.do(cells)
-            elif self._engine.finish_writes():
+            elif engine.finish_reads() or engine.finish_writes():
                 pass
             elif table.shutdown:
                 return
-            elif self._engine.rest() or self._ahead.step():
+            elif engine.rest() or self._ahead.step():
                 pass
-            elif not self._engine.has_later:
+            elif not engine.has_later:
                 table.futex.wait(table.work_word, seen, IDLE_SECONDS)
             elif self._nobody_reads():
-                self._engine.bring_in()
+                engine.bring_in()
             else:
                 table.futex.wait(table.work_word, seen, QUIET_SECONDS)
 
@@ -103,9 +105,11 @@ class Worker:
         return now - self._read_at >= QUIET_SECONDS
 
     def do(self, cells: Sequence[int]) -> None:
-        """Do one batch of claimed cells, all of one mode. What is written may not be told until
-        the next batch has been done, or `finish_writes`."""
-        table = self._table
+        """Do one batch of claimed cells, all of one mode. What waits for a device may not be told
+        before the next batch has been begun, or the engine's `finish_reads` and `finish_writes`."""
+        table, engine = self._table, self._engine
+        if not (engine.has_begun_reads or engine.has_begun_writes):
+            self._stopwatch.start()
         records = table.cells[cells]  # a copy: of one moment
         batch = self._blocks(records)
         report = BatchReport(table, self._number, cells, records, self._stopwatch)
@@ -115,10 +119,10 @@ class Worker:
             return table.aborted(rows[at])
 
         if int(records["mode"][0]) == READ:
-            self._engine.read(batch, report, stop)
-            self._engine.finish_writes()
+            engine.begin_read(batch, report, stop)
+            engine.finish_writes()
         else:
-            self._engine.begin_write(batch, report, stop)
+            engine.begin_write(batch, report, stop)
 
     def _blocks(self, records: npt.NDArray[np.void]) -> list[BlockIO]:
         """What to move for the cells of a batch."""

@@ -94,6 +94,11 @@ class Writer:
         self._geometry = engine.geometry
         self._last: Part | None = None  # to be published
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something for `finish`."""
+        return self._last is not None
+
     def begin(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
         call, or by `finish`."""
