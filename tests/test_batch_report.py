@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -31,14 +32,16 @@ BLOCKS = 12
 class Told:
     """A batch over the first blocks of three tasks, and what was told when a task was finished."""
 
-    def __init__(self, table: TaskTable, mode: int, cells: list[int]) -> None:
+    def __init__(
+        self, table: TaskTable, mode: int, cells: list[int], stopwatch: Stopwatch | None = None
+    ) -> None:
         self.table = table
         self.cells = cells
         records = np.zeros(len(cells), CELL)
         records["row"] = [cell // BLOCKS for cell in cells]
         records["nbytes"] = [100 + cell for cell in cells]
         records["mode"] = mode
-        self.report = BatchReport(table, 2, cells, records, Stopwatch())
+        self.report = BatchReport(table, 2, cells, records, stopwatch or Stopwatch())
         self.finished: list[tuple[int, dict[str, int], bytes]] = []
         table.finish = self._finish  # type: ignore[method-assign]
 
@@ -66,6 +69,17 @@ def table() -> Iterator[TaskTable]:
     yield table
     table.close()
     let_go(table)
+
+
+def test_no_time_counts_twice_where_batches_overlap(table: TaskTable) -> None:
+    began = time.perf_counter_ns()
+    stopwatch = Stopwatch()
+    one, two = (Told(table, WRITE, cells, stopwatch) for cells in ([0, 1], [12, 13]))
+    for told, at in ((one, 0), (two, 0), (one, 1), (two, 1)):
+        sum(range(10_000))  # some work
+        told.report([at], Outcome.FAILED)
+    spent = int(table.workers["write_ns"][2])
+    assert 0 < spent <= time.perf_counter_ns() - began
 
 
 @pytest.mark.parametrize("at_once", [1, 100])

@@ -11,8 +11,15 @@ import numpy.typing as npt
 import pytest
 
 from light_mem.engine.dealing import deal
-from light_mem.engine.queue import AHEAD_BLOCKS, BATCH_BLOCKS, LEAST_BYTES, TaskQueue
-from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WRITE
+from light_mem.engine.queue import (
+    AHEAD_BLOCKS,
+    BATCH_BLOCKS,
+    BATCH_BYTES,
+    LEAST_BYTES,
+    WRITE_TURN,
+    TaskQueue,
+)
+from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WORKING, WRITE
 from light_mem.engine.task_table import Sizes, TaskTable
 from light_mem.index import keys as keymath
 from light_mem.index.locks import RangeLock
@@ -245,3 +252,49 @@ def test_no_more_than_a_batch_of_bytes_beyond_the_first_block(queued: Queued) ->
     while (batch := queued.queue.claim(1)) and cells[0] not in batch:
         pass
     assert len(batch) <= 32
+
+
+# --- ahead ----------------------------------------------------------------------------------------
+
+READ_BATCH = BATCH_BYTES[READ] // MIB  # blocks of 1 MiB
+
+
+def test_reads_are_claimed_ahead_where_as_many_wait_for_each_worker(queued: Queued) -> None:
+    cells = queued.push([0] * (2 * READ_BATCH), READ)
+    assert queued.queue.claim_ahead(1) == cells[:READ_BATCH]
+    assert queued.table.states[cells[:READ_BATCH]].tolist() == [WORKING] * READ_BATCH
+    assert queued.queue.claim_ahead(1) == []
+    assert queued.queue.claim_ahead(2) == []
+    assert queued.queue.claim(2) == cells[READ_BATCH : READ_BATCH + READ_BATCH // 2]
+    assert queued.table.waiting(READ) == READ_BATCH // 2
+
+
+def test_of_short_blocks_a_batch_is_claimed_ahead_by_their_number(queued: Queued) -> None:
+    cells = queued.push([0] * (WORKERS * BATCH_BLOCKS - 2), READ)
+    queued.table.cells["nbytes"][cells] = 64
+    assert queued.queue.claim_ahead(1) == []
+    more = queued.push([0], READ, first=len(cells))
+    queued.table.cells["nbytes"][more] = 64
+    assert queued.queue.claim_ahead(1) == cells[:BATCH_BLOCKS]  # the other has one less
+    assert queued.queue.claim_ahead(2) == []
+
+
+def test_no_write_is_claimed_ahead_nor_does_it_wait_for_good(queued: Queued) -> None:
+    writes = queued.push([0] * 100)
+    assert queued.queue.claim_ahead(1) == []
+    queued.push([0] * 1000, READ, first=1000)
+    claimed = 0
+    while ahead := queued.queue.claim_ahead(1):
+        assert min(ahead) >= 1000
+        claimed += 1
+    assert claimed == WRITE_TURN - 1
+    assert queued.queue.claim(1) == writes[:32]
+    assert min(queued.queue.claim_ahead(1)) >= 1000
+
+
+def test_what_was_aborted_is_no_reason_to_claim_ahead(queued: Queued) -> None:
+    aborted = queued.push([0] * 500, READ)
+    queued.table.states[aborted] = ABORTED
+    cells = queued.push([0] * 3, READ, first=500)
+    assert queued.queue.claim_ahead(1) == []
+    assert queued.queue.claim(1) == cells[:2]

@@ -429,6 +429,7 @@ class LocalStorageEngine(StorageEngine):
         if self._closed:
             return
         self._closed = True
+        self._reader.finish()
         try:
             self._writer.close()
         except (LockTimeoutError, OSError, StoreFormatError) as error:
