@@ -15,7 +15,7 @@ from light_mem.index.format import MAX_INTENTS
 from light_mem.index.keys import KeyArray
 
 # Blocks that a process writes to one shard at a time. The other half of its intents is for what
-# failed.
+# failed, or for as many more that are on their way to the device.
 WRITE_BATCH = MAX_INTENTS // 2
 
 
