@@ -4,8 +4,9 @@ the engine
   base.py          StorageEngine: what a storage behind the service must do
   local.py         LocalStorageEngine: shards on a local disk
   memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
-  reading.py       batches of reads: find, copy, look again
-  writing.py       batches of writes: find room, copy, publish; write_job.py: one batch
+  reading.py       batches of reads: find, copy, look again; read_job.py: one batch
+  writing.py       batches of writes: find room, copy; write_job.py: one batch
+  publishing.py    copied blocks become visible
   write_now.py     one block at once; intents.py: the slots that are being filled
   dealing.py       in which order a task's writes are queued
   keeping.py       pins, and leases of blocks that are viewed
@@ -23,7 +24,8 @@ bytes
   first_touch.py   pages of the KV memory that a worker stores to for the first time
   dirty_pages.py   which slots are written through the mapping
   small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both
-  dropping.py      past the page cache, with read_ahead.py, device_threads.py, page_cache.py
+  read_ahead.py    a list of spans, by threads (device_threads.py), past the page cache
+  direct_writes.py writes past the page cache; dropping.py: what cannot go so; page_cache.py
 the KV memory
   kvmemory.py      how another process reaches it; maps.py: what lies behind an address
 workers
@@ -31,7 +33,8 @@ workers
   histogram.py     latencies in shared memory; table_stats.py: all numbers of a table
   queue.py         TaskQueue: blocks waiting for a worker
   worker.py        the worker process; batch_report.py: what it tells of a batch
-  pool.py          starts, watches and replaces workers
+  pool.py          starts, watches and replaces workers; restarts.py: when; worker_log.py
+  map_ahead.py     a worker without work maps the KV memory
   program.py       processes of our own: started, and ending with their parent
   affinity.py      which CPUs they run on
   process.py       who a process is, whether it lives, whether it was forked

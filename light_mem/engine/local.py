@@ -36,6 +36,7 @@ from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.intents import Intents
 from light_mem.engine.open_shards import OpenShards
+from light_mem.engine.publishing import Publisher
 from light_mem.engine.reading import Reader
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.write_now import WriteNow
@@ -129,7 +130,8 @@ class LocalStorageEngine(StorageEngine):
         )
         self._reader = Reader(self, self._open.files, self._copier, verify, self._device)
         intents = Intents(self._owner)
-        self._writer = Writer(self, self._owner, intents, self._copier, flush=durability == "flush")
+        publisher = Publisher(self, self._owner, intents, flush=durability == "flush")
+        self._writer = Writer(self, self._owner, intents, self._copier, publisher)
         self._write_now = WriteNow(self, self._owner, intents, self._copier)
 
     @classmethod

@@ -1,13 +1,20 @@
-"""One batch to write, as the writer asks for it: all keys, all lengths, each shard's blocks."""
+"""One batch to write, as the writer asks for it: all keys, all lengths, each shard's blocks; and
+what of it is copied and not published yet."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.index.description import Geometry
 from light_mem.index.keys import MixedKeys, shards_of
+
+if TYPE_CHECKING:
+    from light_mem.engine.direct_writes import Group
+    from light_mem.index.allocation import Allocation
+    from light_mem.index.replica import Run
 
 
 class WriteJob:
@@ -49,3 +56,30 @@ class WriteJob:
             by_outcome.setdefault(outcome, []).append(at)
         for outcome, positions in by_outcome.items():
             self.settle(positions, outcome)
+
+
+Taken = tuple[int, "Allocation"]  # position in the batch, its room
+
+
+class Copied(NamedTuple):
+    """A block that has left the KV pages."""
+
+    at: int  # position in the batch
+    runs: list[Run]
+    checksum: int
+
+
+class Part(NamedTuple):
+    """Blocks of one shard that were copied, or stopped, and are not published yet."""
+
+    shard: int
+    job: WriteJob
+    taken: list[Taken]
+    copied: list[Copied]
+    under_way: Group | None  # what does not lie in its slots yet
+    all_new: tuple[int, int] | None  # the shard's stamp when none of the keys was stored
+
+    @property
+    def slots(self) -> list[int]:
+        """The blocks' first slots."""
+        return [where.slot for _, where in self.taken]

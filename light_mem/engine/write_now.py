@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.copy import Copier
 from light_mem.engine.intents import Intents
+from light_mem.engine.publishing import is_present
 from light_mem.engine.shard_file import Written
-from light_mem.engine.writing import is_present
 from light_mem.index.keys import mix_one, shard_of
 from light_mem.index.owners import Owner
 

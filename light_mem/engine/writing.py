@@ -5,7 +5,7 @@ Two holds of the shard's lock a batch, none during the copies:
 allocate  room for all, evicting where needed; intents, then the records of evicted blocks go, then
           marks
 copy      pages to slots with the checksum
-publish   the slot records; with `flush`, a sync; all become visible, or give their slots back
+publish   records, and all become visible (`publishing.py`)
 
 What goes past the page cache is on its way for some milliseconds after the copy. So `begin` may
 return without having published its last blocks; they follow when the next ones have been copied.
@@ -17,60 +17,25 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped
 from light_mem.engine.intents import Intents
-from light_mem.engine.shard_file import Written
-from light_mem.engine.write_job import WriteJob
+from light_mem.engine.publishing import Publisher, is_present
+from light_mem.engine.write_job import Copied, Part, Taken, WriteJob
 from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
     from light_mem.engine.direct_writes import Group
     from light_mem.engine.local import LocalStorageEngine
-    from light_mem.engine.shard_file import ShardFile
-    from light_mem.index.allocation import Allocation
-    from light_mem.index.replica import Run
     from light_mem.index.shard import ShardIndex
 
 # How long a write waits for slots that others are filling. A shard whose every slot is being
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
 _ROOM_PAUSE = 0.002
-
-Taken = tuple[int, "Allocation"]  # position in the batch, its room
-
-
-class Copied(NamedTuple):
-    """A block that has left the KV pages."""
-
-    at: int  # position in the batch
-    runs: list[Run]
-    checksum: int
-
-
-class Part(NamedTuple):
-    """Blocks of one shard that were copied, or stopped, and are not published yet."""
-
-    shard: int
-    job: WriteJob
-    taken: list[Taken]
-    copied: list[Copied]
-    under_way: Group | None  # what does not lie in its slots yet
-    all_new: tuple[int, int] | None  # the shard's stamp when none of the keys was stored
-
-    @property
-    def slots(self) -> list[int]:
-        """The blocks' first slots."""
-        return [where.slot for _, where in self.taken]
-
-
-def is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
-    """Whether the block listed at `slot` is of this length and has not expired."""
-    same = int(index.entries["nbytes"][slot]) == nbytes
-    return same and not index.retention.has_expired(slot)
 
 
 class Writer:
@@ -82,16 +47,15 @@ class Writer:
         owner: Owner,
         intents: Intents,
         copier: Copier,
-        *,
-        flush: bool,
+        publisher: Publisher,
     ) -> None:
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
         self._intents = intents
-        self._flush = flush
         self._copier = copier
         self._geometry = engine.geometry
+        self._publisher = publisher
         self._last: Part | None = None  # to be published
 
     @property
@@ -119,8 +83,7 @@ class Writer:
         if part is None:
             return False
         try:
-            self._engine.file(part.shard).land(part.under_way)
-            self._publish(part, self._describe(part))
+            self._publisher.publish(part)
         except (LockTimeoutError, OSError, StoreFormatError) as error:
             self._fail(part.shard, [at for at, _ in part.taken], part.job, error)
         return True
@@ -235,96 +198,3 @@ class Writer:
             file.land(file.cut())  # before the slots are given back
             raise
         return copied, file.cut()
-
-    def _describe(self, part: Part) -> dict[int, Written]:
-        """Write the records of what lies in its slots; by position in the batch."""
-        if not part.copied:
-            return {}
-        batch, nbytes = part.job.batch, part.job.nbytes
-        keys = [batch[at][:2] for at, _, _ in part.copied]
-        now = time.time_ns()
-        written = {
-            at: Written(low, high, checksum, nbytes[at], runs, now, keep)
-            for (at, runs, checksum), (low, high), keep in zip(
-                part.copied, keys, self._engine.keeps_for(keys), strict=True
-            )
-        }
-        file = self._engine.file(part.shard)
-        file.write_records(list(written.values()))
-        if self._flush:
-            file.sync()
-        return written
-
-    def _publish(self, part: Part, written: dict[int, Written]) -> None:
-        shard, taken, job = part.shard, part.taken, part.job
-        outcomes: list[tuple[int, Outcome]] = []
-        stored: list[int] = []
-        fresh: dict[tuple[int, int], int] = {}  # positions
-        with self._engine.change(shard) as (index, file):
-            ours = index.are_marked(part.slots, self._owner.number)
-            before = index.stamp()
-            for (at, where), is_ours in zip(taken, ours, strict=True):
-                block = written.get(at)
-                if not is_ours:
-                    outcomes.append((at, Outcome.FAILED))  # cleared or put in order meanwhile
-                elif block is None:
-                    index.give_back(where.slot)
-                    outcomes.append((at, Outcome.STOPPED))
-                elif fresh.setdefault(block[:2], at) != at:  # twice in one batch
-                    self._withdraw(index, file, where.slot)
-                    outcomes.append((at, Outcome.PRESENT))
-            if index.stamp() != before:  # damage was met, and the shard put in order
-                for key, at in list(fresh.items()):
-                    if not index.is_marked(written[at].runs[0][0], self._owner.number):
-                        del fresh[key]
-                        outcomes.append((at, Outcome.FAILED))
-            if fresh:
-                stored = self._publish_fresh(index, file, list(fresh.values()), written, part)
-                if len(stored) < len(fresh):
-                    others = set(fresh.values()).difference(stored)
-                    outcomes += [(at, Outcome.PRESENT) for at in sorted(others)]
-        self._intents.forget(shard, part.slots)
-        if stored:
-            job.settle(stored, Outcome.STORED)
-        job.settle_each(outcomes)
-
-    def _publish_fresh(
-        self,
-        index: ShardIndex,
-        file: ShardFile,
-        fresh: list[int],
-        written: dict[int, Written],
-        part: Part,
-    ) -> list[int]:
-        """Publish blocks of different keys, by position, those aside that another process stored
-        meanwhile; returns which."""
-        keys = part.job.keys.at(fresh)
-        stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
-        if stored and max(stored) >= 0:
-            left = []
-            for at, slot in zip(fresh, stored, strict=True):
-                block = written[at]
-                if slot >= 0 and is_present(index, slot, block.nbytes):
-                    self._withdraw(index, file, block.runs[0][0])
-                    continue
-                if slot >= 0:  # expired, or of another length: with other settings, by another
-                    index.remove(slot)
-                    file.clear_records([slot])
-                left.append(at)
-            fresh, keys = left, part.job.keys.at(left)
-        blocks = [written[at] for at in fresh]
-        index.publish_many(
-            [block.runs[0][0] for block in blocks],
-            keys,
-            [block.checksum for block in blocks],
-            [block.nbytes for block in blocks],
-            time.time_ns(),
-            [block.keep for block in blocks],
-        )
-        return fresh
-
-    @staticmethod
-    def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:
-        """Give back the slots of a block that is stored already."""
-        file.clear_records([slot])
-        index.give_back(slot)

@@ -1,0 +1,141 @@
+"""Publishing blocks that were copied: their records, then all at once in the index. A part of
+LocalStorageEngine.
+
+One hold of the shard's lock a part of a batch: all become visible, or give their slots back.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from light_mem.engine.base import Outcome
+from light_mem.engine.intents import Intents
+from light_mem.engine.shard_file import Written
+from light_mem.engine.write_job import Part
+from light_mem.index.owners import Owner
+
+if TYPE_CHECKING:
+    from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.shard_file import ShardFile
+    from light_mem.index.shard import ShardIndex
+
+
+def is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
+    """Whether the block listed at `slot` is of this length and has not expired."""
+    same = int(index.entries["nbytes"][slot]) == nbytes
+    return same and not index.retention.has_expired(slot)
+
+
+class Publisher:
+    """Publishes for one engine. Not thread-safe."""
+
+    def __init__(
+        self, engine: LocalStorageEngine, owner: Owner, intents: Intents, *, flush: bool
+    ) -> None:
+        """`flush`: what is published is on the device before."""
+        # Weak: in a cycle, the maps of a closed store would stay until the next collection.
+        self._engine: LocalStorageEngine = weakref.proxy(engine)
+        self._owner = owner
+        self._intents = intents
+        self._flush = flush
+
+    def publish(self, part: Part) -> None:
+        """Wait for what is under way to the slots, and publish; tells the outcomes. Raises
+        LockTimeoutError, OSError, StoreFormatError: then the slots stay announced."""
+        self._engine.file(part.shard).land(part.under_way)
+        self._publish(part, self._describe(part))
+
+    def _describe(self, part: Part) -> dict[int, Written]:
+        """Write the records of what lies in its slots; by position in the batch."""
+        if not part.copied:
+            return {}
+        batch, nbytes = part.job.batch, part.job.nbytes
+        keys = [batch[at][:2] for at, _, _ in part.copied]
+        now = time.time_ns()
+        written = {
+            at: Written(low, high, checksum, nbytes[at], runs, now, keep)
+            for (at, runs, checksum), (low, high), keep in zip(
+                part.copied, keys, self._engine.keeps_for(keys), strict=True
+            )
+        }
+        file = self._engine.file(part.shard)
+        file.write_records(list(written.values()))
+        if self._flush:
+            file.sync()
+        return written
+
+    def _publish(self, part: Part, written: dict[int, Written]) -> None:
+        shard, taken, job = part.shard, part.taken, part.job
+        outcomes: list[tuple[int, Outcome]] = []
+        stored: list[int] = []
+        fresh: dict[tuple[int, int], int] = {}  # positions
+        with self._engine.change(shard) as (index, file):
+            ours = index.are_marked(part.slots, self._owner.number)
+            before = index.stamp()
+            for (at, where), is_ours in zip(taken, ours, strict=True):
+                block = written.get(at)
+                if not is_ours:
+                    outcomes.append((at, Outcome.FAILED))  # cleared or put in order meanwhile
+                elif block is None:
+                    index.give_back(where.slot)
+                    outcomes.append((at, Outcome.STOPPED))
+                elif fresh.setdefault(block[:2], at) != at:  # twice in one batch
+                    self._withdraw(index, file, where.slot)
+                    outcomes.append((at, Outcome.PRESENT))
+            if index.stamp() != before:  # damage was met, and the shard put in order
+                for key, at in list(fresh.items()):
+                    if not index.is_marked(written[at].runs[0][0], self._owner.number):
+                        del fresh[key]
+                        outcomes.append((at, Outcome.FAILED))
+            if fresh:
+                stored = self._publish_fresh(index, file, list(fresh.values()), written, part)
+                if len(stored) < len(fresh):
+                    others = set(fresh.values()).difference(stored)
+                    outcomes += [(at, Outcome.PRESENT) for at in sorted(others)]
+        self._intents.forget(shard, part.slots)
+        if stored:
+            job.settle(stored, Outcome.STORED)
+        job.settle_each(outcomes)
+
+    def _publish_fresh(
+        self,
+        index: ShardIndex,
+        file: ShardFile,
+        fresh: list[int],
+        written: dict[int, Written],
+        part: Part,
+    ) -> list[int]:
+        """Publish blocks of different keys, by position, those aside that another process stored
+        meanwhile; returns which."""
+        keys = part.job.keys.at(fresh)
+        stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
+        if stored and max(stored) >= 0:
+            left = []
+            for at, slot in zip(fresh, stored, strict=True):
+                block = written[at]
+                if slot >= 0 and is_present(index, slot, block.nbytes):
+                    self._withdraw(index, file, block.runs[0][0])
+                    continue
+                if slot >= 0:  # expired, or of another length: with other settings, by another
+                    index.remove(slot)
+                    file.clear_records([slot])
+                left.append(at)
+            fresh, keys = left, part.job.keys.at(left)
+        blocks = [written[at] for at in fresh]
+        index.publish_many(
+            [block.runs[0][0] for block in blocks],
+            keys,
+            [block.checksum for block in blocks],
+            [block.nbytes for block in blocks],
+            time.time_ns(),
+            [block.keep for block in blocks],
+        )
+        return fresh
+
+    @staticmethod
+    def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:
+        """Give back the slots of a block that is stored already."""
+        file.clear_records([slot])
+        index.give_back(slot)
