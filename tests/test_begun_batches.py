@@ -17,6 +17,7 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.direct_writes import LEAST_BYTES
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.read_ahead import Span
+from light_mem.errors import LockTimeoutError
 from light_mem.index.format import MAX_INTENTS
 from tests.cached import can_forget, forget_all
 from tests.deaths import moments, restore
@@ -212,6 +213,37 @@ def test_for_want_of_room_the_batch_before_is_stored_and_evicted(
     assert first.told == [[*COPIED_AND_STORED]] * 2
     assert second.told == [[*COPIED_AND_STORED]]
     assert dropping.read(Block(3, 16)) == [Outcome.LOADED]
+
+
+def test_blocks_of_a_part_that_fails_in_the_middle_are_told_once(
+    dropping: Rig, stores: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four find room and are copied; the lock is not to be had for the others."""
+    change, calls = dropping.engine._open.change, 0
+
+    def fail_second(shard: int, *timeout: float) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise LockTimeoutError("not free", path="the shard", timeout=10.0)
+        return change(shard, *timeout)
+
+    monkeypatch.setattr(dropping.engine._open, "change", fail_second)
+    begun = begin_write(dropping, *[Block(n, 4) for n in range(6)])
+    assert begun.told == [[*COPIED_AND_STORED]] * 4 + [[Outcome.FAILED]] * 2
+    assert not dropping.engine.has_begun_writes
+
+
+def test_a_single_write_leaves_what_was_begun_alone(dropping: Rig, stores: Gate) -> None:
+    stores.open.clear()
+    begun = begin_write(dropping, Block(1, 4))
+    dropping.engine.prepare()
+    [block] = dropping._batch([Block(2)], fill=True)
+    assert dropping.engine.write_now(block) is None
+    assert used(dropping) == 4
+    stores.open.set()
+    dropping.engine.finish_writes()
+    assert begun.told == [[*COPIED_AND_STORED]]
 
 
 def test_both_batches_are_announced_and_fit(tmp_path: Path, stores: Gate) -> None:

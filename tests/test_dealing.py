@@ -270,13 +270,22 @@ def test_reads_are_claimed_ahead_where_as_many_wait_for_each_worker(queued: Queu
 
 
 def test_of_short_blocks_a_batch_is_claimed_ahead_by_their_number(queued: Queued) -> None:
-    cells = queued.push([0] * (WORKERS * BATCH_BLOCKS - 2), READ)
+    cells = queued.push([0] * (WORKERS * BATCH_BLOCKS - 1), READ)
     queued.table.cells["nbytes"][cells] = 64
     assert queued.queue.claim_ahead(1) == []
     more = queued.push([0], READ, first=len(cells))
     queued.table.cells["nbytes"][more] = 64
-    assert queued.queue.claim_ahead(1) == cells[:BATCH_BLOCKS]  # the other has one less
+    assert queued.queue.claim_ahead(1) == cells[:BATCH_BLOCKS]
     assert queued.queue.claim_ahead(2) == []
+
+
+def test_a_long_block_is_not_claimed_ahead_where_it_is_the_only_one(queued: Queued) -> None:
+    """It alone is a batch: the other worker, with nothing to do, is to read it."""
+    cells = queued.push([0, 0], READ)
+    queued.table.cells["nbytes"][cells] = 64 * MIB
+    assert queued.queue.claim(1) == cells[:1]
+    assert queued.queue.claim_ahead(1) == []
+    assert queued.queue.claim(2) == cells[1:]
 
 
 def test_no_write_is_claimed_ahead_nor_does_it_wait_for_good(queued: Queued) -> None:

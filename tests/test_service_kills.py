@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from light_mem import LockTimeoutError, State
 from light_mem.engine import queue
 from light_mem.engine.queue import QUEUE_BYTE
-from light_mem.engine.worker import Worker
+from light_mem.engine.worker import SHORT_SECONDS, Worker
 from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
 from tests.payload import page_bytes_of
@@ -150,7 +151,7 @@ def test_a_worker_outlasts_a_queue_that_is_not_free_in_time(tmp_path: Path) -> N
     class Queue:
         claims = 0
 
-        def claim(self, number: int) -> list[int]:
+        def claim(self, number: int, timeout: float | None) -> list[int]:
             self.claims += 1
             if self.claims < 3:
                 raise LockTimeoutError("not free", path="byte 0", timeout=10)
@@ -159,9 +160,44 @@ def test_a_worker_outlasts_a_queue_that_is_not_free_in_time(tmp_path: Path) -> N
 
     with rig(tmp_path, run=False) as r:
         queue = Queue()
-        parts: Any = (queue, np.zeros((1, 1), np.uint8), None)
+        engine = Mock(has_begun_reads=False, has_begun_writes=False)
+        engine.finish_reads.return_value = engine.finish_writes.return_value = False
+        parts: Any = (queue, np.zeros((1, 1), np.uint8), engine)
         Worker(1, r.service._session.table, *parts).run()
         assert queue.claims == 3
+
+
+@pytest.mark.parametrize("what", ["reads", "writes"])
+def test_what_a_worker_has_begun_waits_no_longer_for_a_queue_that_is_not_free(
+    tmp_path: Path, what: str
+) -> None:
+    engine = Mock(has_begun_reads=False, has_begun_writes=False)
+    setattr(engine, f"has_begun_{what}", True)
+    begun: list[bool] = []
+    timeouts: list[float | None] = []
+
+    def finish(kind: str) -> bool:
+        was = getattr(engine, f"has_begun_{kind}")
+        setattr(engine, f"has_begun_{kind}", False)
+        return bool(was)
+
+    engine.finish_reads.side_effect = lambda: finish("reads")
+    engine.finish_writes.side_effect = lambda: finish("writes")
+
+    def claim(number: int, timeout: float | None) -> list[int]:
+        begun.append(engine.has_begun_reads or engine.has_begun_writes)
+        timeouts.append(timeout)
+        if len(begun) < 3:
+            raise LockTimeoutError("not free", path="byte 0", timeout=timeout or 10)
+        r.service._session.table.header["shutdown"] = 1
+        return []
+
+    with rig(tmp_path, run=False) as r:
+        queue = Mock(claim=claim, claim_ahead=claim)
+        parts: Any = (queue, np.zeros((1, 1), np.uint8), engine)
+        Worker(1, r.service._session.table, *parts).run()
+    assert begun == [True, False, False]
+    assert timeouts == [SHORT_SECONDS, None, None]
 
 
 def test_a_killed_server_takes_its_workers_along_and_leaves_a_sound_store(tmp_path: Path) -> None:

@@ -252,7 +252,8 @@ class LocalStorageEngine(StorageEngine):
         """Write one block without waiting for a lock; see `WriteNow.write`. From the one thread
         that writes."""
         check_places([block], self.geometry.page_bytes)
-        return self._write_now.write(block)
+        # What was begun shares its intents, and would be given back.
+        return None if self._writer.has_begun else self._write_now.write(block)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         self.begin_read(batch, report, stop)

@@ -69,14 +69,18 @@ class TaskQueue:
         self._homes, self._workers, self._lengths = cells["home"], cells["worker"], cells["nbytes"]
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the queue; raises LockTimeoutError when its holder is stopped."""
-        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS  # for both: threads wait together
-        if not self._threads.acquire(timeout=LOCK_TIMEOUT_SECONDS):
+    def held(self, timeout: float | None = None) -> Iterator[None]:
+        """Hold the queue; raises LockTimeoutError when its holder is stopped.
+
+        `timeout`: seconds to wait for it, LOCK_TIMEOUT_SECONDS as a rule.
+        """
+        timeout = LOCK_TIMEOUT_SECONDS if timeout is None else timeout
+        deadline = time.monotonic() + timeout  # for both: threads wait together
+        if not self._threads.acquire(timeout=timeout):
             raise LockTimeoutError(
-                f"the queue was not free within {LOCK_TIMEOUT_SECONDS:g} s: its holder is stopped",
+                f"the queue was not free within {timeout:g} s: its holder is stopped",
                 path="queue",
-                timeout=LOCK_TIMEOUT_SECONDS,
+                timeout=timeout,
             )
         try:
             if self._closed:
@@ -134,17 +138,17 @@ class TaskQueue:
         table.ends[mode][1][0] = tail
         return tail
 
-    def claim(self, worker: int) -> list[int]:
+    def claim(self, worker: int, timeout: float | None = None) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
 
         A batch is at most a fair share of what waits, or LEAST_BYTES if that is more, and no more
-        than BATCH_BYTES beyond its first block.
+        than BATCH_BYTES beyond its first block. `timeout`: see `held`.
         """
         if not (self._table.depth(READ) or self._table.depth(WRITE)):
             return []
         self._turn += 1
         order = (WRITE, READ) if self._turn % WRITE_TURN == 0 else (READ, WRITE)
-        with self.held():
+        with self.held(timeout):
             for mode in order:
                 while self._table.depth(mode):  # each look claims something or moves the head
                     cells = self._take(worker, mode)
@@ -152,7 +156,7 @@ class TaskQueue:
                         return cells
         return []
 
-    def claim_ahead(self, worker: int) -> list[int]:
+    def claim_ahead(self, worker: int, timeout: float | None = None) -> list[int]:
         """Cells of reads for a worker that has other reads to do first: a whole batch, where one
         waits for every other worker as well, and it is not the turn of writes. Else empty, for
         what is claimed so waits for longer than it would if another worker took it.
@@ -161,7 +165,7 @@ class TaskQueue:
         if not table.depth(READ) or ((self._turn + 1) % WRITE_TURN == 0 and table.depth(WRITE)):
             return []
         self._turn += 1
-        with self.held():
+        with self.held(timeout):
             while table.depth(READ):
                 cells = self._take(worker, READ, ahead=True)
                 if cells is None:
@@ -188,9 +192,10 @@ class TaskQueue:
         if not len(at):
             at = np.flatnonzero(free)[:BATCH_BLOCKS]
         upto = np.cumsum(self._lengths[cells[at]])
-        share = -(-(int(np.count_nonzero(free)) + beyond) // workers)
+        waiting = int(np.count_nonzero(free)) + beyond
+        share = -(-waiting // workers)
         least, most = np.searchsorted(upto, (LEAST_BYTES[mode], BATCH_BYTES[mode])).tolist()
-        if ahead and share < min(len(at), most + 1):
+        if ahead and waiting < workers * min(len(at), most + 1):
             return None
         at = at[: min(max(share, least + 1), most + 1)]
         claimed = list(dict.fromkeys(cells[at].tolist()))  # in order; one may be there twice

@@ -42,6 +42,7 @@ log = logging.getLogger("light_mem")
 # Read by the server and logged there: level, then the text.
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
+SHORT_SECONDS = 0.01  # how long what was begun waits for the queue, which takes microseconds
 QUIET_SECONDS = 0.1  # longer than most batches take that come from a device
 
 
@@ -73,14 +74,16 @@ class Worker:
         table, engine = self._table, self._engine
         while True:
             seen = int(table.header["work_seq"][0])
+            has_begun = engine.has_begun_reads or engine.has_begun_writes
+            claim = self._queue.claim_ahead if engine.has_begun_reads else self._queue.claim
             try:
-                if engine.has_begun_reads:
-                    cells = self._queue.claim_ahead(self._number)
-                else:
-                    cells = self._queue.claim(self._number)
+                cells = claim(self._number, SHORT_SECONDS if has_begun else None)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
-                self._limited.warning("worker %d waits: %s", self._number, str(error))
-                cells = []
+                if not has_begun:
+                    self._limited.warning("worker %d waits: %s", self._number, str(error))
+                engine.finish_reads()
+                engine.finish_writes()
+                continue  # not to sleep: what waits may have come before the last look
             if cells:
                 self.do(cells)
             elif engine.finish_reads() or engine.finish_writes():

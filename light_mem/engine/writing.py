@@ -73,9 +73,11 @@ class Writer:
                 try:
                     self._write_shard(shard, part, job)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    self._fail(shard, part, job, error)
-                    # Intents have room for what failed and one part more.
+                    # First what was copied, some of it perhaps of this very part: a block is told
+                    # once, for the cell of a task that is ready may be another's. Nor would there
+                    # be room for the intents of more than what failed and one part.
                     self.finish()
+                    self._fail(shard, part, job, error)
 
     def finish(self) -> bool:
         """Publish what was copied and is not published yet; whether there was any."""
