@@ -19,6 +19,7 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.read_ahead import Span
 from light_mem.errors import LockTimeoutError
 from light_mem.index.format import MAX_INTENTS
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from tests.cached import can_forget, forget_all
 from tests.deaths import moments, restore
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, let_go
@@ -219,19 +220,42 @@ def test_blocks_of_a_part_that_fails_in_the_middle_are_told_once(
     dropping: Rig, stores: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four find room and are copied; the lock is not to be had for the others."""
-    change, calls = dropping.engine._open.change, 0
+    change = dropping.engine._open.change
+    timeouts: list[float] = []
 
-    def fail_second(shard: int, *timeout: float) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise LockTimeoutError("not free", path="the shard", timeout=10.0)
-        return change(shard, *timeout)
+    def fail_to_allocate_again(shard: int, timeout: float) -> Any:
+        timeouts.append(timeout)
+        if len(timeouts) in (2, 4):
+            raise LockTimeoutError("not free", path="the shard", timeout=timeout)
+        return change(shard, timeout)
 
-    monkeypatch.setattr(dropping.engine._open, "change", fail_second)
+    monkeypatch.setattr(dropping.engine._open, "change", fail_to_allocate_again)
     begun = begin_write(dropping, *[Block(n, 4) for n in range(6)])
     assert begun.told == [[*COPIED_AND_STORED]] * 4 + [[Outcome.FAILED]] * 2
     assert not dropping.engine.has_begun_writes
+    # Room; room again, with what was copied in hand; that is published; and room again.
+    assert timeouts[1] < 1
+    assert [timeouts[n] for n in (0, 2, 3)] == [LOCK_TIMEOUT_SECONDS] * 3
+    assert len(timeouts) == 4
+
+
+def test_a_device_error_while_the_lock_is_not_free_fails_no_block_twice(
+    dropping: Rig, stores: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores.bad = {4096}
+    change, calls = dropping.engine._open.change, 0
+
+    def fail_second(shard: int, timeout: float) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= 2:
+            raise LockTimeoutError("not free", path="the shard", timeout=timeout)
+        return change(shard, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dropping.engine._open, "change", fail_second)
+        begun = begin_write(dropping, *[Block(n, 4) for n in range(6)])
+    assert begun.told == [[Outcome.COPIED, Outcome.FAILED]] * 4 + [[Outcome.FAILED]] * 2
 
 
 def test_a_single_write_leaves_what_was_begun_alone(dropping: Rig, stores: Gate) -> None:

@@ -25,6 +25,7 @@ from light_mem.engine.intents import Intents
 from light_mem.engine.publishing import Publisher, is_present
 from light_mem.engine.write_job import Copied, Part, Taken, WriteJob
 from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
 _ROOM_PAUSE = 0.002
+_SHORT_SECONDS = 0.1  # longer than a living holder needs
 
 
 class Writer:
@@ -111,7 +113,12 @@ class Writer:
         waiting = positions
         deadline = time.monotonic() + ROOM_SECONDS
         while waiting:
-            taken, waiting, all_new = self._allocate(shard, waiting, job)
+            try:
+                taken, waiting, all_new = self._allocate(shard, waiting, job)
+            except LockTimeoutError:
+                if not self.finish():
+                    raise
+                continue
             if taken:
                 copied, under_way = self._copy_in(shard, taken, job)
                 self.finish()  # the part before: it has landed meanwhile
@@ -146,7 +153,9 @@ class Writer:
         evicted: list[int] = []
         last = self._last
         in_hand = last.slots if last is not None and last.shard == shard else []
-        with self._engine.change(shard) as (index, file):
+        # What was copied is not to wait for a stopped holder of another shard's lock.
+        timeout = LOCK_TIMEOUT_SECONDS if last is None else _SHORT_SECONDS
+        with self._engine.change(shard, timeout) as (index, file):
             self._intents.give_back(shard, index, file, in_hand)
             found = index.find_mixed(job.keys.at(positions))
             wanted, outcomes = self._wanted(index, positions, found, job)
