@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -80,6 +82,27 @@ def test_no_time_counts_twice_where_batches_overlap(table: TaskTable) -> None:
         told.report([at], Outcome.FAILED)
     spent = int(table.workers["write_ns"][2])
     assert 0 < spent <= time.perf_counter_ns() - began
+
+
+@pytest.mark.parametrize("begun", ["has_begun_reads", "has_begun_writes", ""])
+def test_writes_are_ended_before_reads_go_on_and_time_goes_on_while_something_is_begun(
+    table: TaskTable, begun: str
+) -> None:
+    for cell, mode in ((0, WRITE), (1, READ)):
+        table.cells["mode"][cell] = mode
+        table.cells["count"][cell] = 1
+    engine = Mock(has_begun_reads=False, has_begun_writes=False)
+    queue: Any = None
+    worker = Worker(2, table, queue, np.zeros((4, 64), np.uint8), engine)
+    worker._stopwatch = Mock()
+    worker.do([0])
+    assert [name for name, *_ in engine.method_calls] == ["begin_write"]
+    assert worker._stopwatch.start.call_count == 1
+    if begun:
+        setattr(engine, begun, True)
+    worker.do([1])
+    assert [name for name, *_ in engine.method_calls][1:] == ["begin_read", "finish_writes"]
+    assert worker._stopwatch.start.call_count == (1 if begun else 2)
 
 
 @pytest.mark.parametrize("at_once", [1, 100])

@@ -18,6 +18,7 @@ from light_mem.engine.direct_writes import LEAST_BYTES
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.read_ahead import Span
 from light_mem.errors import LockTimeoutError
+from light_mem.index import keys as keymath
 from light_mem.index.format import MAX_INTENTS
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from tests.cached import can_forget, forget_all
@@ -201,6 +202,36 @@ def test_the_same_block_in_two_batches_is_stored_once(dropping: Rig) -> None:
     assert second.told == [[*COPIED_AND_STORED], [Outcome.COPIED, Outcome.PRESENT]]
     assert used(dropping) == 6
     assert dropping.read(Block(1, 4), Block(2), Block(3)) == [Outcome.LOADED] * 3
+
+
+def test_blocks_that_are_there_already_keep_nothing_waiting(dropping: Rig) -> None:
+    begin_write(dropping, Block(1), Block(2))
+    dropping.engine.finish_writes()
+    begun = begin_write(dropping, Block(3, 4))
+    there = begin_write(dropping, Block(1), Block(2), Block(99, 17))  # or are too long
+    assert there.told == [[Outcome.PRESENT]] * 2 + [[Outcome.NO_ROOM]]
+    assert begun.told == [[*COPIED_AND_STORED]]
+    assert not dropping.engine.has_begun_writes
+
+
+def test_where_a_batch_has_failed_the_next_ones_are_not_left_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots are announced until its shard is written to again: there is room for one more."""
+    LocalStorageEngine.open_store(
+        tmp_path / "s", page_bytes=PAGE, num_of_shard=2, storage_size=32 * PAGE, block_pages=1
+    ).close()
+    rig = Rig(LocalStorageEngine(tmp_path / "s", kind="worker", page_cache="drop"), PAGE)
+    keys = np.arange(64, dtype=np.uint64)
+    shards = keymath.shards_of(keymath.mix(keymath.as_keys(keys.tolist())), 2)
+    of_0, of_1 = ([Block(int(key), 2) for key in keys[shards == n]] for n in (0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(direct_writes.DirectWrites, "sink", _raise(OSError(errno.EIO, "no disk")))
+        assert begin_write(rig, of_1[0]).told == [[Outcome.FAILED]]
+    assert begin_write(rig, of_0[0]).told == [[*COPIED_AND_STORED]]
+    assert begin_write(rig, of_1[1]).told == [[Outcome.COPIED]]  # and what failed went back
+    rig.engine.close()
+    assert rig.engine.stats()["used_slots"] == 4
 
 
 def test_for_want_of_room_the_batch_before_is_stored_and_evicted(

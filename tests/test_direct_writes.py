@@ -342,6 +342,35 @@ def test_pages_that_blocks_share_are_written_when_nothing_is_under_way(
     assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
 
 
+def test_pages_that_blocks_share_wait_for_the_requests_of_other_groups_too(
+    file: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropper = Dropper()
+    store, start = direct_writes._store, page_cache.start_write_out
+    go, ended = threading.Event(), threading.Event()
+
+    def wait(data: Any, span: Span, direct: int) -> bool:
+        if span.at >= 8 * MIB:  # of the second group
+            assert go.wait(30)
+            ended.set()
+        return store(data, span, direct)
+
+    def note(*span: int) -> None:
+        assert ended.is_set()
+        start(*span)
+
+    monkeypatch.setattr(direct_writes, "_store", wait)
+    monkeypatch.setattr(page_cache, "start_write_out", note)
+    put(dropper, file, 10, 61440, 32, 1)
+    first = dropper.cut()
+    put(dropper, file, 8 * MIB, 61440, 64, 2)
+    threading.Timer(0.05, go.set).start()  # while `land` waits for it
+    dropper.land(first)
+    dropper.land(dropper.cut())
+    dropper.finish()
+    assert np.array_equal(np.fromfile(file.path, np.uint8), file.wanted)
+
+
 def test_no_more_than_the_buffers_is_under_way(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
     buffers = direct_writes.private_buffers

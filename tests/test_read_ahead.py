@@ -99,6 +99,25 @@ def test_spans_may_be_left_out_left_early_asked_again_or_unplanned(
     assert len(reader._free) == DEPTH  # every buffer came back, and no more were made
 
 
+def test_what_is_planned_later_is_read_after_it_and_nothing_is_kept_of_it(
+    descriptor: int, wanted: np.ndarray, began: list[Span]
+) -> None:
+    reader = ReadAhead(4096)
+    spans = [Span(descriptor, n * 4096, 4096) for n in range(600)]
+    reader.plan(spans[:40])
+    for turn in range(1, 15):
+        reader.extend(spans[40 * turn : 40 * turn + 40])
+        for n in range(40 * turn - 40, 40 * turn):
+            if n % 7:  # some are left out
+                span = spans[n]
+                assert take(reader, span) == wanted[span.at : span.at + span.nbytes].tobytes()
+        assert len(reader._planned) <= 41
+    assert len(began) == len(set(began))
+    reader.close()
+    assert not reader._planned
+    assert len(reader._free) == DEPTH
+
+
 def test_short_spans_that_follow_each_other_are_one_request(
     descriptor: int, wanted: np.ndarray, began: list[Span]
 ) -> None:

@@ -42,8 +42,11 @@ class Intents:
 
     def forget(self, shard: int, slots: list[int]) -> None:
         """These are published, or were given back."""
-        gone = set(slots)
-        self.announce(shard, [slot for slot in self._slots.get(shard, ()) if slot not in gone])
+        left: list[int] = []
+        if len(slots) < len(self._slots.get(shard, ())):  # nearly never: they are all
+            gone = set(slots)
+            left = [slot for slot in self._slots[shard] if slot not in gone]
+        self.announce(shard, left)
 
     def give_back(
         self, shard: int, index: ShardIndex, file: ShardFile, but: Sequence[int] = ()

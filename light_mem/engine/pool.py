@@ -34,7 +34,7 @@ from light_mem.logs import Limited
 log = logging.getLogger("light_mem")
 
 START_SECONDS = 60.0
-# A worker has at most one batch in hand when it is told to leave; then it is killed.
+# A worker has at most two batches in hand when it is told to leave; then it is killed.
 STOP_SECONDS = 10.0
 _SPAWN_PAUSES = (0.1, 0.5, 2.0)
 MAX_EARLY_DEATHS = 3  # in a row, before the worker was ready: another try will not help

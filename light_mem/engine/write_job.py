@@ -59,14 +59,7 @@ class WriteJob:
 
 
 Taken = tuple[int, "Allocation"]  # position in the batch, its room
-
-
-class Copied(NamedTuple):
-    """A block that has left the KV pages."""
-
-    at: int  # position in the batch
-    runs: list[Run]
-    checksum: int
+Copied = tuple[int, "list[Run]", int]  # position in the batch, runs, checksum
 
 
 class Part(NamedTuple):

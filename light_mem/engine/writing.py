@@ -69,6 +69,7 @@ class Writer:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
         call, or by `finish`."""
         job = WriteJob(batch, self._geometry, report, stop)
+        before = self._last
         for shard, positions in job.by_shard.items():
             for first in range(0, len(positions), WRITE_BATCH):
                 part = positions[first : first + WRITE_BATCH]
@@ -80,6 +81,8 @@ class Writer:
                     # be room for the intents of more than what failed and one part.
                     self.finish()
                     self._fail(shard, part, job, error)
+        if self._last is before:  # nothing was copied that it could have waited for
+            self.finish()
 
     def finish(self) -> bool:
         """Publish what was copied and is not published yet; whether there was any."""
@@ -204,7 +207,7 @@ class Writer:
                 except Stopped:
                     continue
                 job.report((at,), Outcome.COPIED)
-                copied.append(Copied(at, runs, checksum))
+                copied.append((at, runs, checksum))
         except BaseException:
             file.land(file.cut())  # before the slots are given back
             raise
