@@ -270,6 +270,24 @@ def test_blocks_of_a_part_that_fails_in_the_middle_are_told_once(
     assert len(timeouts) == 4
 
 
+def test_a_part_whose_shard_cannot_be_changed_any_more_tells_no_block_twice(
+    dropping: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even of those that were copied before: a cell of theirs may be another task's."""
+    change, calls = dropping.engine._open.change, 0
+
+    def fail_second(shard: int, timeout: float) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return change(shard, timeout)
+
+    monkeypatch.setattr(dropping.engine._open, "change", fail_second)
+    begun = begin_write(dropping, *[Block(n, 4) for n in range(6)])
+    assert begun.told == [[*COPIED_AND_STORED]] * 4 + [[Outcome.FAILED]] * 2
+
+
 def test_a_device_error_while_the_lock_is_not_free_fails_no_block_twice(
     dropping: Rig, stores: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def test_a_worker_outlasts_a_queue_that_is_not_free_in_time(tmp_path: Path) -> N
         parts: Any = (queue, np.zeros((1, 1), np.uint8), engine)
         Worker(1, r.service._session.table, *parts).run()
         assert queue.claims == 3
+        assert not engine.rest.called  # nor did it sleep, in the end: what it waits for is there
 
 
 @pytest.mark.parametrize("what", ["reads", "writes"])
@@ -193,10 +194,13 @@ def test_what_a_worker_has_begun_waits_no_longer_for_a_queue_that_is_not_free(
         return []
 
     with rig(tmp_path, run=False) as r:
-        queue = Mock(claim=claim, claim_ahead=claim)
+        queue = Mock()
+        queue.claim.side_effect = queue.claim_ahead.side_effect = claim
         parts: Any = (queue, np.zeros((1, 1), np.uint8), engine)
         Worker(1, r.service._session.table, *parts).run()
     assert begun == [True, False, False]
+    assert queue.claim_ahead.call_count == (what == "reads")
+    assert not engine.rest.called
     assert timeouts == [SHORT_SECONDS, None, None]
 
 
