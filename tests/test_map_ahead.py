@@ -105,7 +105,12 @@ def test_work_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     steps: list[str] = []
 
     class Engine:
-        has_later = False
+        has_later = has_begun_reads = has_begun_writes = False
+
+        def finish_reads(self) -> bool:
+            return False
+
+        finish_writes = finish_reads
 
         def rest(self) -> bool:
             steps.append("rest")
@@ -119,7 +124,7 @@ def test_work_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             steps.append("map")
             return steps.count("map") < 3
 
-    def claim(self: TaskQueue, worker: int) -> list[int]:
+    def claim(self: TaskQueue, worker: int, timeout: float | None) -> list[int]:
         steps.append("claim")
         return []
 

@@ -124,9 +124,9 @@ def watch(service: Watched) -> Iterator[Counts]:
         counts.shard_locks += 1
         return hold(self, *arguments, **options)
 
-    def counted_held(self: TaskQueue) -> Any:
+    def counted_held(self: TaskQueue, *arguments: Any) -> Any:
         counts.queue_locks += 1
-        return held(self)
+        return held(self, *arguments)
 
     def counted_wake(self: FutexWords, *arguments: Any) -> None:
         counts.calls["futex"] += 1
