@@ -186,7 +186,8 @@ class CacheService(Closing, ABC):
             )
         keys = keymath.as_keys(hashes)
         # A block that is stored with another length (other settings) is replaced by a write.
-        found = self._engine.find(keys, nbytes=layout.nbytes if kind == WRITE else None)
+        entries = self._engine.find_entries(keys, layout.nbytes if kind == WRITE else None)
+        found = entries >= 0
         done = found if kind == WRITE else ~found
         already = layout.pages_where(found) if kind == WRITE else []
         session = self._session
@@ -202,7 +203,7 @@ class CacheService(Closing, ABC):
             final = bytes([FINISHED if kind == WRITE else ABORTED]) * len(hashes)
             return CacheTask(**fields, final=final)
         try:
-            place = session.place(keys, kind, layout, self._create_timeout)
+            place = session.place(keys, kind, layout, self._create_timeout, entries)
         except TaskTableFullError:
             session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
             raise

@@ -113,8 +113,11 @@ class Session:
         mode: int,
         layout: Layout,
         timeout: float,
+        entries: npt.NDArray[np.int64],
     ) -> Place:
         """Put a task in the table; `submit` brings it to life.
+
+        `entries`: where the index lists each of the keys, -1: nowhere.
 
         Raises InvalidArgumentError for a task larger than the table, TaskTableFullError when
         there is no room within `timeout` seconds.
@@ -128,6 +131,7 @@ class Session:
         cells["pages"], cells["count"] = place.pages + layout.first, layout.count
         cells["nbytes"], cells["regions"] = layout.nbytes, layout.regions
         cells["row"], cells["mode"] = place.row, mode
+        cells["listed"] = entries + 1
         end = place.start + count
         # Before the states: whoever still polls a former task of this row finds out.
         table.generations[place.row] += 1

@@ -13,6 +13,7 @@ import pytest
 
 from light_mem.engine.base import Outcome
 from light_mem.engine.batch_report import BatchReport, Stopwatch
+from light_mem.engine.places import Rows
 from light_mem.engine.table_layout import (
     ABORTED,
     CELL,
@@ -172,9 +173,12 @@ def test_copied_is_told_of_the_very_blocks(table: TaskTable) -> None:
 def pages_of(words: np.ndarray, firsts: list[int], counts: list[int]) -> list[list[int]]:
     worker = Worker.__new__(Worker)
     worker._table = SimpleNamespace(pages=words)  # type: ignore[assignment]
-    found = worker._pages(firsts, counts)
-    assert all(pages.dtype == np.intp for pages in found)
-    return [pages.tolist() for pages in found]
+    worker._memory = np.zeros((1, 1), np.uint8)
+    records = np.zeros(len(firsts), CELL)
+    records["pages"], records["count"] = firsts, counts
+    found = [block.place for block in worker._blocks(records)]
+    assert all(isinstance(place, Rows) and place.numbers.dtype == np.intp for place in found)
+    return [place.numbers.tolist() for place in found]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

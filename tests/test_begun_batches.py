@@ -499,7 +499,9 @@ def test_any_order_of_batches_gives_right_bytes(
 ) -> None:
     """Writes that evict and reads in turn, as a worker does them, of cold and other blocks."""
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(page_cache, "holds", lambda *_: rng.random() < 0.5)
+    monkeypatch.setattr(
+        page_cache, "hold_each", lambda addresses: [rng.random() < 0.5 for _ in addresses]
+    )
     page_bytes = int(rng.choice([3840, 4096, 61440]))
     open_dropping(tmp_path / "s", 96, page_bytes).engine.close()
     engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache=policy)

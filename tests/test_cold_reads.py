@@ -65,7 +65,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def _all_cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "holds", lambda *_: False)
+    monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
 
 
 def make(directory: Path, blocks: list[Block], page_bytes: int) -> None:
@@ -122,7 +122,11 @@ def test_a_batch_of_cold_and_other_blocks_comes_back_right(
         start = r.engine.file(0).address(0)  # type: ignore[attr-defined]
         # Of each block the middle is asked for: its ends may have been read with its neighbours.
         middles = {start + w.slot * 4096 + w.nbytes // 2 for w in cold}
-        monkeypatch.setattr(page_cache, "holds", lambda address, _: address not in middles)
+        monkeypatch.setattr(
+            page_cache,
+            "hold_each",
+            lambda addresses: [address not in middles for address in addresses],
+        )
         assert r.read(*blocks[::-1]) == [Outcome.LOADED] * 24
     assert reads == [w.nbytes for w in cold]
 
@@ -287,7 +291,7 @@ def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
 
     with monkeypatch.context() as m:
         m.setattr(read_ahead.os, "preadv", preadv)
-        m.setattr(page_cache, "holds", lambda *_: False)
+        m.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
         r = Rig(engine, 4096)
         assert r.read(Block(1, 4), Block(2, 4)) == [outcome, Outcome.LOADED]
         bring_in(engine)  # what cannot be brought in harms nothing
@@ -366,7 +370,7 @@ def test_a_shard_that_cannot_be_opened_spoils_no_block_of_another(
     engine.close()
     del engine
     os.truncate(tmp_path / "s" / "shard-001.data", 2 * 4096)
-    monkeypatch.setattr(page_cache, "holds", lambda *_: False)
+    monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
     wanted = [Outcome.FAILED if shard[b] else Outcome.LOADED for b in blocks]
     assert wanted.count(Outcome.LOADED) > 2
     assert Outcome.FAILED in wanted
@@ -446,7 +450,7 @@ def test_pages_are_touched_before_they_are_stored_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: bool
 ) -> None:
     make(tmp_path / "s", [Block(1, 4)], 4096)
-    monkeypatch.setattr(page_cache, "holds", lambda *_: not cold)
+    monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [not cold] * len(addresses))
     seen: list[bool] = []
 
     def before_stores(_: object, places: list[Rows]) -> None:

@@ -10,15 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from light_mem.engine.claiming import AHEAD_BLOCKS, BATCH_BLOCKS, BATCH_BYTES, LEAST_BYTES
 from light_mem.engine.dealing import deal
-from light_mem.engine.queue import (
-    AHEAD_BLOCKS,
-    BATCH_BLOCKS,
-    BATCH_BYTES,
-    LEAST_BYTES,
-    WRITE_TURN,
-    TaskQueue,
-)
+from light_mem.engine.queue import WRITE_TURN, TaskQueue
 from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WORKING, WRITE
 from light_mem.engine.task_table import Sizes, TaskTable
 from light_mem.index import keys as keymath

@@ -40,7 +40,6 @@ for _outcome, _counter in _COUNTERS.items():
     _OUTCOME_WORDS[_outcome] = _WORDS[_counter]
     _FINAL[_outcome] = FINISHED if _outcome.success else ABORTED
     _MOVED[_outcome] = _outcome in (Outcome.STORED, Outcome.LOADED)
-_FEW = 8  # up to here stores one by one are faster than a numpy call
 
 
 class Stopwatch:
@@ -111,13 +110,9 @@ class BatchReport:
             self._table.finish(row, self._worker)
 
     def _set_states(self, positions: Sequence[int], state: int) -> None:
-        table, cells = self._table, self._cells
-        if len(positions) <= _FEW:
-            states, start = table.map, table.states_at
-            for at in positions:
-                states[start + cells[at]] = state
-        else:
-            table.states[[cells[at] for at in positions]] = state
+        states, start, cells = self._table.map, self._table.states_at, self._cells
+        for at in positions:
+            states[start + cells[at]] = state
 
     def count(self) -> None:
         """Add what was told since the last call to the worker's counters."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.queue import BATCH_BLOCKS, BATCH_BYTES
+from light_mem.engine.claiming import BATCH_BLOCKS, BATCH_BYTES
 from light_mem.engine.table_layout import WRITE
 
 Positions = npt.NDArray[np.int64]

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
+from operator import not_
 from typing import TYPE_CHECKING
 
 from light_mem.engine import page_cache
@@ -69,15 +71,13 @@ class DeviceReads:
         if not self._can_read:
             return found
         # What fails here the reads themselves say, each for its block.
-        for at, where in blocks:
+        for at, where, file in self._waiting(blocks):
+            past_cache = self._drops or self._is_quiet(where.shard)
             try:
-                file = self._open_file(where.shard)
-                if self._drops or self._is_cold(file, where):
-                    past_cache = self._drops or self._is_quiet(where.shard)
-                    found[at] = [
-                        self._way(file, run, nbytes, past_cache) for run, nbytes in self.runs(where)
-                    ]
-            except (OSError, StoreFormatError):
+                found[at] = [
+                    self._way(file, run, nbytes, past_cache) for run, nbytes in self.runs(where)
+                ]
+            except OSError:
                 continue
         if found:
             try:
@@ -129,11 +129,26 @@ class DeviceReads:
         self._later.clear()
         self._direct.close()
 
-    def _is_cold(self, file: ShardFile, where: Location) -> bool:
-        """Whether the middle of a block's last run is not in the page cache: its ends may have been
-        read with its neighbours."""
-        run, nbytes = self.runs(where)[-1]
-        return not file.is_cached(run, 1, nbytes // 2)
+    def _waiting(self, blocks: Blocks) -> Iterable[tuple[int, Location, ShardFile]]:
+        """Those of the blocks for which a device is waited, and their files."""
+        there: list[tuple[int, Location, ShardFile]] = []
+        for at, where in blocks:
+            try:
+                there.append((at, where, self._open_file(where.shard)))
+            except (OSError, StoreFormatError):
+                continue
+        if self._drops:
+            return there
+        held = page_cache.hold_each([self._middle(where, file) for _, where, file in there])
+        return compress(there, map(not_, held))
+
+    def _middle(self, where: Location, file: ShardFile) -> int:
+        """The address of the middle of a block's last run, which says whether the block is in the
+        page cache: the ends of a run may have been read with its neighbours."""
+        if len(where.runs) == 1:
+            return file.address(where.slot) + where.nbytes // 2
+        (slot, _), nbytes = self.runs(where)[-1]
+        return file.address(slot) + nbytes // 2
 
     def _way(self, file: ShardFile, run: Run, nbytes: int, past_cache: bool) -> Way:
         through_cache = file.span(run, nbytes)

@@ -198,12 +198,18 @@ class LocalStorageEngine(StorageEngine):
     def find(
         self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
     ) -> npt.NDArray[np.bool_]:
+        return self.find_entries(keys, nbytes, touch) >= 0
+
+    def find_entries(
+        self, keys: KeyArray, nbytes: npt.NDArray[np.int64] | None = None, touch: bool = True
+    ) -> npt.NDArray[np.int64]:
+        """`find`, but where in the index the blocks are listed, -1: they are not. Any thread."""
         entries = self.lookup.find(keys, touch)
-        found = entries >= 0
-        if nbytes is not None and found.any():
+        if nbytes is not None:
+            found = np.flatnonzero(entries >= 0)
             stored = self._index.entries["nbytes"][entries[found]]
-            found[found] = stored == nbytes[found].astype(np.uint64)
-        return found
+            entries[found[stored != nbytes[found].astype(np.uint64)]] = -1
+        return entries
 
     def is_stored(self, low: int, high: int, nbytes: int) -> bool:
         """Whether a block of this key and length is stored; not counted as use. Any thread."""
@@ -259,11 +265,20 @@ class LocalStorageEngine(StorageEngine):
         self.begin_read(batch, report, stop)
         self.finish_reads()
 
-    def begin_read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+    def begin_read(
+        self,
+        batch: Sequence[BlockIO],
+        report: Report,
+        stop: Stop = never,
+        entries: list[int] | None = None,
+    ) -> None:
         """`read` for who has more to read: a batch that waits for a device may be read, and its
-        outcomes told, by the next call, or by `finish_reads`."""
+        outcomes told, by the next call, or by `finish_reads`.
+
+        `entries`: where the blocks were found a moment ago, see `find_entries`; any number does.
+        """
         check_places(batch, self.geometry.page_bytes)
-        self._reader.begin(batch, report, stop)
+        self._reader.begin(batch, report, stop, entries)
 
     def finish_reads(self) -> bool:
         """End what `begin_read` has left; whether there was any."""

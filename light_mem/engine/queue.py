@@ -10,7 +10,7 @@ push    ring entries -> tail -> states of the cells
 claim   worker and state of the cells -> head
 
 A cell may be claimed before others that came earlier: it says which worker had better do it, its
-home (see `dealing`). The head is the first entry that may wait.
+home (see `claiming` and `dealing`). The head is the first entry that may wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.base import WRITE_BATCH
+from light_mem.engine.claiming import Chooser
 from light_mem.engine.table_layout import (
     ABORTED,
     COPIED,
@@ -39,20 +39,8 @@ from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, RangeLock
 
 QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
 LANE_BYTE = 1  # ... and the first of the lanes' locks
-# Bytes claimed at a time: enough to make a hold of the shard's lock cheap. Reads take none; their
-# batch is small so that the last worker of a task is not long alone.
-BATCH_BYTES = {READ: 16 << 20, WRITE: 32 << 20}
-BATCH_BLOCKS = WRITE_BATCH  # a few more would be two holds of the shard's lock more for them alone
-# ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
-# 300 us for a read, 700 for a write), more than what the other half would wait for.
-LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 4
-# A worker looks for blocks of its own among so many a worker, two batches. Those of a worker that
-# is stopped or slow are passed over until others find nothing else among so many, and do them.
-AHEAD_BLOCKS = 2 * BATCH_BLOCKS
-# ... but no more than these in all: 60 us, with the queue's lock in hand.
-_MOST_AHEAD = 4096
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
 
@@ -65,8 +53,8 @@ class TaskQueue:
         self._closed = False
         self._threads = threading.Lock()
         self._turn = 0
-        cells = table.cells
-        self._homes, self._workers, self._lengths = cells["home"], cells["worker"], cells["nbytes"]
+        self._chooser = Chooser(table)
+        self._states, self._workers = table.states.data, table.cells["worker"].data
 
     @contextmanager
     def held(self, timeout: float | None = None) -> Iterator[None]:
@@ -113,8 +101,7 @@ class TaskQueue:
         self._table.futex.wake(self._table.work_word, len(cells))
 
     def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
-        ring, tails = self._table.rings[mode], self._table.ends[mode][1]
-        tail = int(tails[0])
+        ring, tail = self._table.rings[mode], self._table.tail(mode)
         if self._table.depth(mode) + len(cells) > self._table.ring_length:
             tail = self._compact(mode)
         at = tail % self._table.ring_length
@@ -122,7 +109,7 @@ class TaskQueue:
         ring[at : at + first] = cells[:first]
         if first < len(cells):
             ring[: len(cells) - first] = cells[first:]
-        tails[0] = tail + len(cells)
+        self._table.move_tail(mode, tail + len(cells))
         self._table.header["work_seq"] += 1
 
     def _compact(self, mode: int) -> int:
@@ -132,17 +119,16 @@ class TaskQueue:
         cells = cells[waits]
         _, first = np.unique(cells, return_index=True)
         cells = cells[np.sort(first)]
-        head = int(table.ends[mode][0][0])
+        head = table.head(mode)
         tail = head + len(cells)
         table.rings[mode][np.arange(head, tail) % table.ring_length] = cells
-        table.ends[mode][1][0] = tail
+        table.move_tail(mode, tail)
         return tail
 
     def claim(self, worker: int, timeout: float | None = None) -> list[int]:
         """Cells of one mode for this worker to do, marked WORKING; empty: nothing waits.
 
-        A batch is at most a fair share of what waits, or LEAST_BYTES if that is more, and no more
-        than BATCH_BYTES beyond its first block. `timeout`: see `held`.
+        How many, says `Chooser.choose`. `timeout`: see `held`.
         """
         if not (self._table.depth(READ) or self._table.depth(WRITE)):
             return []
@@ -175,38 +161,16 @@ class TaskQueue:
         return []
 
     def _take(self, worker: int, mode: int, ahead: bool = False) -> list[int] | None:
-        """Claim in the ring's order: blocks whose home this worker is, or that have none; where
-        there are none of these, what waits for others. Looks at a part of the ring; where nothing
-        in it waits the head is behind it then.
-
-        `ahead`: only if as much waits for each of the others, else None.
-        """
-        table = self._table
-        workers = int(table.header["workers"][0])
-        # Blocks to read have no home.
-        window = BATCH_BLOCKS if mode == READ else min(AHEAD_BLOCKS * workers, _MOST_AHEAD)
-        cells, free = table.queued(mode, window)
-        beyond = table.depth(mode) - len(cells)
-        homes = self._homes[cells]
-        at = np.flatnonzero(free & ((homes == worker) | (homes == 0)))[:BATCH_BLOCKS]
-        if not len(at):
-            at = np.flatnonzero(free)[:BATCH_BLOCKS]
-        upto = np.cumsum(self._lengths[cells[at]])
-        waiting = int(np.count_nonzero(free)) + beyond
-        share = -(-waiting // workers)
-        least, most = np.searchsorted(upto, (LEAST_BYTES[mode], BATCH_BYTES[mode])).tolist()
-        if ahead and waiting < workers * min(len(at), most + 1):
+        """Claim what `Chooser.choose` says."""
+        choice = self._chooser.choose(worker, mode, ahead)
+        if choice is None:
             return None
-        at = at[: min(max(share, least + 1), most + 1)]
-        claimed = list(dict.fromkeys(cells[at].tolist()))  # in order; one may be there twice
-        if claimed:
-            self._workers[claimed] = worker
-            table.states[claimed] = WORKING
-        free[at] = False
-        left = np.flatnonzero(free)
-        heads = table.ends[mode][0]
-        heads += int(left[0]) if len(left) else len(cells)
-        return claimed
+        states, workers = self._states, self._workers
+        for cell in choice.cells:
+            workers[cell] = worker
+            states[cell] = WORKING
+        self._table.move_head(mode, choice.head)
+        return choice.cells
 
     def abort(self, table: TaskTable, start: int, end: int, row: int, generation: int) -> None:
         """Abort a task: blocks nobody has begun at once, the others when their worker looks.

@@ -24,15 +24,19 @@ class ReadJob:
     """
 
     def __init__(
-        self, batch: Sequence[BlockIO], lookup: Lookup, report: Report, stop: Stop
+        self,
+        batch: Sequence[BlockIO],
+        lookup: Lookup,
+        report: Report,
+        stop: Stop,
+        entries: list[int] | None = None,
     ) -> None:
         self.batch = batch
         self.report = report
         self.stop = stop
         keys = [block[:2] for block in batch]
         self.nbytes = [block.place.nbytes for block in batch]
-        self.entries = lookup.find_each(keys)
-        self.located = lookup.locate_many(self.entries, keys)
+        self.entries, self.located = _look_up(lookup, keys, entries)
         self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
         self.ahead: list[tuple[int, Location]] = []
         self.ways: Ways = {}
@@ -57,3 +61,20 @@ class ReadJob:
         """Tell the outcome of blocks, if there are any."""
         if positions:
             self.report(positions, outcome)
+
+
+def _look_up(
+    lookup: Lookup, keys: list[tuple[int, int]], entries: list[int] | None
+) -> tuple[list[int], list[Location | None]]:
+    """Where the index lists the blocks, and where they lie. Most still are where `entries` says."""
+    if entries is None:
+        entries = lookup.find_each(keys)
+        return entries, lookup.locate_each(entries, keys)
+    located = lookup.locate_each(entries, keys)
+    gone = [at for at, where in enumerate(located) if where is None]
+    if gone:
+        entries = list(entries)
+        for at, entry in zip(gone, lookup.find_each([keys[at] for at in gone]), strict=True):
+            entries[at] = entry
+            located[at] = lookup.locate(entry, *keys[at]) if entry >= 0 else None
+    return entries, located

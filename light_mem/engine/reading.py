@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("light_mem")
 
-# Short blocks are looked at again, and told of, so many bytes at a time, some 0.5 ms; at once where
+# Short blocks are looked at again, and told of, so many bytes at a time, 1 to 2 ms; at once where
 # what comes next may wait.
-_TELL_BYTES = 4 << 20
+_TELL_BYTES = 8 << 20
 # What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
 # the page cache, and one whose protection information does not fit.
 _UNREADABLE = (errno.EIO, errno.ENODATA, errno.EILSEQ)
@@ -69,10 +69,16 @@ class Reader:
         """Whether there is something for `finish`."""
         return self._last is not None
 
-    def begin(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
+    def begin(
+        self,
+        batch: Sequence[BlockIO],
+        report: Report,
+        stop: Stop,
+        entries: list[int] | None = None,
+    ) -> None:
         """`StorageEngine.read`, but where a device is waited for all may be told by the next call,
-        or by `finish`."""
-        job = ReadJob(batch, self._lookup, report, stop)
+        or by `finish`. `entries`: see `LocalStorageEngine.begin_read`."""
+        job = ReadJob(batch, self._lookup, report, stop, entries)
         job.ahead = self._wanted(job)
         job.ways = self._device.begin(job.ahead, more=self.has_begun)
         self.finish()

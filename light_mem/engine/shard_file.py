@@ -207,9 +207,9 @@ class ShardFile:
                 page_cache.read_no_further(self._data_fd)
         return self._direct_fd
 
-    def is_cached(self, run: tuple[int, int], nbytes: int, first: int = 0) -> bool:
-        """Whether `nbytes` of a run of slots, from byte `first` on, lie in the page cache now."""
-        return page_cache.holds(self.address(run[0]) + first, nbytes)
+    def is_cached(self, run: tuple[int, int], nbytes: int) -> bool:
+        """Whether the first `nbytes` of a run of slots lie in the page cache now."""
+        return page_cache.holds(self.address(run[0]), nbytes)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.

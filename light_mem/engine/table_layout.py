@@ -9,7 +9,7 @@ import numpy as np
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
 
-MAGIC = b"LMTABLE2"
+MAGIC = b"LMTABLE3"
 NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
@@ -107,6 +107,7 @@ CELL = np.dtype(
         ("mode", "u1"),
         ("regions", "<u4"),  # 1: the block is regions of the KV memory, not pages
         ("home", "<u4"),  # the worker that had better do it, see `dealing`; 0: any
+        ("listed", "<u8"),  # read: where the index listed it, entry + 1; 0: nobody has looked
     ]
 )
 

@@ -41,12 +41,17 @@ from light_mem.engine.table_layout import (
     WORKER,
     WRITE,
     is_final,
+    words_of,
 )
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.format import align
 from light_mem.index.owners import process_start
 
 _ROW_WORDS = ROW.itemsize // 8
+_HEADER = words_of(HEADER)
+_HEADS = {READ: _HEADER["read_head"], WRITE: _HEADER["write_head"]}
+_TAILS = {READ: _HEADER["read_tail"], WRITE: _HEADER["write_tail"]}
+_WORKER_WORDS = WORKER.itemsize // 8
 _CREATED_WORD = ROW.fields["created"][1] // 8  # type: ignore[index]
 
 
@@ -136,18 +141,15 @@ class TaskTable:
         self._row_done = ROW.fields["done"][1]  # type: ignore[index]
         self._abort = self.rows["abort"]
         self._modes = self.cells["mode"]
-        self.ends = {  # of the rings: heads and tails, [1] each
-            mode: (self.header[f"{name}_head"], self.header[f"{name}_tail"])
-            for mode, name in ((READ, "read"), (WRITE, "write"))
-        }
         self.generations = self.rows["generation"]
         self._row_start, self._row_count = self.rows["start"], self.rows["count"]
         self._row_done_words, self._done_seq = self.rows["done"], self.header["done_seq"]
         self._worker_done = self.workers["done"]
-        self._worker_words = self.workers.view(np.uint64).reshape(MAX_WORKERS, -1)
         words = memoryview(self.map)
         shutdown_at = header_at + HEADER.fields["shutdown"][1]  # type: ignore[index]
         self._shutdown = words[shutdown_at : shutdown_at + 4].cast("I")
+        self._worker_words = words[workers_at : workers_at + self.workers.nbytes].cast("Q")
+        self._header_words = words[header_at : header_at + HEADER.itemsize].cast("Q")
         self.latencies = Histograms(words[latencies_at : latencies_at + latencies].cast("Q"))
         self._active_bytes = words[self.active_at : self.active_at + lanes * rows]
         rows_end = self.rows_at + lanes * rows * ROW.itemsize
@@ -253,18 +255,30 @@ class TaskTable:
     def depth(self, mode: int) -> int:
         """Entries of a mode's ring from the first on that waits for a worker: also of blocks that
         were aborted or claimed since. No lock, no system call."""
-        head, tail = self.ends[mode]
-        return int(tail[0]) - int(head[0])
+        words = self._header_words
+        return int(words[_TAILS[mode]]) - int(words[_HEADS[mode]])
 
-    def queued(
-        self, mode: int, most: int | None = None
-    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
-        """Entries of a mode's ring from its head on, `most` of them: cells, and whether each waits
-        for a worker in this mode. An entry stays when its block is aborted, and the cell may be
-        another task's by then. No lock, no system call."""
-        head, tail = (int(end[0]) for end in self.ends[mode])
-        end = tail if most is None else min(tail, head + most)
-        cells = self.rings[mode][np.arange(head, end) % self.ring_length]
+    def head(self, mode: int) -> int:
+        """Where a mode's ring begins: the first entry that may wait for a worker."""
+        return int(self._header_words[_HEADS[mode]])
+
+    def tail(self, mode: int) -> int:
+        """Where the next entry of a mode's ring goes."""
+        return int(self._header_words[_TAILS[mode]])
+
+    def move_head(self, mode: int, head: int) -> None:
+        """With the queue in hand."""
+        self._header_words[_HEADS[mode]] = head
+
+    def move_tail(self, mode: int, tail: int) -> None:
+        """With the queue in hand."""
+        self._header_words[_TAILS[mode]] = tail
+
+    def queued(self, mode: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Entries of a mode's ring from its head on: cells, and whether each waits for a worker in
+        this mode. An entry stays when its block is aborted, and the cell may be another task's by
+        then. No lock, no system call."""
+        cells = self.rings[mode][np.arange(self.head(mode), self.tail(mode)) % self.ring_length]
         return cells, (self.states[cells] == INITIAL) & (self._modes[cells] == mode)
 
     def waiting(self, mode: int) -> int:
@@ -338,8 +352,7 @@ class TaskTable:
 
     def worker_words(self, worker: int) -> memoryview:
         """A worker's WORKER as words, 0 the server's: an array's item costs ten times as much."""
-        words: memoryview = self._worker_words[worker].data
-        return words
+        return self._worker_words[worker * _WORKER_WORDS : (worker + 1) * _WORKER_WORDS]
 
     def close(self) -> None:
         """Close the descriptor: nobody can attach any more. The mapping stays for task objects."""

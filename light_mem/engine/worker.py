@@ -27,7 +27,7 @@ from light_mem.engine.batch_report import BatchReport, Stopwatch
 from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.map_ahead import MapAhead
-from light_mem.engine.places import Bytes2D, Regions, RowNumbers, Rows
+from light_mem.engine.places import Bytes2D, Regions, Rows
 from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.table_layout import READ, WORDS_PER_REGION
@@ -122,7 +122,8 @@ class Worker:
             return table.aborted(rows[at])
 
         if int(records["mode"][0]) == READ:
-            engine.begin_read(batch, report, stop)
+            entries = [listed - 1 for listed in records["listed"].tolist()]
+            engine.begin_read(batch, report, stop, entries)
             engine.finish_writes()
         else:
             engine.begin_write(batch, report, stop)
@@ -131,30 +132,15 @@ class Worker:
         """What to move for the cells of a batch."""
         keys = zip(records["low"].tolist(), records["high"].tolist(), strict=True)
         firsts, counts = records["pages"].tolist(), records["count"].tolist()
-        if records["regions"].any():
-            kinds = records["regions"].tolist()
-            places = [
-                self._regions(first, count)
-                if kind
-                else Rows(self._memory, *self._pages([first], [count]))
-                for first, count, kind in zip(firsts, counts, kinds, strict=True)
-            ]
-            return [BlockIO(*key, place) for key, place in zip(keys, places, strict=True)]
-        return [
-            BlockIO(low, high, Rows(self._memory, pages))
-            for (low, high), pages in zip(keys, self._pages(firsts, counts), strict=True)
+        kinds = records["regions"].tolist()
+        places = [
+            self._regions(first, count) if kind else self._rows(first, count)
+            for first, count, kind in zip(firsts, counts, kinds, strict=True)
         ]
+        return [BlockIO(*key, place) for key, place in zip(keys, places, strict=True)]
 
-    def _pages(self, firsts: list[int], counts: list[int]) -> list[RowNumbers]:
-        """Copies of the page indices of several blocks: of most batches by one call, for their
-        blocks are alike and have their indices where a task put one block's after another's."""
-        words, count, least = self._table.pages, counts[0], min(firsts)
-        places = np.array(firsts, np.intp) - least
-        if counts.count(count) == len(counts) and not (places % count).any():
-            end = max(firsts) + count
-            pages = words[least:end].reshape(-1, count)[places // count].astype(np.intp)
-            return list(pages)
-        return [words[at : at + n].astype(np.intp) for at, n in zip(firsts, counts, strict=True)]
+    def _rows(self, first: int, count: int) -> Rows:
+        return Rows(self._memory, self._table.pages[first : first + count].astype(np.intp))
 
     def _regions(self, first: int, count: int) -> Regions:
         words = self._table.pages[first : first + count * WORDS_PER_REGION].copy()

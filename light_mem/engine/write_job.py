@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.index.description import Geometry
-from light_mem.index.keys import MixedKeys, shards_of
+from light_mem.index.keys import MixedKeys, shard_of
 
 if TYPE_CHECKING:
     from light_mem.engine.direct_writes import Group
@@ -34,13 +34,13 @@ class WriteJob:
         self.report = report
         self.stop = stop
         self.open = set(range(len(batch)))
-        self.keys = MixedKeys.of([block[:2] for block in batch])
+        self.keys = MixedKeys.of(block[:2] for block in batch)
         self.nbytes = [block.place.nbytes for block in batch]
         slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
         self.slots = [slots_of[nbytes] for nbytes in self.nbytes]
         self.by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, shard in enumerate(shards_of(self.keys.mixed, geometry.shards).tolist()):
-            self.by_shard[shard].append(at)
+        for at, mixed in enumerate(self.keys.mixed):
+            self.by_shard[shard_of(mixed, geometry.shards)].append(at)
 
     def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell the final outcome of blocks, if there are any."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index import format as fmt
-from light_mem.index.chains import FEW, Chains, next_generations, tags_of
+from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.order import EvictionOrder
 from light_mem.index.replica import Run, SpaceReplica
@@ -46,8 +46,8 @@ class Allocator:
     ) -> None:
         self._control = Control(control)
         self._entries = entries
-        self._tags, self._nbytes = entries["tag"], entries["nbytes"]
-        self._runs, self._next_runs = entries["run"], entries["next_run"]
+        self._tags, self._nbytes = entries["tag"].data, entries["nbytes"].data
+        self._runs, self._next_runs = entries["run"].data, entries["next_run"].data
         self._page_bytes = page_bytes
         self._chains = chains
         self._space = space
@@ -135,7 +135,7 @@ class Allocator:
                     for at in range(start, start + count * length, length)
                 ]
                 continue
-            if evict and alike > FEW and space.total < length and not self._sweep(evicted):
+            if evict and alike > 1 and space.total < length and not self._sweep(evicted):
                 victims = self._evict_alike(alike, length)
                 if victims:
                     evicted += victims
@@ -163,27 +163,22 @@ class Allocator:
         """Evict up to `count` blocks, the oldest ones, as long as each is one run of `length`
         slots; its slots are taken, not free. Empty: the oldest is another kind of block."""
         oldest = self._order.oldest_many(count)
-        if not oldest:
-            return []
-        slots = np.array(oldest, np.int64)
-        pages = -(-self._nbytes[slots].view(np.int64) // self._page_bytes)
-        fits = (self._runs[slots] == length) & (self._next_runs[slots] == 0) & (pages == length)
-        fits &= slots + length <= len(self._entries)
-        if fits.all():
-            victims, good = oldest, len(oldest)
-        else:
-            good = int(fits.argmin())
-            self._order.put_back(oldest[good:])
-            victims, slots = oldest[:good], slots[:good]
-        if not victims:
-            return []
-        self._control.evictions += good
-        self._tags[slots] = tags_of(fmt.FREE, 0, next_generations(self._tags[slots]))
-        self._chains.cut_out_many(slots)
-        self._control.unlinks += good
-        self._control.blocks -= good
-        self._space.unmarked += [(slot, length) for slot in victims]
-        return victims
+        tags, most = self._tags, len(self._entries) - length
+        for good, slot in enumerate(oldest):
+            pages = -(-self._nbytes[slot] // self._page_bytes)
+            one_run = self._runs[slot] == length and not self._next_runs[slot]
+            if not one_run or pages != length or slot > most:
+                self._order.put_back(oldest[good:])
+                oldest = oldest[:good]
+                break
+            generation = (tags[slot] >> fmt.GENERATION_SHIFT) + 1
+            tags[slot] = fmt.make_tag(fmt.FREE, 0, generation)
+            self._chains.cut_out(slot)
+        self._control.evictions += len(oldest)
+        self._control.unlinks += len(oldest)
+        self._control.blocks -= len(oldest)
+        self._space.unmarked += [(slot, length) for slot in oldest]
+        return oldest
 
     def take(self, runs: list[Run]) -> Allocation:
         """Take exactly these free slots for one block, as `allocate` would.

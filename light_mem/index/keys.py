@@ -12,9 +12,8 @@ import operator
 import reprlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -105,32 +104,21 @@ def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
     return np.ascontiguousarray(big_endian[:, ::-1], dtype=np.uint64)
 
 
-@dataclass(frozen=True)
-class MixedKeys:
-    """Keys of a batch with their `mix`: shard and bucket of each are asked for several times.
+class MixedKeys(NamedTuple):
+    """Keys of a batch with their `mix`: shard and bucket of each are asked for several times."""
 
-    pairs  uint64 [n, 2]: (low, high)
-    mixed  uint64 [n]
-    """
-
-    pairs: KeyArray
-    mixed: U64Array
+    pairs: list[tuple[int, int]]  # (low, high)
+    mixed: list[int]
 
     @classmethod
-    def of(cls, keys: Sequence[tuple[int, int]]) -> MixedKeys:
+    def of(cls, keys: Iterable[tuple[int, int]]) -> MixedKeys:
         """Of (low, high) each."""
-        pairs = np.array(keys, np.uint64).reshape(-1, 2)
-        return cls(pairs, mix(pairs))
-
-    def __len__(self) -> int:
-        return len(self.mixed)
+        pairs = list(keys)
+        return cls(pairs, [mix_one(low, high) for low, high in pairs])
 
     def at(self, positions: Sequence[int]) -> MixedKeys:
-        """The keys at these positions, which are in order."""
-        if len(positions) == len(self):
-            return self
-        chosen = np.array(positions, np.intp)
-        return MixedKeys(self.pairs[chosen], self.mixed[chosen])
+        """The keys at these positions."""
+        return MixedKeys([self.pairs[at] for at in positions], [self.mixed[at] for at in positions])
 
 
 def as_key(value: HashValue) -> tuple[int, int]:
@@ -153,12 +141,7 @@ def key_text(low: int, high: int) -> str:
 
 def mix(keys: KeyArray) -> U64Array:
     """A well-mixed 64-bit number a key, shape [n]. `mix_one` gives the same for one key."""
-    return mix_columns(keys[:, 0], keys[:, 1])
-
-
-def mix_columns(low: U64Array, high: U64Array) -> U64Array:
-    """`mix` of keys whose halves lie apart."""
-    x = low ^ (high * np.uint64(_M1))
+    x = keys[:, 0] ^ (keys[:, 1] * np.uint64(_M1))
     x ^= x >> np.uint64(30)
     x *= np.uint64(_M2)
     x ^= x >> np.uint64(27)

@@ -26,9 +26,9 @@ from light_mem.index.keys import KeyArray
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
 RETRIES = 3
 # Up to here Python ints are faster than numpy calls: 1.5 us a key against 43 for any number of
-# them, and 3 us a location against 19.
+# them. Who has just copied a batch has few of either in the caches: then a loop over all of them is
+# faster up to some 60, and `find_each` and `locate_each` are for that.
 SCALAR_LIMIT = 24
-_LOCATE_SCALAR_LIMIT = 6
 
 _NAMES = ("low", "high", "tag", "checksum", "nbytes", "used", "run")
 _W64 = {name: ENTRY.fields[name][1] // 8 for name in _NAMES}  # type: ignore[index]
@@ -64,9 +64,6 @@ class Lookup:
         e = file.entries
         self._low, self._high, self._tag = e["low"], e["high"], e["tag"]
         self._next, self._used, self._keep = e["next"], e["used"], e["keep"]
-        self._columns = [
-            e[name] for name in ("low", "high", "checksum", "nbytes", "run", "next_run")
-        ]
         self._unlinks = file.control["unlinks"]
         self._expires = file.control["expires"]
 
@@ -106,10 +103,7 @@ class Lookup:
         self, keys: Sequence[tuple[int, int]], touch: bool = True, expired: bool = False
     ) -> list[int]:
         """`find` for keys as Python ints: (low, high) each."""
-        if len(keys) <= SCALAR_LIMIT:
-            return [self.find_one(low, high, touch, expired) for low, high in keys]
-        entries: list[int] = self.find(np.array(keys, np.uint64), touch, expired).tolist()
-        return entries
+        return [self.find_one(low, high, touch, expired) for low, high in keys]
 
     def _walk(
         self,
@@ -180,55 +174,26 @@ class Lookup:
     def locate(self, entry: int, low: int, high: int) -> Location | None:
         """Where the block of this entry lies; None when it is no longer that key's block."""
         f = self._f
-        shard, slot = divmod(entry, f.slots)
-        record = f.entries[entry]
-        tag = int(record["tag"])
-        if tag & STATE_MASK != LIVE or int(record["low"]) != low or int(record["high"]) != high:
+        words, word = f.words64, f.entries_word64 + entry * ENTRY_WORDS
+        tag = words[word + TAG]
+        if tag & STATE_MASK != LIVE or words[word + LOW] != low or words[word + HIGH] != high:
             return None
-        checksum, nbytes = int(record["checksum"]), int(record["nbytes"])
-        runs = self.runs(shard, slot, nbytes)
-        if runs is None or self.tag(entry) != tag:
+        shard, slot = divmod(entry, f.slots)
+        checksum, nbytes, run = words[word + CHECKSUM], words[word + NBYTES], words[word + RUNS]
+        runs: list[tuple[int, int]] | None
+        if run <= f.slots - slot and f.geometry.slots_of(nbytes) == run > 0:
+            runs = [(slot, run)]  # the word says that none follows
+        else:
+            runs = self.runs(shard, slot, nbytes)
+        if runs is None or words[word + TAG] != tag:
             return None
         return Location(entry, shard, slot, tag, checksum, nbytes, runs)
 
-    def locate_many(self, entries: list[int], keys: list[tuple[int, int]]) -> list[Location | None]:
+    def locate_each(self, entries: list[int], keys: list[tuple[int, int]]) -> list[Location | None]:
         """`locate` for several; -1 among the entries gives None."""
-        f = self._f
-        if len(entries) <= _LOCATE_SCALAR_LIMIT:
-            return [
-                self.locate(entry, low, high) if entry >= 0 else None
-                for entry, (low, high) in zip(entries, keys, strict=True)
-            ]
-        at = np.array(entries, np.int64)
-        wanted = np.array(keys, np.uint64)
-        columns = self._columns
-        tags = self._tag[at]
-        low, high, checksums, nbytes, run, next_run = [column[at] for column in columns]
-        same = self._tag[at] == tags  # after the copies: they were of one block
-        shards, slots = np.divmod(at, f.slots)
-        room = run * np.uint64(f.geometry.page_bytes)
-        fits = (nbytes <= room) & (nbytes + np.uint64(f.geometry.page_bytes) > room)
-        fits &= (run > 0) & (next_run == 0) & (slots + run <= f.slots)
-        its = (low == wanted[:, 0]) & (high == wanted[:, 1]) & ((tags & _MASK64) == LIVE)
-        whole = fits & its & same & (at >= 0)
         return [
-            Location(entry, shard, slot, tag, checksum, length, [(slot, count)])
-            if good
-            else self.locate(entry, *key)  # in several runs, gone, or damaged
-            if entry >= 0
-            else None
-            for good, entry, shard, slot, tag, checksum, length, count, key in zip(
-                whole.tolist(),
-                entries,
-                shards.tolist(),
-                slots.tolist(),
-                tags.tolist(),
-                checksums.tolist(),
-                nbytes.tolist(),
-                run.tolist(),
-                keys,
-                strict=True,
-            )
+            self.locate(entry, low, high) if entry >= 0 else None
+            for entry, (low, high) in zip(entries, keys, strict=True)
         ]
 
     def runs(

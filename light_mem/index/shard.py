@@ -7,7 +7,9 @@ Look-ups go on all the time, so every change keeps this order:
 publish  fields of the entry -> tag LIVE -> head of the chain: found only when whole
 remove   see `taking.py`; who is removed for want of room, `allocation.py`
 
-What a batch does to many blocks it does to all of them step by step, by numpy calls.
+What a batch does to its blocks it does in loops over words, not by numpy calls: it follows upon
+copies, which push everything out of the processor's caches, and then each different call takes as
+long as a step of a loop takes for ten blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.allocation import Allocation, Allocator
-from light_mem.index.chains import FEW, Chains, next_generations, tags_of
+from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
 from light_mem.index.keys import MixedKeys
@@ -44,7 +46,6 @@ from light_mem.index.retention import Retention
 from light_mem.index.taking import Taking
 
 Key = tuple[int, int]  # low, high
-_STATE_AND_OWNER = np.uint64(fmt.STATE_MASK | fmt.OWNER_MASK << fmt.OWNER_SHIFT)
 
 
 class ShardIndex:
@@ -68,7 +69,7 @@ class ShardIndex:
         self._control = Control(self._page)
         self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
         self._heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
-        self._tags = self._entries["tag"]
+        self._tags, self._keeps = self._entries["tag"], self._entries["keep"].data
         self._chains = Chains(self._heads, self._entries)
         self._space = SpaceReplica(self._page, self._entries)
         self.leases = ShardLeases(self._page, leased)
@@ -153,28 +154,17 @@ class ShardIndex:
     def find_many(self, keys: list[Key]) -> list[int]:
         """First slots of the listed blocks of these keys of this shard, -1: not listed. A block
         that has expired is listed until it is taken out, and counts as absent."""
-        if len(keys) > FEW:
-            return self.find_mixed(MixedKeys.of(keys))
-        return self._slots_of(self._find(keys))
+        return self.find_mixed(MixedKeys.of(keys))
 
     def find_mixed(self, keys: MixedKeys) -> list[int]:
         """`find_many`, for a batch."""
-        entries = [-1] * len(keys)
-        # Most keys of a write are new, and where blocks are of many pages most chains are empty.
-        some = np.flatnonzero(self._chains.begun(keys.mixed))
-        if not some.size:
-            return entries
-        pairs: list[Key] = keys.pairs[some].tolist()
-        for at, entry in zip(some.tolist(), self._find(pairs), strict=True):
-            entries[at] = entry
-        return self._slots_of(entries)
-
-    def _find(self, keys: list[Key]) -> list[int]:
-        return self._lookup.find_each(keys, touch=False, expired=True)
-
-    def _slots_of(self, entries: list[int]) -> list[int]:
-        first = self.shard * self._f.slots
-        return [-1 if entry < 0 else entry - first for entry in entries]
+        found: list[int] = []
+        first, chains, find = self.shard * self._f.slots, self._chains, self._lookup.find_one
+        for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True):
+            # Most keys of a write are new, and where blocks are of many pages most chains empty.
+            entry = find(low, high, False, True) if chains.is_begun(mixed) else -1
+            found.append(-1 if entry < 0 else entry - first)
+        return found
 
     def stamp(self) -> tuple[int, int]:
         """Another one when a block of this shard may have been stored since; asked in a hold."""
@@ -206,6 +196,16 @@ class ShardIndex:
 
     def mark(self, runs: list[Run], owner: int) -> None:
         """Mark allocated slots as being written by `owner`, whose intents already name them."""
+        self._mark(runs, owner)
+        self._space.unmarked = [run for run in self._space.unmarked if run not in runs]
+
+    def mark_many(self, allocations: list[Allocation], owner: int) -> None:
+        """`mark` for everything that was allocated in this hold."""
+        for where in allocations:
+            self._mark(where.runs, owner)
+        self._space.unmarked = []
+
+    def _mark(self, runs: list[Run], owner: int) -> None:
         words = self._f.words64
         for at, (start, length) in enumerate(runs):
             word = self._word_of(start)
@@ -214,36 +214,17 @@ class ShardIndex:
             words[word + RUNS] = length | next_run << 32
             state = fmt.WRITING if at == 0 else fmt.EXTENT
             words[word + TAG] = fmt.make_tag(state, owner, generation)
-        self._space.unmarked = [run for run in self._space.unmarked if run not in runs]
-
-    def mark_many(self, allocations: list[Allocation], owner: int) -> None:
-        """`mark` for everything that was allocated in this hold."""
-        if len(allocations) <= FEW or any(len(where.runs) > 1 for where in allocations):
-            for where in allocations:
-                self.mark(where.runs, owner)
-            return
-        runs = np.array([where.runs[0] for where in allocations], np.int64)
-        starts = runs[:, 0]
-        self._entries["run"][starts] = runs[:, 1]
-        self._entries["next_run"][starts] = 0
-        self._tags[starts] = tags_of(fmt.WRITING, owner, next_generations(self._tags[starts]))
-        self._space.unmarked = []
 
     def is_marked(self, slot: int, owner: int) -> bool:
         """Whether the block at `slot` is still being written by `owner`."""
-        tag = int(self._tags[slot])
+        tag = self._f.words64[self._word_of(slot) + TAG]
         return (
             tag & fmt.STATE_MASK == fmt.WRITING and tag >> fmt.OWNER_SHIFT & fmt.OWNER_MASK == owner
         )
 
     def are_marked(self, slots: list[int], owner: int) -> list[bool]:
         """`is_marked` for several."""
-        if len(slots) <= FEW:
-            return [self.is_marked(slot, owner) for slot in slots]
-        mine = np.uint64(fmt.make_tag(fmt.WRITING, owner, 0))
-        tags = self._tags[np.array(slots, np.int64)]
-        marked: list[bool] = ((tags & _STATE_AND_OWNER) == mine).tolist()
-        return marked
+        return [self.is_marked(slot, owner) for slot in slots]
 
     def publish(
         self,
@@ -256,16 +237,9 @@ class ShardIndex:
         keep: int = 0,
     ) -> None:
         """Make a block visible. Its bytes and its record are in place."""
-        words, word = self._f.words64, self._word_of(slot)
-        words[word + LOW], words[word + HIGH] = low, high
-        words[word + CHECKSUM], words[word + NBYTES], words[word + USED] = checksum, nbytes, now
-        self._entries["keep"][slot] = keep
-        if keep:
-            self.retention.arrives(slot)
-        tag = fmt.make_tag(fmt.LIVE, 0, words[word + TAG] >> fmt.GENERATION_SHIFT)
-        self._chains.put_in(slot, low, high, tag)
-        self._control.blocks += 1
-        self._control.inserts += 1
+        self.publish_many(
+            [slot], MixedKeys.of([(low, high)]), [checksum], [nbytes], now, keeps=[keep]
+        )
 
     def publish_many(
         self,
@@ -277,25 +251,26 @@ class ShardIndex:
         keeps: list[int] | None = None,
     ) -> None:
         """`publish` for blocks of different keys, none of which is stored; by first slots."""
-        keeps = keeps or [0] * len(firsts)
-        if len(firsts) <= FEW:
-            for slot, (low, high), checksum, size, keep in zip(
-                firsts, keys.pairs.tolist(), checksums, nbytes, keeps, strict=True
-            ):
-                self.publish(slot, low, high, checksum, size, now, keep)
-            return
-        entries, slots = self._entries, np.array(firsts, np.int64)
-        entries["low"][slots], entries["high"][slots] = keys.pairs[:, 0], keys.pairs[:, 1]
-        entries["checksum"][slots] = np.array(checksums, np.uint64)
-        entries["nbytes"][slots], entries["used"][slots] = nbytes, now
-        entries["keep"][slots] = keeps
-        if any(keeps):
-            for slot in firsts:
+        words, keep_of, chains = self._f.words64, self._keeps, self._chains
+        for slot, (low, high), mixed, checksum, size, keep in zip(
+            firsts,
+            keys.pairs,
+            keys.mixed,
+            checksums,
+            nbytes,
+            keeps or [0] * len(firsts),
+            strict=True,
+        ):
+            word = self._word_of(slot)
+            words[word + LOW], words[word + HIGH] = low, high
+            words[word + CHECKSUM], words[word + NBYTES], words[word + USED] = checksum, size, now
+            keep_of[slot] = keep
+            if keep:
                 self.retention.arrives(slot)
-        generations = self._tags[slots] >> np.uint64(fmt.GENERATION_SHIFT)
-        self._chains.put_in_many(slots, keys.mixed, tags_of(fmt.LIVE, 0, generations))
-        self._control.blocks += len(slots)
-        self._control.inserts += len(slots)
+            tag = fmt.make_tag(fmt.LIVE, 0, words[word + TAG] >> fmt.GENERATION_SHIFT)
+            chains.put_in(slot, mixed, tag)
+        self._control.blocks += len(firsts)
+        self._control.inserts += len(firsts)
 
     # --- taking blocks out -----------------------------------------------------------------------
 
