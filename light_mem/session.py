@@ -128,7 +128,7 @@ class Session:
         place = self._room(count, len(words), timeout)
         cells = np.zeros(count, CELL)
         cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
-        cells["pages"], cells["count"] = place.pages + layout.first, layout.count
+        cells["pages"], cells["places"] = place.pages + layout.first, layout.count
         cells["nbytes"], cells["regions"] = layout.nbytes, layout.regions
         cells["row"], cells["mode"] = place.row, mode
         cells["listed"] = entries + 1

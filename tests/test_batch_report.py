@@ -16,13 +16,13 @@ from light_mem.engine.batch_report import BatchReport, Stopwatch
 from light_mem.engine.places import Rows
 from light_mem.engine.table_layout import (
     ABORTED,
-    CELL,
     COPIED,
     FINISHED,
     INITIAL,
     READ,
     WORKER_COUNTERS,
     WRITE,
+    Cells,
 )
 from light_mem.engine.task_table import Sizes, TaskTable
 from light_mem.engine.worker import Worker
@@ -40,11 +40,10 @@ class Told:
     ) -> None:
         self.table = table
         self.cells = cells
-        records = np.zeros(len(cells), CELL)
-        records["row"] = [cell // BLOCKS for cell in cells]
-        records["nbytes"] = [100 + cell for cell in cells]
-        records["mode"] = mode
-        self.report = BatchReport(table, 2, cells, records, stopwatch or Stopwatch())
+        table.cells["row"][cells] = [cell // BLOCKS for cell in cells]
+        table.cells["nbytes"][cells] = [100 + cell for cell in cells]
+        table.cells["mode"][cells] = mode
+        self.report = BatchReport(table, 2, cells, table.read(cells), stopwatch or Stopwatch())
         self.finished: list[tuple[int, dict[str, int], bytes]] = []
         table.finish = self._finish  # type: ignore[method-assign]
 
@@ -91,7 +90,7 @@ def test_writes_are_ended_before_reads_go_on_and_time_goes_on_while_something_is
 ) -> None:
     for cell, mode in ((0, WRITE), (1, READ)):
         table.cells["mode"][cell] = mode
-        table.cells["count"][cell] = 1
+        table.cells["places"][cell] = 1
     engine = Mock(has_begun_reads=False, has_begun_writes=False)
     queue: Any = None
     worker = Worker(2, table, queue, np.zeros((4, 64), np.uint8), engine)
@@ -174,8 +173,8 @@ def pages_of(words: np.ndarray, firsts: list[int], counts: list[int]) -> list[li
     worker = Worker.__new__(Worker)
     worker._table = SimpleNamespace(pages=words)  # type: ignore[assignment]
     worker._memory = np.zeros((1, 1), np.uint8)
-    records = np.zeros(len(firsts), CELL)
-    records["pages"], records["count"] = firsts, counts
+    fields = dict.fromkeys(Cells._fields, (0,) * len(firsts))
+    records = Cells(**{**fields, "pages": tuple(firsts), "places": tuple(counts)})
     found = [block.place for block in worker._blocks(records)]
     assert all(isinstance(place, Rows) and place.numbers.dtype == np.intp for place in found)
     return [place.numbers.tolist() for place in found]  # type: ignore[union-attr]

@@ -6,9 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from light_mem.engine.base import Outcome
 from light_mem.engine.table_layout import (
     ABORTED,
@@ -16,6 +13,7 @@ from light_mem.engine.table_layout import (
     FINISHED,
     READ,
     WORKER,
+    Cells,
     words_of,
 )
 from light_mem.engine.task_table import TaskTable
@@ -31,6 +29,7 @@ _COUNTERS = {
     Outcome.STOPPED: "stopped",
     Outcome.FAILED: "failed",
 }
+_COPIED = Outcome.COPIED
 # By number: an attribute of an enumeration's member costs more than all else here.
 _FINAL = [ABORTED] * (max(Outcome) + 1)
 _MOVED = [False] * len(_FINAL)
@@ -68,17 +67,16 @@ class BatchReport:
         table: TaskTable,
         worker: int,
         cells: Sequence[int],
-        records: npt.NDArray[np.void],
+        records: Cells,
         stopwatch: Stopwatch,
     ) -> None:
-        """`records`: a copy of the cells, all of one mode; `stopwatch`: the worker's, started."""
+        """`records`: what the cells hold, all of one mode; `stopwatch`: the worker's, started."""
         self._table = table
         self._worker = worker
         self._cells = cells
-        self._lengths: list[int] = records["nbytes"].tolist()
-        self.rows: list[int] = records["row"].tolist()
-        self._left = Counter(self.rows)  # a task may end before the batch does
-        reading = int(records["mode"][0]) == READ
+        self._lengths, self._rows = records.nbytes, records.row
+        self._left = Counter(records.row)  # a task may end before the batch does
+        reading = records.mode[0] == READ
         self._bytes_word = _WORDS["bytes_read" if reading else "bytes_written"]
         self._time_word = _WORDS["read_ns" if reading else "write_ns"]
         self._tally = [0] * len(_FINAL)  # by outcome
@@ -87,15 +85,15 @@ class BatchReport:
 
     def __call__(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell what became of blocks, by their positions in the batch."""
-        number = int(outcome)
-        if number == Outcome.COPIED:
+        if outcome is _COPIED:
             self._set_states(positions, COPIED)
             return
+        number = int(outcome)
         self._tally[number] += len(positions)
         if _MOVED[number]:
             lengths = self._lengths
             self._moved += sum([lengths[at] for at in positions])
-        rows, left = self.rows, self._left
+        rows, left = self._rows, self._left
         ready = []
         for at in positions:
             row = rows[at]

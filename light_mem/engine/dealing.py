@@ -36,7 +36,7 @@ def deal(
     else:
         homes = shards[order] * workers // num_shards
     mean = max(1, int(nbytes.sum()) // count)
-    batch = min(BATCH_BLOCKS, -(-count // workers), -(-BATCH_BYTES[WRITE] // mean))
+    batch = min(BATCH_BLOCKS[WRITE], -(-count // workers), -(-BATCH_BYTES[WRITE] // mean))
     within = np.arange(count) - np.searchsorted(homes, homes)
     in_turn = np.lexsort((homes, within // batch))  # stable: by shard within a batch
     return order[in_turn], homes[in_turn] + 1

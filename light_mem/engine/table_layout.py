@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from typing import NamedTuple
+
 import numpy as np
 
 # States of a cell. The first four are the public ones; COPIED is Working for everyone but
@@ -100,7 +103,7 @@ CELL = np.dtype(
         ("high", "<u8"),
         ("nbytes", "<u8"),  # length of the block
         ("pages", "<u4"),  # first page index, global
-        ("count", "<u4"),  # page indices; or, where `regions` is set, regions
+        ("places", "<u4"),  # page indices; or, where `regions` is set, regions
         ("row", "<u4"),
         ("worker", "<u2"),
         ("attempts", "u1"),
@@ -110,6 +113,31 @@ CELL = np.dtype(
         ("listed", "<u8"),  # read: where the index listed it, entry + 1; 0: nobody has looked
     ]
 )
+
+
+# A CELL, field by field: to unpack one costs a tenth of what an array's fields do.
+CELL_FIELDS = struct.Struct("<3Q3IH2B2IQ")
+assert CELL_FIELDS.size == CELL.itemsize
+
+
+class Cells(NamedTuple):
+    """The fields of some cells, as CELL names them; each by position among those cells."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    pages: tuple[int, ...]
+    places: tuple[int, ...]
+    row: tuple[int, ...]
+    worker: tuple[int, ...]
+    attempts: tuple[int, ...]
+    mode: tuple[int, ...]
+    regions: tuple[int, ...]
+    home: tuple[int, ...]
+    listed: tuple[int, ...]
+
+
+assert Cells._fields == CELL.names
 
 
 def words_of(dtype: np.dtype[np.void]) -> dict[str, int]:

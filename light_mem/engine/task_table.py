@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from light_mem.engine.histogram import Histograms
 from light_mem.engine.process import DeathWatch, is_alive
 from light_mem.engine.table_layout import (
     CELL,
+    CELL_FIELDS,
     CLIENT_LANES,
     HEADER,
     INITIAL,
@@ -40,6 +41,7 @@ from light_mem.engine.table_layout import (
     ROW,
     WORKER,
     WRITE,
+    Cells,
     is_final,
     words_of,
 )
@@ -113,7 +115,7 @@ class TaskTable:
             place(lanes * rows * ROW.itemsize),
         )
         self.active_at, self.states_at = place(lanes * rows), place(lanes * cells)
-        cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
+        self._cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
         read_at, write_at = place(self.ring_length * 4), place(self.ring_length * 4)
         latencies = MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES
         latencies_at = place(latencies)
@@ -128,7 +130,7 @@ class TaskTable:
         self.rows = np.frombuffer(self.map, ROW, lanes * rows, self.rows_at)
         self.states = np.frombuffer(self.map, np.uint8, lanes * cells, self.states_at)
         self.active = np.frombuffer(self.map, np.uint8, lanes * rows, self.active_at)
-        self.cells = np.frombuffer(self.map, CELL, lanes * cells, cells_at)
+        self.cells = np.frombuffer(self.map, CELL, lanes * cells, self._cells_at)
         self.pages = np.frombuffer(self.map, "<u4", lanes * pages, pages_at)
         self.rings = {
             READ: np.frombuffer(self.map, "<u4", self.ring_length, read_at),
@@ -251,6 +253,12 @@ class TaskTable:
     def shutdown(self) -> bool:
         """Whether the service is closed."""
         return bool(self._shutdown[0])
+
+    def read(self, cells: Sequence[int]) -> Cells:
+        """The fields of cells that stay what they are, at least one: those that a worker does."""
+        start, size, unpack = self._cells_at, CELL.itemsize, CELL_FIELDS.unpack_from
+        columns = zip(*[unpack(self.map, start + cell * size) for cell in cells], strict=True)
+        return Cells(*columns)
 
     def depth(self, mode: int) -> int:
         """Entries of a mode's ring from the first on that waits for a worker: also of blocks that

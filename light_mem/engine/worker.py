@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from light_mem.engine.affinity import bind
 from light_mem.engine.base import BlockIO
@@ -30,7 +29,7 @@ from light_mem.engine.map_ahead import MapAhead
 from light_mem.engine.places import Bytes2D, Regions, Rows
 from light_mem.engine.program import die_with
 from light_mem.engine.queue import TaskQueue
-from light_mem.engine.table_layout import READ, WORDS_PER_REGION
+from light_mem.engine.table_layout import READ, WORDS_PER_REGION, Cells
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import RangeLock
@@ -113,31 +112,34 @@ class Worker:
         table, engine = self._table, self._engine
         if not (engine.has_begun_reads or engine.has_begun_writes):
             self._stopwatch.start()
-        records = table.cells[cells]  # a copy: of one moment
+        records = table.read(cells)
         batch = self._blocks(records)
         report = BatchReport(table, self._number, cells, records, self._stopwatch)
-        rows = report.rows
+        rows = records.row
 
         def stop(at: int) -> bool:
             return table.aborted(rows[at])
 
-        if int(records["mode"][0]) == READ:
-            entries = [listed - 1 for listed in records["listed"].tolist()]
-            engine.begin_read(batch, report, stop, entries)
+        if records.mode[0] == READ:
+            engine.begin_read(batch, report, stop, [listed - 1 for listed in records.listed])
             engine.finish_writes()
         else:
             engine.begin_write(batch, report, stop)
 
-    def _blocks(self, records: npt.NDArray[np.void]) -> list[BlockIO]:
+    def _blocks(self, records: Cells) -> list[BlockIO]:
         """What to move for the cells of a batch."""
-        keys = zip(records["low"].tolist(), records["high"].tolist(), strict=True)
-        firsts, counts = records["pages"].tolist(), records["count"].tolist()
-        kinds = records["regions"].tolist()
-        places = [
-            self._regions(first, count) if kind else self._rows(first, count)
-            for first, count, kind in zip(firsts, counts, kinds, strict=True)
-        ]
-        return [BlockIO(*key, place) for key, place in zip(keys, places, strict=True)]
+        blocks: list[BlockIO] = []
+        for low, high, first, count, in_regions in zip(
+            records.low,
+            records.high,
+            records.pages,
+            records.places,
+            records.regions,
+            strict=True,
+        ):
+            place = self._regions(first, count) if in_regions else self._rows(first, count)
+            blocks.append(BlockIO(low, high, place))
+        return blocks
 
     def _rows(self, first: int, count: int) -> Rows:
         return Rows(self._memory, self._table.pages[first : first + count].astype(np.intp))

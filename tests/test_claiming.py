@@ -1,0 +1,130 @@
+"""What a worker chooses from the rings, against a plain look at all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from light_mem.engine.claiming import (
+    AHEAD_BLOCKS,
+    BATCH_BLOCKS,
+    BATCH_BYTES,
+    LEAST_BYTES,
+    Chooser,
+)
+from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WORKING, WRITE
+from light_mem.engine.task_table import Sizes, TaskTable
+from tests.engine_helpers import let_go
+
+CELLS = 4096
+
+
+@dataclass
+class Rings:
+    """A table whose rings are filled and emptied by hand; which cells each worker has in hand."""
+
+    table: TaskTable
+    rng: np.random.Generator
+    next_cell: int = 0
+    in_hand: dict[int, list[list[int]]] = field(default_factory=dict)
+
+    def push(self, mode: int, count: int, size: int, workers: int) -> None:
+        cells = np.arange(self.next_cell, min(CELLS, self.next_cell + count))
+        records = np.zeros(len(cells), CELL)
+        records["mode"] = mode
+        records["nbytes"] = self.rng.integers(1, 2 * size, len(cells))
+        if mode == WRITE:  # in turns, as they are dealt, and some of no home
+            turns = np.arange(len(cells)) // int(self.rng.integers(1, 60))
+            records["home"] = turns % (workers + 1)
+        tail = self.table.tail(mode)
+        places = np.arange(tail, tail + len(cells)) % self.table.ring_length
+        self.table.rings[mode][places] = cells
+        self.table.cells[cells], self.table.states[cells] = records, INITIAL
+        self.table.move_tail(mode, tail + len(cells))
+        self.next_cell += len(cells)
+
+    def take(self, worker: int, cells: list[int]) -> None:
+        """A worker begins a batch; it has two in hand at most."""
+        self.table.states[cells] = WORKING
+        batches = self.in_hand.setdefault(worker, [])
+        batches.append(cells)
+        if len(batches) > 2:
+            self.table.states[batches.pop(0)] = FINISHED
+
+
+def plain(table: TaskTable, worker: int, mode: int, ahead: bool) -> list[int] | None:
+    """As `Chooser.choose` says it, in as many steps as it takes."""
+    workers = int(table.header["workers"][0])
+    head, tail = table.head(mode), table.tail(mode)
+    window = BATCH_BLOCKS[READ] if mode == READ else AHEAD_BLOCKS * workers
+    ring = [int(table.rings[mode][at % table.ring_length]) for at in range(head, tail)]
+    waits = [
+        c for c in ring[:window] if table.states[c] == INITIAL and table.cells["mode"][c] == mode
+    ]
+    own = [c for c in waits if table.cells["home"][c] in (0, worker)]
+    waiting = len(waits) + len(ring[window:])
+    chosen: list[int] = []
+    nbytes = 0
+    for cell in (own or waits)[: BATCH_BLOCKS[mode]]:
+        if nbytes >= BATCH_BYTES[mode]:
+            break
+        if len(chosen) * workers >= waiting and nbytes >= LEAST_BYTES[mode] and not ahead:
+            break
+        chosen.append(cell)
+        nbytes += int(table.cells["nbytes"][cell])
+    return None if ahead and waiting < workers * len(chosen) else chosen
+
+
+@pytest.fixture
+def table() -> Iterator[TaskTable]:
+    made = TaskTable.create(
+        Sizes(1, 8, CELLS, 16), store="", page_bytes=64, num_pages=1, pages_per_block=1, workers=3
+    )
+    yield made
+    made.close()
+    let_go(made)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [64, 300_000, 4 << 20])
+def test_a_worker_gets_what_a_plain_look_at_the_ring_gives(
+    table: TaskTable, seed: int, workers: int, size: int
+) -> None:
+    table.header["workers"] = workers
+    rings = Rings(table, np.random.default_rng(seed))
+    chooser = Chooser(table)
+    short = 0
+    for turn in range(250):
+        if turn % 25 == 0:
+            rings.push(int(rings.rng.choice([READ, WRITE])), 300, size, workers)
+        mode, worker = int(rings.rng.choice([READ, WRITE])), int(rings.rng.integers(1, workers + 1))
+        if rings.rng.random() < 0.1 and rings.next_cell:
+            cell = int(rings.rng.integers(rings.next_cell))
+            if table.states[cell] == INITIAL:
+                table.states[cell] = ABORTED
+        ahead = mode == READ and rings.rng.random() < 0.3
+        choice, expected = chooser.choose(worker, mode, ahead), plain(table, worker, mode, ahead)
+        if choice is None:
+            assert expected is None
+            continue
+        head = table.head(mode)
+        assert choice.cells == expected
+        rings.take(worker, choice.cells)
+        passed = [table.rings[mode][at % table.ring_length] for at in range(head, choice.head)]
+        assert not (table.states[passed] == INITIAL).any(), "a block that waits is passed over"
+        table.move_head(mode, choice.head)
+        short += 0 < len(choice.cells) < BATCH_BLOCKS[mode]
+    assert short  # the end of a task, where fair shares count, was met
+
+
+def test_a_look_at_much_that_waits_ends_with_the_first_full_batch(table: TaskTable) -> None:
+    table.header["workers"] = 2
+    rings = Rings(table, np.random.default_rng(0))
+    rings.push(WRITE, 2000, 64, 2)
+    waits, own, end = Chooser(table)._look(1, WRITE, 2)
+    assert len(own) == BATCH_BLOCKS[WRITE]
+    assert end - table.head(WRITE) == waits[-1][1] + 1 < 2 * AHEAD_BLOCKS
