@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 BLOCKS = 48  # one batch of one shard
+STORE = ("index: header", "index: control", "index: chains", "index: entries", "records")
 
 
 @pytest.fixture(scope="module")
@@ -65,4 +66,5 @@ def test_lines_that_every_process_of_every_server_may_write_are_no_more_than_one
         assert of.lines["index: entries"] <= 2 * BLOCKS, what
         assert of.lines["index: chains"] + of.lines["records"] <= 3 * BLOCKS, what
     assert counts["look-up"].lines["index: control"] == 0
+    assert not any(counts["read"].lines[part] for part in STORE), "readers would share lines"
     assert counts["poll"].lines == dict.fromkeys(counts["poll"].lines, 0)

@@ -44,10 +44,11 @@ class Publisher:
     def publish(self, part: Part) -> None:
         """Wait for what is under way to the slots, and publish; tells the outcomes. Raises
         LockTimeoutError, OSError, StoreFormatError: then the slots stay announced."""
-        self._engine.file(part.shard).land(part.under_way)
-        self._publish(part, self._describe(part))
+        file = self._engine.file(part.shard)
+        file.land(part.under_way)
+        self._publish(part, self._describe(part, file))
 
-    def _describe(self, part: Part) -> dict[int, Written]:
+    def _describe(self, part: Part, file: ShardFile) -> dict[int, Written]:
         """Write the records of what lies in its slots; by position in the batch."""
         if not part.copied:
             return {}
@@ -60,7 +61,6 @@ class Publisher:
                 part.copied, keys, self._engine.keeps_for(keys), strict=True
             )
         }
-        file = self._engine.file(part.shard)
         file.write_records(list(written.values()))
         if self._flush:
             file.sync()
