@@ -8,6 +8,8 @@ from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.device_reads import Ways
 from light_mem.index.lookup import Location, Lookup
 
+Copied = tuple[int, Location, "int | None"]  # position, where it lay, checksum
+
 
 class ReadJob:
     """A batch, and who is told of it.
@@ -18,8 +20,8 @@ class ReadJob:
     order     positions in the batch, in the order of the files: how a device reads ahead
     ahead     the blocks to read, in the order in which they are read: position, and where
     ways      how those are read that wait for a device
-    copied    blocks whose bytes lie in their pages and that nobody has been told of: position, and
-              the checksum of what was copied (None: it is not asked for)
+    copied    blocks whose bytes lie in their pages and that nobody has been told of: position,
+              where they lay, and the checksum of what was copied (None: it is not asked for)
     untold    the bytes of those
     """
 
@@ -40,19 +42,19 @@ class ReadJob:
         self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
         self.ahead: list[tuple[int, Location]] = []
         self.ways: Ways = {}
-        self.copied: list[tuple[int, int | None]] = []
+        self.copied: list[Copied] = []
         self.untold = 0
 
     def there(self) -> list[tuple[int, Location]]:
         """The blocks that are there, in the order of the files: position, and where."""
         return [(at, where) for at in self.order if (where := self.located[at]) is not None]
 
-    def has_copied(self, at: int, checksum: int | None) -> None:
+    def has_copied(self, at: int, where: Location, checksum: int | None) -> None:
         """A block's bytes lie in its pages."""
-        self.copied.append((at, checksum))
+        self.copied.append((at, where, checksum))
         self.untold += self.nbytes[at]
 
-    def take_copied(self) -> list[tuple[int, int | None]]:
+    def take_copied(self) -> list[Copied]:
         """What was copied and not told of; it is the caller's to tell now."""
         copied, self.copied, self.untold = self.copied, [], 0
         return copied

@@ -120,11 +120,11 @@ class Reader:
         loaded: list[int] = []
         lost: list[int] = []
         damaged: list[int] = []
-        for at, checksum in job.take_copied():
-            where = job.located[at]
-            assert where is not None
+        copied = job.take_copied()
+        unchanged = self._lookup.are_unchanged([where for _, where, _ in copied])
+        for (at, where, checksum), is_same in zip(copied, unchanged, strict=True):
             # First the tag, then the sum: after an eviction the sum says nothing about damage.
-            if not self._lookup.is_unchanged(where):
+            if not is_same:
                 lost.append(at)
             elif checksum is not None and checksum != where.checksum:
                 damaged.append(at)
@@ -195,7 +195,7 @@ class Reader:
             else:
                 job.report((at,), self._failed(error))
         else:
-            job.has_copied(at, checksum)
+            job.has_copied(at, where, checksum)
 
     def _copy(self, job: ReadJob, at: int, where: Location) -> int | None:
         """Copy a block into its pages; the checksum of what was copied, if it is asked for. Raises

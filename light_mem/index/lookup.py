@@ -190,9 +190,10 @@ class Lookup:
         return Location(entry, shard, slot, tag, checksum, nbytes, runs)
 
     def locate_each(self, entries: list[int], keys: list[tuple[int, int]]) -> list[Location | None]:
-        """`locate` for several; -1 among the entries gives None."""
+        """`locate` for several; a number of no entry, as -1, gives None."""
+        count = len(self._tag)
         return [
-            self.locate(entry, low, high) if entry >= 0 else None
+            self.locate(entry, low, high) if 0 <= entry < count else None
             for entry, (low, high) in zip(entries, keys, strict=True)
         ]
 
@@ -230,3 +231,8 @@ class Lookup:
     def is_unchanged(self, where: Location) -> bool:
         """Whether the block still lies where `locate` found it: ask after copying."""
         return self.tag(where.entry) == where.tag
+
+    def are_unchanged(self, located: Sequence[Location]) -> list[bool]:
+        """`is_unchanged` for several."""
+        words, first = self._f.words64, self._f.entries_word64 + TAG
+        return [words[first + where.entry * ENTRY_WORDS] == where.tag for where in located]
