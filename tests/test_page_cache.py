@@ -307,6 +307,36 @@ def test_a_range_drops_the_page_it_shares_with_the_one_before_and_not_the_next(
     os.close(descriptor)
 
 
+def test_each_of_many_bytes_is_in_the_cache_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64 * mmap.PAGESIZE))
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        page_cache.drop(file.fileno(), 0, 64 * mmap.PAGESIZE)
+        mapped = mmap.mmap(file.fileno(), 0)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing around what is read
+        for page in (3, 17, 18, 40):
+            os.pread(file.fileno(), 1, page * mmap.PAGESIZE)
+    start = np.frombuffer(mapped, np.uint8).ctypes.data
+    asked = [start + at for at in range(0, 64 * mmap.PAGESIZE, 1023)]
+    held = page_cache.hold_each(asked)
+    assert held == [page_cache.holds(address, 1) for address in asked]
+    found = {
+        (a - start) // mmap.PAGESIZE for a, is_held in zip(asked, held, strict=True) if is_held
+    }
+    assert found == {3, 17, 18, 40}
+    assert page_cache.hold_each([]) == []
+
+
+def test_where_the_system_does_not_tell_what_is_cached_all_counts_as_cached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page_cache, "_mincore", None)
+    assert page_cache.hold_each([1, 2]) == [True, True]
+    monkeypatch.setattr(page_cache, "_mincore", lambda *_: -1)
+    assert page_cache.hold_each([1, 2]) == [True, True]
+
+
 @pytest.mark.parametrize(
     ("at", "nbytes", "edges"),
     [(0, 4096, []), (0, 100, [0]), (10, 4086, [0]), (10, 8192, [0, 2]), (4096, 4097, [2])],

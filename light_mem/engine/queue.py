@@ -40,7 +40,7 @@ from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, RangeLock
 QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
 LANE_BYTE = 1  # ... and the first of the lanes' locks
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
-WRITE_TURN = 4
+WRITE_TURN = 3
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
 

@@ -33,7 +33,6 @@ SCALAR_LIMIT = 24
 _NAMES = ("low", "high", "tag", "checksum", "nbytes", "used", "run")
 _W64 = {name: ENTRY.fields[name][1] // 8 for name in _NAMES}  # type: ignore[index]
 _W32 = {name: ENTRY.fields[name][1] // 4 for name in ("run", "next_run", "next")}  # type: ignore[index]
-_MASK64 = np.uint64(STATE_MASK)
 ENTRY_WORDS = ENTRY.itemsize // 8
 _ENTRY32 = ENTRY.itemsize // 4
 _CONTROL64 = CONTROL.itemsize // 8
@@ -172,11 +171,15 @@ class Lookup:
         return -1
 
     def locate(self, entry: int, low: int, high: int) -> Location | None:
-        """Where the block of this entry lies; None when it is no longer that key's block."""
+        """Where the block of this entry lies; None when it is no longer that key's block, or that
+        has expired."""
         f = self._f
         words, word = f.words64, f.entries_word64 + entry * ENTRY_WORDS
         tag = words[word + TAG]
         if tag & STATE_MASK != LIVE or words[word + LOW] != low or words[word + HIGH] != high:
+            return None
+        keep = words[word + NEXT_KEEP] >> 32
+        if keep and retention.has_expired(keep):
             return None
         shard, slot = divmod(entry, f.slots)
         checksum, nbytes, run = words[word + CHECKSUM], words[word + NBYTES], words[word + RUNS]
