@@ -101,6 +101,7 @@ class ShardFile:
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
+        self._tags = self.records["tag"].data
         self._words = self.records.view("<u8").reshape(geometry.slots, -1)[:, _KEEP_WORD]
         self._geometry = geometry
         self._read_only: Bytes1D | None = None
@@ -269,9 +270,12 @@ class ShardFile:
 
     def clear_records(self, starts: Sequence[int] | npt.NDArray[np.intp]) -> None:
         """The blocks that began at these slots are gone."""
-        starts = np.asarray(starts, np.intp)
-        tags = self.records["tag"]
-        tags[starts[tags[starts] != fmt.FREE]] = fmt.FREE  # leaves clean pages clean
+        tags = self._tags
+        if isinstance(starts, np.ndarray):
+            starts = starts[np.asarray(tags)[starts] != fmt.FREE].tolist()
+        for start in starts:
+            if tags[start] != fmt.FREE:  # leaves clean pages clean
+                tags[start] = fmt.FREE
 
     def sync(self) -> None:
         """Put pages and records on the device; raises OSError."""

@@ -60,8 +60,8 @@ class WriteNow:
         failure: OSError | None = None
         with engine.change(shard, timeout=0) as (index, file):
             self._intents.give_back(shard, index, file)
-            [stored] = index.find_many([(low, high)])
-            if stored >= 0:  # stored meanwhile, or expired
+            stored = index.find(low, high)
+            if stored is not None:  # stored meanwhile, or expired
                 return Outcome.PRESENT if is_present(index, stored, nbytes) else None
             if index.retention.is_due() and not index.has_room(slots):
                 return None

@@ -148,8 +148,8 @@ class ShardIndex:
 
     def find(self, low: int, high: int) -> int | None:
         """First slot of the listed block of this key, or None; see `find_many`."""
-        [slot] = self.find_many([(low, high)])
-        return None if slot < 0 else slot
+        entry = self._lookup.find_one(low, high, touch=False, expired=True)
+        return None if entry < 0 else entry - self.shard * self._f.slots
 
     def find_many(self, keys: list[Key]) -> list[int]:
         """First slots of the listed blocks of these keys of this shard, -1: not listed. A block

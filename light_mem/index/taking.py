@@ -50,6 +50,7 @@ class Taking:
         ]
         self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
         self._tags = self._entries["tag"]
+        self._tag_of, self._nbytes_of = self._tags.data, self._entries["nbytes"].data
 
     def remove(self, slot: int) -> None:
         """Take out the stored block at `slot`; its slots are free, or HELD while it is leased."""
@@ -63,7 +64,7 @@ class Taking:
     def take_out(self, slot: int) -> list[Run] | None:
         """Make a stored block invisible; returns its runs, which are not among the free ones yet.
         None: its entry was damaged, and the shard has been put in order."""
-        runs = self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot]))
+        runs = self._lookup.runs(self._shard, slot, self._nbytes_of[slot])
         self.free_tags([slot] if runs is None else [start for start, _ in runs])
         self._cut(slot)
         if runs is None:
@@ -102,9 +103,10 @@ class Taking:
 
     def free_tags(self, starts: list[int]) -> None:
         """Nothing begins at these slots any more."""
+        tags = self._tag_of
         for start in starts:
-            generation = (int(self._tags[start]) >> fmt.GENERATION_SHIFT) + 1
-            self._tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
+            generation = (tags[start] >> fmt.GENERATION_SHIFT) + 1
+            tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
 
     def free_runs(self, runs: list[Run]) -> None:
         """These runs may be used again."""
