@@ -20,7 +20,7 @@ from benchmark.machine import cpu_of
 from benchmark.plan import Plan
 
 _IDLE_SECONDS = 0.1
-_READY_SECONDS = 0.3  # in which several processes make their hashes
+_READY_SECONDS = 0.05  # in which several processes hear when to begin
 _TICK = 0.005  # less than what the kernel counts CPU time in
 
 TOOLS = Path(__file__).resolve().parent.parent
@@ -151,6 +151,7 @@ class Contestant:
     def steady(self, what: str, seconds: float) -> tuple[int, int]:
         """Bytes that all processes together move by `write` or `read` while all are at it, for so
         many seconds, and the bytes until the last has ended its pass."""
+        self.tell("prepare_steady", mode=what, seconds=seconds)
         begin = time.monotonic() + _READY_SECONDS
         moved, total = zip(
             *self.tell("steady", mode=what, begin=begin, seconds=seconds), strict=True

@@ -50,6 +50,7 @@ class Host:
         self._generation = 0
         self._versions = np.zeros(len(self._blocks), np.int64)
         self._rival: Rival = self._kind(self._setup)
+        self._ahead: list[list[Any]] = []  # hashes of the passes of `steady`
 
     def hashes(self, which: npt.NDArray[Any]) -> list[Any]:
         """The present hashes of some of this share's blocks."""
@@ -96,18 +97,22 @@ class Host:
             taken += time.perf_counter() - started
         return taken
 
+    def prepare_steady(self, mode: str, seconds: float) -> None:
+        """Make the hashes for `steady`: of more passes of writing than any memory has time for."""
+        every = np.arange(len(self._blocks))
+        nbytes = len(every) * self._plan.shape.block_bytes
+        passes = 1 + int(_MOST_BYTES_A_SECOND * seconds) // nbytes if mode == "write" else 1
+        self._ahead = [
+            self._renew(every, delete=False) if mode == "write" else self.hashes(every)
+            for _ in range(passes)
+        ]
+
     def steady(self, mode: str, begin: float, seconds: float) -> tuple[int, int]:
         """Passes of `write` or `read` without a pause, from `begin` (`time.monotonic`, in all
         processes the same) until `seconds` later and then to the end of the pass; returns the
         bytes moved in that time, the last pass's in proportion, and those moved in all."""
-        every = np.arange(len(self._blocks))
-        nbytes = len(every) * self._plan.shape.block_bytes
-        # Hashes are made beforehand, of more passes than any memory has time for.
-        passes = 1 + int(_MOST_BYTES_A_SECOND * seconds) // nbytes if mode == "write" else 1
-        hashes = [
-            self._renew(every, delete=False) if mode == "write" else self.hashes(every)
-            for _ in range(passes)
-        ]
+        hashes, passes = self._ahead, len(self._ahead)
+        nbytes = len(self._blocks) * self._plan.shape.block_bytes
         first = self._generation - passes + 1
         time.sleep(max(0.0, begin - time.monotonic()))
         end, done = begin + seconds, 0
@@ -120,7 +125,8 @@ class Host:
                 self._rival.read(hashes[0], self._pages)
             ended, done = time.monotonic(), done + 1
             if ended >= end:
-                beyond = (ended - end) / (ended - started)
+                # A process that the kernel left waiting may have begun its last pass too late.
+                beyond = min(1.0, (ended - end) / (ended - started))
                 return int((done - beyond) * nbytes), done * nbytes
 
     def latency(self, mode: str, count: int) -> list[float]:
