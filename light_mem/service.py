@@ -186,7 +186,7 @@ class CacheService(Closing, ABC):
             )
         keys = keymath.as_keys(hashes)
         # A block that is stored with another length (other settings) is replaced by a write.
-        entries = self._engine.find_entries(keys, layout.nbytes if kind == WRITE else None)
+        entries = self._engine.find_entries(keys, nbytes=layout.nbytes if kind == WRITE else None)
         found = entries >= 0
         done = found if kind == WRITE else ~found
         already = layout.pages_where(found) if kind == WRITE else []

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import compress
-from operator import not_
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.engine import page_cache
@@ -129,7 +127,7 @@ class DeviceReads:
         self._later.clear()
         self._direct.close()
 
-    def _waiting(self, blocks: Blocks) -> Iterable[tuple[int, Location, ShardFile]]:
+    def _waiting(self, blocks: Blocks) -> list[tuple[int, Location, ShardFile]]:
         """Those of the blocks for which a device is waited, and their files."""
         there: list[tuple[int, Location, ShardFile]] = []
         for at, where in blocks:
@@ -140,13 +138,11 @@ class DeviceReads:
         if self._drops:
             return there
         held = page_cache.hold_each([self._middle(where, file) for _, where, file in there])
-        return compress(there, map(not_, held))
+        return [block for block, is_held in zip(there, held, strict=True) if not is_held]
 
     def _middle(self, where: Location, file: ShardFile) -> int:
         """The address of the middle of a block's last run, which says whether the block is in the
         page cache: the ends of a run may have been read with its neighbours."""
-        if len(where.runs) == 1:
-            return file.address(where.slot) + where.nbytes // 2
         (slot, _), nbytes = self.runs(where)[-1]
         return file.address(slot) + nbytes // 2
 

@@ -198,10 +198,10 @@ class LocalStorageEngine(StorageEngine):
     def find(
         self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
     ) -> npt.NDArray[np.bool_]:
-        return self.find_entries(keys, nbytes, touch) >= 0
+        return self.find_entries(keys, touch, nbytes) >= 0
 
     def find_entries(
-        self, keys: KeyArray, nbytes: npt.NDArray[np.int64] | None = None, touch: bool = True
+        self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
     ) -> npt.NDArray[np.int64]:
         """`find`, but where in the index the blocks are listed, -1: they are not. Any thread."""
         entries = self.lookup.find(keys, touch)

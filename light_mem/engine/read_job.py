@@ -69,14 +69,10 @@ def _look_up(
     lookup: Lookup, keys: list[tuple[int, int]], entries: list[int] | None
 ) -> tuple[list[int], list[Location | None]]:
     """Where the index lists the blocks, and where they lie. Most still are where `entries` says."""
-    if entries is None:
-        entries = lookup.find_each(keys)
-        return entries, lookup.locate_each(entries, keys)
-    located = lookup.locate_each(entries, keys)
-    gone = [at for at, where in enumerate(located) if where is None]
-    if gone:
-        entries = list(entries)
-        for at, entry in zip(gone, lookup.find_each([keys[at] for at in gone]), strict=True):
-            entries[at] = entry
-            located[at] = lookup.locate(entry, *keys[at]) if entry >= 0 else None
-    return entries, located
+    found = [-1] * len(keys) if entries is None else list(entries)
+    located = lookup.locate_each(found, keys)
+    missed = [at for at, where in enumerate(located) if where is None]
+    for at, entry in zip(missed, lookup.find_each([keys[at] for at in missed]), strict=True):
+        found[at] = entry
+        located[at] = lookup.locate(entry, *keys[at]) if entry >= 0 else None
+    return found, located

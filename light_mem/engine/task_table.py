@@ -263,8 +263,7 @@ class TaskTable:
     def depth(self, mode: int) -> int:
         """Entries of a mode's ring from the first on that waits for a worker: also of blocks that
         were aborted or claimed since. No lock, no system call."""
-        words = self._header_words
-        return int(words[_TAILS[mode]]) - int(words[_HEADS[mode]])
+        return self.tail(mode) - self.head(mode)
 
     def head(self, mode: int) -> int:
         """Where a mode's ring begins: the first entry that may wait for a worker."""

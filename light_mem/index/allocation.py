@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.index import format as fmt
 from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.order import EvictionOrder
@@ -46,7 +45,7 @@ class Allocator:
     ) -> None:
         self._control = Control(control)
         self._entries = entries
-        self._tags, self._nbytes = entries["tag"].data, entries["nbytes"].data
+        self._nbytes = entries["nbytes"].data
         self._runs, self._next_runs = entries["run"].data, entries["next_run"].data
         self._page_bytes = page_bytes
         self._chains = chains
@@ -163,7 +162,7 @@ class Allocator:
         """Evict up to `count` blocks, the oldest ones, as long as each is one run of `length`
         slots; its slots are taken, not free. Empty: the oldest is another kind of block."""
         oldest = self._order.oldest_many(count)
-        tags, most = self._tags, len(self._entries) - length
+        most = len(self._entries) - length
         for good, slot in enumerate(oldest):
             pages = -(-self._nbytes[slot] // self._page_bytes)
             one_run = self._runs[slot] == length and not self._next_runs[slot]
@@ -171,8 +170,8 @@ class Allocator:
                 self._order.put_back(oldest[good:])
                 oldest = oldest[:good]
                 break
-            generation = (tags[slot] >> fmt.GENERATION_SHIFT) + 1
-            tags[slot] = fmt.make_tag(fmt.FREE, 0, generation)
+        self._taking.free_tags(oldest)
+        for slot in oldest:
             self._chains.cut_out(slot)
         self._control.evictions += len(oldest)
         self._control.unlinks += len(oldest)

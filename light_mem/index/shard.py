@@ -155,19 +155,22 @@ class ShardIndex:
         """First slots of the listed blocks of these keys of this shard, -1: not listed. A block
         that has expired is listed until it is taken out, and counts as absent."""
         pairs = np.array(keys, np.uint64).reshape(-1, 2)
-        found: list[int] = self._lookup.find(pairs, touch=False, expired=True).tolist()
-        first = self.shard * self._f.slots
-        return [-1 if entry < 0 else entry - first for entry in found]
+        return self._slots_of(self._lookup.find(pairs, touch=False, expired=True).tolist())
 
     def find_mixed(self, keys: MixedKeys) -> list[int]:
         """`find_many`, for the batch of a writer, whose keys are new as a rule."""
-        found: list[int] = []
-        first, chains, find = self.shard * self._f.slots, self._chains, self._lookup.find_one
-        for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True):
-            # Where blocks are of many pages most chains are empty.
-            entry = find(low, high, False, True) if chains.is_begun(mixed) else -1
-            found.append(-1 if entry < 0 else entry - first)
-        return found
+        chains, find = self._chains, self._lookup.find_one
+        # Where blocks are of many pages most chains are empty.
+        return self._slots_of(
+            [
+                find(low, high, touch=False, expired=True) if chains.is_begun(mixed) else -1
+                for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True)
+            ]
+        )
+
+    def _slots_of(self, entries: list[int]) -> list[int]:
+        first = self.shard * self._f.slots
+        return [-1 if entry < 0 else entry - first for entry in entries]
 
     def stamp(self) -> tuple[int, int]:
         """Another one when a block of this shard may have been stored since; asked in a hold."""
