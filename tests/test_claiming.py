@@ -59,7 +59,7 @@ def plain(table: TaskTable, worker: int, mode: int, ahead: bool) -> list[int] | 
     """As `Chooser.choose` says it, in as many steps as it takes."""
     workers = int(table.header["workers"][0])
     head, tail = table.head(mode), table.tail(mode)
-    window = BATCH_BLOCKS[READ] if mode == READ else min(4096, AHEAD_BLOCKS * workers)
+    window = BATCH_BLOCKS if mode == READ else min(4096, AHEAD_BLOCKS * workers)
     ring = [int(table.rings[mode][at % table.ring_length]) for at in range(head, tail)]
     waits = [
         c for c in ring[:window] if table.states[c] == INITIAL and table.cells["mode"][c] == mode
@@ -68,8 +68,8 @@ def plain(table: TaskTable, worker: int, mode: int, ahead: bool) -> list[int] | 
     waiting = len(waits) + len(ring[window:])
     chosen: list[int] = []
     nbytes = 0
-    for cell in (own or waits)[: BATCH_BLOCKS[mode]]:
-        if nbytes >= BATCH_BYTES[mode]:
+    for cell in (own or waits)[: BATCH_BLOCKS]:
+        if nbytes >= BATCH_BYTES:
             break
         if len(chosen) * workers >= waiting and nbytes >= LEAST_BYTES[mode] and not ahead:
             break
@@ -120,7 +120,7 @@ def test_a_worker_gets_what_a_plain_look_at_the_ring_gives(
         passed = [table.rings[mode][at % table.ring_length] for at in range(head, choice.head)]
         assert not (table.states[passed] == INITIAL).any(), "a block that waits is passed over"
         table.move_head(mode, choice.head)
-        short += 0 < len(choice.cells) < BATCH_BLOCKS[mode]
+        short += 0 < len(choice.cells) < BATCH_BLOCKS
     assert short  # the end of a task, where fair shares count, was met
 
 
@@ -129,5 +129,5 @@ def test_a_look_at_much_that_waits_ends_with_the_first_full_batch(table: TaskTab
     rings = Rings(table, np.random.default_rng(0))
     rings.push(WRITE, 2000, 64, 2)
     look = Chooser(table)._look(1, WRITE, 2)
-    assert len(look.own) == BATCH_BLOCKS[WRITE]
+    assert len(look.own) == BATCH_BLOCKS
     assert look.end - table.head(WRITE) == look.number < 2 * AHEAD_BLOCKS

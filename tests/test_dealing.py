@@ -100,11 +100,11 @@ def test_workers_share_the_shards_evenly_where_there_are_fewer(
 
 
 def test_batches_of_the_workers_come_in_turn_and_are_of_one_shard() -> None:
-    shards = np.arange(8 * BATCH_BLOCKS[WRITE]) % 4  # each twice as long as a batch
+    shards = np.arange(8 * BATCH_BLOCKS) % 4  # each twice as long as a batch
     dealt_shards, homes = dealt(shards, 4, 2)
-    batches = dealt_shards.reshape(-1, BATCH_BLOCKS[WRITE])
+    batches = dealt_shards.reshape(-1, BATCH_BLOCKS)
     assert (batches == batches[:, :1]).all()
-    assert homes.reshape(-1, BATCH_BLOCKS[WRITE])[:, 0].tolist() == [1, 2] * 4
+    assert homes.reshape(-1, BATCH_BLOCKS)[:, 0].tolist() == [1, 2] * 4
 
 
 def test_long_blocks_are_dealt_by_their_bytes() -> None:
@@ -165,7 +165,7 @@ def test_every_block_is_claimed_once_whoever_asks(queued: Queued) -> None:
     cells = queued.push(rng.integers(0, 4, 2000).tolist())  # 3: of a worker that there is not
     claimed: list[int] = []
     while batch := queued.queue.claim(int(rng.integers(1, 3))):
-        assert len(batch) <= BATCH_BLOCKS[WRITE]
+        assert len(batch) <= BATCH_BLOCKS
         claimed += batch
         assert queued.table.waiting(WRITE) == 2000 - len(claimed)
     assert sorted(claimed) == cells
@@ -250,7 +250,7 @@ def test_no_more_than_a_batch_of_bytes_beyond_the_first_block(queued: Queued) ->
 
 # --- ahead ----------------------------------------------------------------------------------------
 
-READ_BATCH = BATCH_BYTES[READ] // MIB  # blocks of 1 MiB
+READ_BATCH = BATCH_BYTES // MIB  # blocks of 1 MiB
 
 
 def test_reads_are_claimed_ahead_where_as_many_wait_for_each_worker(queued: Queued) -> None:
@@ -264,12 +264,12 @@ def test_reads_are_claimed_ahead_where_as_many_wait_for_each_worker(queued: Queu
 
 
 def test_of_short_blocks_a_batch_is_claimed_ahead_by_their_number(queued: Queued) -> None:
-    cells = queued.push([0] * (WORKERS * BATCH_BLOCKS[READ] - 1), READ)
+    cells = queued.push([0] * (WORKERS * BATCH_BLOCKS - 1), READ)
     queued.table.cells["nbytes"][cells] = 64
     assert queued.queue.claim_ahead(1) == []
     more = queued.push([0], READ, first=len(cells))
     queued.table.cells["nbytes"][more] = 64
-    assert queued.queue.claim_ahead(1) == cells[: BATCH_BLOCKS[READ]]
+    assert queued.queue.claim_ahead(1) == cells[: BATCH_BLOCKS]
     assert queued.queue.claim_ahead(2) == []
 
 

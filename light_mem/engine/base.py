@@ -11,12 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.places import Place
-from light_mem.index.format import MAX_INTENTS
 from light_mem.index.keys import KeyArray
-
-# Blocks that a process writes to one shard at a time. The other half of its intents is for what
-# failed, or for as many more that are on their way to the device.
-WRITE_BATCH = MAX_INTENTS // 2
 
 
 class Outcome(IntEnum):

@@ -10,22 +10,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from light_mem.engine.base import WRITE_BATCH
+from light_mem.engine.intents import PART_BLOCKS
 from light_mem.engine.table_layout import INITIAL, READ, WRITE
 from light_mem.engine.task_table import TaskTable
 
 # Claimed at a time at most: enough to make what a batch costs (0.6 ms of a read, 1.3 of a write)
 # little beside its copies. Nobody waits for longer because of that: what comes later is behind all
 # that waits, and the last batches are small.
-BATCH_BYTES = {READ: 32 << 20, WRITE: 32 << 20}
-# A few more to write would be two holds of the shard's lock more for them alone.
-BATCH_BLOCKS = {READ: 2 * WRITE_BATCH, WRITE: WRITE_BATCH}
+BATCH_BYTES = 32 << 20
+# A few more to write would be two holds of the shard's lock for them alone. (Blocks of 246 KB: half
+# as many are written a sixth slower, twice as many no faster.)
+BATCH_BLOCKS = PART_BLOCKS
 # ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
 # 300 us for a read, 700 for a write), more than what the other half would wait for.
 LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
 # A worker looks for blocks of its own among so many a worker, two batches. Those of a worker that
 # is stopped or slow are passed over until others find nothing else among so many, and do them.
-AHEAD_BLOCKS = 2 * BATCH_BLOCKS[WRITE]
+AHEAD_BLOCKS = 2 * BATCH_BLOCKS
 # ... but no more than these in all: 0.2 ms, with the queue's lock in hand.
 _MOST_AHEAD = 4096
 # From so many on numpy is faster: 0.2 to 0.3 us an entry in a loop.
@@ -71,7 +72,7 @@ class Chooser:
         table = self._table
         workers = int(table.header["workers"][0])
         look = self._look(worker, mode, workers)
-        cells = look.own or [cell for cell, _ in look.waits[: BATCH_BLOCKS[mode]]]
+        cells = look.own or [cell for cell, _ in look.waits[: BATCH_BLOCKS]]
         waiting = look.number + table.tail(mode) - look.end
         if ahead and waiting < workers * len(self._first(cells, mode, len(cells))):
             return None
@@ -82,14 +83,14 @@ class Chooser:
 
     def _look(self, worker: int, mode: int, workers: int) -> Look:
         head, tail = self._table.head(mode), self._table.tail(mode)
-        most = BATCH_BLOCKS[mode]
+        most = BATCH_BLOCKS
         # Blocks to read have no home.
         window = most if mode == READ else min(AHEAD_BLOCKS * workers, _MOST_AHEAD)
         end = min(tail, head + window)
         if end - head > _LOOP_ENTRIES:
             return self._look_far(worker, mode, head, end)
         states, modes, homes, lengths = self._states, self._modes, self._homes, self._lengths
-        ring, length, full = self._rings[mode], self._table.ring_length, BATCH_BYTES[mode]
+        ring, length, full = self._rings[mode], self._table.ring_length, BATCH_BYTES
         waits: list[tuple[int, int]] = []
         own: list[int] = []
         count = nbytes = 0
@@ -114,7 +115,7 @@ class Chooser:
 
     def _look_far(self, worker: int, mode: int, head: int, end: int) -> Look:
         """`_look` at many entries."""
-        most = BATCH_BLOCKS[mode]
+        most = BATCH_BLOCKS
         places = np.arange(head, end)
         cells = np.asarray(self._rings[mode])[places % self._table.ring_length]
         waits = np.asarray(self._states)[cells] == INITIAL
@@ -128,7 +129,7 @@ class Chooser:
 
     def _first(self, cells: list[int], mode: int, share: int) -> list[int]:
         """The first `share` of the cells, within the bounds of a batch."""
-        lengths, least, most = self._lengths, LEAST_BYTES[mode], BATCH_BYTES[mode]
+        lengths, least, most = self._lengths, LEAST_BYTES[mode], BATCH_BYTES
         nbytes = 0
         for count, cell in enumerate(cells):
             if nbytes >= most or (count >= share and nbytes >= least):

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
 
 
+# Blocks of one shard that are written at a time at most. The others may be announced when these have
+# failed: until they are given back, what follows has to do with less.
+PART_BLOCKS = MAX_INTENTS - 16
+
+
 class Intents:
     """First slots that are ours, WRITING, by shard: of the blocks in hand, and of batches that
     failed. Not thread-safe."""

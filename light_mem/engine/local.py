@@ -126,7 +126,7 @@ class LocalStorageEngine(StorageEngine):
             geometry.page_bytes,
             self._open.file,
             lambda shard: int(inserts[shard]),
-            drops=self._dropper is not None,
+            drops=self.drops,
         )
         self._reader = Reader(self, self._open.files, self._copier, verify, self._device)
         intents = Intents(self._owner)
@@ -248,6 +248,11 @@ class LocalStorageEngine(StorageEngine):
         """Whether a shard is open, and nobody is changing it or has died doing so: then a change
         has nothing to wait for, and nothing to put in order."""
         return self._open.is_open(shard) and not self._index.control["dirty"][shard]
+
+    @property
+    def drops(self) -> bool:
+        """Whether what is written goes past the page cache, or is dropped from it."""
+        return self._dropper is not None
 
     @property
     def is_closed(self) -> bool:

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from light_mem.engine.base import WRITE_BATCH, BlockIO, Outcome, Report, Stop
+from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.copy import Copier, Stopped
-from light_mem.engine.intents import Intents
+from light_mem.engine.intents import PART_BLOCKS, Intents
 from light_mem.engine.publishing import Publisher, is_present
 from light_mem.engine.write_job import Copied, Part, Taken, WriteJob
 from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError
+from light_mem.index.format import MAX_INTENTS
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from light_mem.index.owners import Owner
 
@@ -71,8 +72,9 @@ class Writer:
         job = WriteJob(batch, self._geometry, report, stop)
         before = self._last
         for shard, positions in job.by_shard.items():
-            for first in range(0, len(positions), WRITE_BATCH):
-                part = positions[first : first + WRITE_BATCH]
+            while positions:
+                most = self._most_at_a_time()
+                part, positions = positions[:most], positions[most:]
                 try:
                     self._write_shard(shard, part, job)
                 except (LockTimeoutError, OSError, StoreFormatError) as error:
@@ -83,6 +85,16 @@ class Writer:
                     self._fail(shard, part, job, error)
         if self._last is before:  # nothing was copied that it could have waited for
             self.finish()
+
+    def _most_at_a_time(self) -> int:
+        """How many blocks are written by two holds of the lock. They can be announced beside what
+        failed, and so can as many more, which are copied while these are on their way to the device
+        or when these have failed as well."""
+        in_hand = 0 if self._last is None else len(self._last.taken)
+        failed = self._intents.count - in_hand
+        if failed or self._engine.drops:
+            return max(1, (MAX_INTENTS - failed) // 2)
+        return PART_BLOCKS
 
     def finish(self) -> bool:
         """Publish what was copied and is not published yet; whether there was any."""

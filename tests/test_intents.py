@@ -1,0 +1,111 @@
+"""What a process announces that it is filling: all of it, also beside what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.intents import PART_BLOCKS
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.places import Rows
+from light_mem.errors import LockTimeoutError
+from light_mem.index import format as fmt
+from light_mem.index import keys as keymath
+from light_mem.index.recovery import states_of
+from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, let_go, open_local
+from tests.payload import block_bytes_of
+
+SHARDS = 4
+
+
+def announced(engine: LocalStorageEngine) -> set[int]:
+    """First slots as places in the index: shards one after the other."""
+    words = engine._owners.records["intents"][engine._owner.number].tolist()
+    slots = engine.geometry.slots
+    return {(word - 1 >> 32) * slots + (word - 1 & 0xFFFFFFFF) for word in words if word}
+
+
+def being_written(engine: LocalStorageEngine) -> set[int]:
+    return set(np.flatnonzero(states_of(engine._index.entries) == fmt.WRITING).tolist())
+
+
+def count_changes(engine: LocalStorageEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards that are changed from now on, in turn."""
+    shards: list[int] = []
+    change = engine._open.change
+
+    def note(shard: int, timeout: float) -> AbstractContextManager[Any]:
+        shards.append(shard)
+        return change(shard, timeout)
+
+    monkeypatch.setattr(engine._open, "change", note)
+    return shards
+
+
+def test_as_many_blocks_as_a_worker_claims_take_two_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(open_local(tmp_path / "store", PART_BLOCKS))
+    changes = count_changes(rig.engine, monkeypatch)  # type: ignore[arg-type]
+    assert rig.write(*map(Block, range(PART_BLOCKS))) == [COPIED_AND_STORED] * PART_BLOCKS
+    assert changes == [0, 0]
+    rig.engine.close()
+    let_go(rig.engine, rig)
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_what_failed_stays_announced_whatever_is_written_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    """Of the first shards nothing can be published: their slots stay marked, and are announced
+    while the blocks of the other shards are written, some at a time."""
+    engine = open_local(tmp_path / "store", 2 * PART_BLOCKS, shards=SHARDS)
+    change = engine._open.change
+    copied: set[int] = set()  # shards, in turn: the first copied to are the bad ones
+
+    def fail(shard: int, timeout: float) -> AbstractContextManager[Any]:
+        if shard in list(order)[:bad] and shard in copied:
+            raise LockTimeoutError("stopped", path=str(shard), timeout=timeout)
+        return change(shard, timeout)
+
+    count = SHARDS * PART_BLOCKS
+    memory = np.concatenate([block_bytes_of(n, 1, PAGE) for n in range(count)])
+    batch = [
+        BlockIO(*keymath.as_key(n), Rows(memory, np.array([n], np.intp))) for n in range(count)
+    ]
+    mixed = keymath.MixedKeys.of(block[:2] for block in batch).mixed
+    shards = [keymath.shard_of(m, SHARDS) for m in mixed]
+    order = dict.fromkeys(shards)
+    told: list[list[Outcome]] = [[] for _ in batch]
+    looks = 0
+
+    def report(positions: Sequence[int], outcome: Outcome) -> None:
+        nonlocal looks
+        for at in positions:
+            told[at].append(outcome)
+            if outcome is Outcome.COPIED:
+                copied.add(shards[at])
+        assert being_written(engine) <= announced(engine)
+        looks += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._open, "change", fail)
+        engine.write(batch, report)
+    assert looks >= len(order) * 2
+    for at, shard in enumerate(shards):
+        if shard in list(order)[:bad]:
+            assert told[at][-1] is Outcome.FAILED
+        else:
+            assert told[at] == [*COPIED_AND_STORED]
+    assert being_written(engine)
+    assert Rig(engine).write(*map(Block, range(count)))  # gives back what failed
+    assert not being_written(engine)
+    assert not announced(engine)
+    engine.close()
+    let_go(engine)
