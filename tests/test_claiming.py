@@ -68,7 +68,7 @@ def plain(table: TaskTable, worker: int, mode: int, ahead: bool) -> list[int] | 
     waiting = len(waits) + len(ring[window:])
     chosen: list[int] = []
     nbytes = 0
-    for cell in (own or waits)[: BATCH_BLOCKS]:
+    for cell in (own or waits)[:BATCH_BLOCKS]:
         if nbytes >= BATCH_BYTES:
             break
         if len(chosen) * workers >= waiting and nbytes >= LEAST_BYTES[mode] and not ahead:

@@ -269,7 +269,7 @@ def test_of_short_blocks_a_batch_is_claimed_ahead_by_their_number(queued: Queued
     assert queued.queue.claim_ahead(1) == []
     more = queued.push([0], READ, first=len(cells))
     queued.table.cells["nbytes"][more] = 64
-    assert queued.queue.claim_ahead(1) == cells[: BATCH_BLOCKS]
+    assert queued.queue.claim_ahead(1) == cells[:BATCH_BLOCKS]
     assert queued.queue.claim_ahead(2) == []
 
 

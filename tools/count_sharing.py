@@ -1,6 +1,6 @@
 """Counts what a batch of blocks shares with other processes: locks, system calls, cache lines.
 
-    python tools/count_sharing.py                    # batches of 1, 8 and 56 blocks, one shard
+    python tools/count_sharing.py                    # batches of 1, 8 and 96 blocks, one shard
     python tools/count_sharing.py --shards 4 --json out.json
 
 The counts depend on the code alone, not on the machine or its load.
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 56], help="of a batch")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 96], help="of a batch")
     parser.add_argument("--shards", type=int, default=1, help="of the store (%(default)s)")
     parser.add_argument("--json", type=Path, help="write all counts there")
     options = parser.parse_args()

@@ -18,8 +18,8 @@ from light_mem.engine.task_table import TaskTable
 # little beside its copies. Nobody waits for longer because of that: what comes later is behind all
 # that waits, and the last batches are small.
 BATCH_BYTES = 32 << 20
-# A few more to write would be two holds of the shard's lock for them alone. (Blocks of 246 KB: half
-# as many are written a sixth slower, twice as many no faster.)
+# A few more to write would be two holds of the shard's lock for them alone. (Blocks of 246 KB:
+# twice as many are written no faster, half as many some 4% slower.)
 BATCH_BLOCKS = PART_BLOCKS
 # ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
 # 300 us for a read, 700 for a write), more than what the other half would wait for.
@@ -72,7 +72,7 @@ class Chooser:
         table = self._table
         workers = int(table.header["workers"][0])
         look = self._look(worker, mode, workers)
-        cells = look.own or [cell for cell, _ in look.waits[: BATCH_BLOCKS]]
+        cells = look.own or [cell for cell, _ in look.waits[:BATCH_BLOCKS]]
         waiting = look.number + table.tail(mode) - look.end
         if ahead and waiting < workers * len(self._first(cells, mode, len(cells))):
             return None

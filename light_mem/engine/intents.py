@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
 
 
-# Blocks of one shard that are written at a time at most. The others may be announced when these have
-# failed: until they are given back, what follows has to do with less.
+# Blocks of one shard that are written at a time at most. The other intents are for what follows
+# when these have failed: it has to do with fewer until they are given back.
 PART_BLOCKS = MAX_INTENTS - 16
 
 

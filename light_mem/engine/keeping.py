@@ -27,7 +27,7 @@ from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 
 if TYPE_CHECKING:
-    from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.open_store import OpenStore
     from light_mem.index.replica import Run
     from light_mem.index.shard import ShardIndex
 
@@ -36,7 +36,7 @@ log = logging.getLogger("light_mem")
 Key = tuple[int, int]  # low, high
 
 
-def pin(engine: LocalStorageEngine, keys: KeyArray) -> int:
+def pin(engine: OpenStore, keys: KeyArray) -> int:
     """Pin the stored blocks among these keys; returns how many are pinned now.
 
     Raises PinLimitError: then none of them is pinned that was not before.
@@ -71,12 +71,12 @@ def pin(engine: LocalStorageEngine, keys: KeyArray) -> int:
     return count
 
 
-def unpin(engine: LocalStorageEngine, keys: KeyArray) -> int:
+def unpin(engine: OpenStore, keys: KeyArray) -> int:
     """Take the pins of these keys away; returns how many were pinned."""
     return sum(_unpin(engine, shard, part) for shard, part in _by_shard(engine, keys))
 
 
-def _unpin(engine: LocalStorageEngine, shard: int, keys: list[Key]) -> int:
+def _unpin(engine: OpenStore, shard: int, keys: list[Key]) -> int:
     count = 0
     with engine.change(shard) as (index, file):
         for slot in index.find_many(keys):
@@ -86,7 +86,7 @@ def _unpin(engine: LocalStorageEngine, shard: int, keys: list[Key]) -> int:
     return count
 
 
-def _by_shard(engine: LocalStorageEngine, keys: KeyArray) -> list[tuple[int, list[Key]]]:
+def _by_shard(engine: OpenStore, keys: KeyArray) -> list[tuple[int, list[Key]]]:
     shards = keymath.shards_of(keymath.mix(keys), engine.geometry.shards)
     return [
         (shard, list(dict.fromkeys(map(tuple, keys[shards == shard].tolist()))))
@@ -112,7 +112,7 @@ class Leased(NamedTuple):
     runs: list[Run]
 
 
-def lease(engine: LocalStorageEngine, low: int, high: int) -> Leased | None:
+def lease(engine: OpenStore, low: int, high: int) -> Leased | None:
     """Lease the stored block of a key, and verify its bytes; None: not stored, or damaged.
 
     Raises LeaseLimitError, LockTimeoutError, OSError; ServiceClosedError when the store was left
@@ -151,7 +151,7 @@ def lease(engine: LocalStorageEngine, low: int, high: int) -> Leased | None:
 
 
 def _take(
-    engine: LocalStorageEngine, index: ShardIndex, slot: int
+    engine: OpenStore, index: ShardIndex, slot: int
 ) -> LeaseLimitError | ServiceClosedError | None:
     shard, retention = index.shard, index.retention
     leased = engine.leases.of_shard(shard)
@@ -181,7 +181,7 @@ def _take(
 
 
 def _checksum(
-    engine: LocalStorageEngine, shard: int, runs: list[Run], nbytes: int, low: int, high: int
+    engine: OpenStore, shard: int, runs: list[Run], nbytes: int, low: int, high: int
 ) -> int:
     digest = new_checksum(low, high)
     file, left = engine.file(shard), nbytes
@@ -192,13 +192,13 @@ def _checksum(
     return digest.intdigest()
 
 
-def end_lease(engine: LocalStorageEngine, shard: int, slot: int) -> None:
+def end_lease(engine: OpenStore, shard: int, slot: int) -> None:
     """End a lease that was given. Any thread. A shard that is not to be had now is tried again by
     `end_dropped`; until then the block stays leased."""
     _end(engine, shard, [slot], LOCK_TIMEOUT_SECONDS)
 
 
-def end_dropped(engine: LocalStorageEngine, timeout: float) -> bool:
+def end_dropped(engine: OpenStore, timeout: float) -> bool:
     """End the leases of views that nobody closed and nobody has any more, those of a shard in one
     hold of its lock, for which it waits `timeout` seconds. Any thread.
 
@@ -221,7 +221,7 @@ def end_dropped(engine: LocalStorageEngine, timeout: float) -> bool:
     return ended
 
 
-def _end(engine: LocalStorageEngine, shard: int, slots: list[int], timeout: float) -> bool:
+def _end(engine: OpenStore, shard: int, slots: list[int], timeout: float) -> bool:
     left = list(slots)
     try:
         with engine.change(shard, timeout=timeout) as (index, _):

@@ -18,12 +18,12 @@ from light_mem.index.keys import KeyArray
 from light_mem.index.owners import Intent
 
 if TYPE_CHECKING:
-    from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.open_store import OpenStore
 
 WRONG_SUM = "its bytes do not fit its checksum"  # the usual `problem` of `drop_damaged`
 
 
-def delete(engine: LocalStorageEngine, keys: KeyArray) -> int:
+def delete(engine: OpenStore, keys: KeyArray) -> int:
     """Take out the blocks of these keys; returns how many were stored and had not expired."""
     shards = keymath.shards_of(keymath.mix(keys), engine.geometry.shards)
     deleted = 0
@@ -40,7 +40,7 @@ def delete(engine: LocalStorageEngine, keys: KeyArray) -> int:
     return deleted
 
 
-def clear(engine: LocalStorageEngine) -> int:
+def clear(engine: OpenStore) -> int:
     """Take out all blocks, shard by shard; returns how many."""
     cleared = 0
     for shard in range(engine.geometry.shards):
@@ -52,7 +52,7 @@ def clear(engine: LocalStorageEngine) -> int:
 
 
 def drop_damaged(
-    engine: LocalStorageEngine, shard: int, slot: int, tag: int, low: int, high: int, problem: str
+    engine: OpenStore, shard: int, slot: int, tag: int, low: int, high: int, problem: str
 ) -> None:
     """Take out a block that was found damaged, if its tag is still this one; says so in the log.
 
@@ -77,7 +77,7 @@ def drop_damaged(
         engine.limited.warning("the damaged block stays listed: %s", str(error))
 
 
-def take_back(engine: LocalStorageEngine, owner: int, intents: list[Intent]) -> None:
+def take_back(engine: OpenStore, owner: int, intents: list[Intent]) -> None:
     """Give back the slots that a dead owner was filling, and those that were taken out while only
     the dead had them leased."""
     geometry = engine.geometry

@@ -1,0 +1,352 @@
+"""OpenStore: a store on a local disk as one process has it open, a member until it leaves.
+
+Look-ups, changes of its shards, what is kept from eviction, and leaving in order. All coordination
+is in the store's files, so any number of processes of any number of servers may have one open.
+"""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from light_mem.engine import keeping, removing
+from light_mem.engine.dropping import Dropper
+from light_mem.engine.open_shards import OpenShards
+from light_mem.engine.shard_file import ShardFile
+from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError, StoreFormatError
+from light_mem.index import description, retention
+from light_mem.index import file as index_file
+from light_mem.index.ages import AgeBucket, by_age
+from light_mem.index.file import IndexFile
+from light_mem.index.format import CHANGING
+from light_mem.index.keys import KeyArray
+from light_mem.index.leases import Leases
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
+from light_mem.index.lookup import Lookup
+from light_mem.index.owners import Owner, OwnerInfo, Owners
+from light_mem.logs import Limited
+
+if TYPE_CHECKING:
+    from light_mem.index.shard import ShardIndex
+
+log = logging.getLogger("light_mem")
+
+# Log records keep their arguments: an exception among them would keep its frames, and with them
+# mappings of a store that is long closed. So errors are logged as text.
+
+
+class OpenStore:
+    """A store that `opening.prepare` has prepared, open in this process. Any thread.
+
+    `LocalStorageEngine`, which moves bytes as well, is what is made of it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        kind: str,
+        *,
+        verify: bool,
+        time_to_live: float | None,
+        dropper: Dropper | None,
+    ) -> None:
+        """`dropper`: what writes past the page cache, with `page_cache="drop"`."""
+        self.directory = Path(directory)
+        geometry = description.load(self.directory)
+        if geometry is None:
+            raise StoreFormatError(
+                f"{self.directory} holds no store",
+                path=str(self.directory),
+                field="store.json",
+                found=None,
+                expected="a description",
+            )
+        self.geometry = geometry
+        self.verify = verify
+        self.time_to_live = time_to_live
+        self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
+        self._closed = False
+        self._ending = threading.Lock()  # only tried: of the thread that ends leases for finalizers
+        self._in_order = True  # nothing of ours was left behind
+        self.limited = Limited()  # for what a failing disk would say of every block
+        self._owners = Owners(self.directory)
+        try:
+            self._index = IndexFile(self.directory / index_file.NAME, geometry)
+            self.lookup = Lookup(self._index)
+            # Before joining, which may reclaim: that changes shards. Of owner 0, who is nobody.
+            self.leases = Leases(self._owners, 0)
+            self._open = OpenShards(
+                self.directory, geometry, self._index, self.lookup, self.leases, dropper
+            )
+            self._owner = self._join(kind)
+            self.leases = self._open.leases = Leases(self._owners, self._owner.number)
+        except BaseException:
+            self._owners.close()
+            raise
+
+    def _join(self, kind: str) -> Owner:
+        try:
+            return self._owners.join(kind)
+        except StoreBusyError:
+            if not self.reclaim():  # records of the dead may take all the room
+                raise
+            return self._owners.join(kind)
+
+    def find(
+        self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.bool_]:
+        return self.find_entries(keys, touch, nbytes) >= 0
+
+    def find_entries(
+        self, keys: KeyArray, touch: bool = True, nbytes: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """`find`, but where in the index the blocks are listed, -1: they are not. Any thread."""
+        entries = self.lookup.find(keys, touch)
+        if nbytes is not None:
+            found = np.flatnonzero(entries >= 0)
+            stored = self._index.entries["nbytes"][entries[found]]
+            entries[found[stored != nbytes[found].astype(np.uint64)]] = -1
+        return entries
+
+    def is_stored(self, low: int, high: int, nbytes: int) -> bool:
+        """Whether a block of this key and length is stored; not counted as use. Any thread."""
+        entry = self.lookup.find_one(low, high, touch=False)
+        return entry >= 0 and int(self._index.entries["nbytes"][entry]) == nbytes
+
+    # --- changes ---------------------------------------------------------------------------------
+
+    def change(
+        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
+    ) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
+        """Change a shard, under its lock; see `OpenShards.change`. For the engine and for tools."""
+        return self._open.change(shard, timeout)
+
+    def file(self, shard: int) -> ShardFile:
+        """A shard's files; see `OpenShards.file`. Any thread."""
+        return self._open.file(shard)
+
+    def prepare(self) -> None:
+        """Open all shards, for `write_now`. One thread."""
+        while self._open.prepare_next():
+            pass
+
+    def is_at_hand(self, shard: int) -> bool:
+        """Whether a shard is open, and nobody is changing it or has died doing so: then a change
+        has nothing to wait for, and nothing to put in order."""
+        return self._open.is_open(shard) and not self._index.control["dirty"][shard]
+
+    def drop_damaged(
+        self,
+        shard: int,
+        slot: int,
+        tag: int,
+        low: int,
+        high: int,
+        problem: str = removing.WRONG_SUM,
+    ) -> None:
+        """Take out a block that was found damaged, if its tag is still this one."""
+        removing.drop_damaged(self, shard, slot, tag, low, high, problem)
+
+    # --- keeping blocks --------------------------------------------------------------------------
+
+    def keeps_for(self, keys: Sequence[tuple[int, int]]) -> list[int]:
+        """The `keep` of each block that is written now."""
+        usual = retention.keep_for(self.time_to_live)
+        if not self.keeps:
+            return [usual] * len(keys)
+        return [self.keeps.get(key, usual) for key in keys]
+
+    def pin(self, keys: KeyArray) -> int:
+        """Pin blocks, so that they are not evicted; see `keeping.pin`. Any thread."""
+        return keeping.pin(self, keys)
+
+    def unpin(self, keys: KeyArray) -> int:
+        """Take pins away; returns how many of the keys were pinned. Any thread."""
+        return keeping.unpin(self, keys)
+
+    def lease(self, low: int, high: int) -> keeping.Leased | None:
+        """Keep a block where it lies until `end_lease`; see `keeping.lease`. Any thread."""
+        try:
+            keeping.end_dropped(self, timeout=0)  # what is not to be had now can wait
+            try:
+                return keeping.lease(self, low, high)
+            except LeaseLimitError:
+                if not self.leases.dropped:
+                    raise
+            keeping.end_dropped(self, timeout=1)  # ... unless it is what is in the way
+            return keeping.lease(self, low, high)
+        finally:
+            self._leave_if_closed()
+
+    def end_dropped(self) -> None:
+        """End the leases of views that were dropped, as far as that needs no waiting. For who
+        comes here now and then: `lease` and `close` do it as well. Any thread."""
+        if self.leases.dropped:
+            keeping.end_dropped(self, timeout=0)
+            self._leave_if_closed()
+
+    # --- taking blocks out -----------------------------------------------------------------------
+
+    def delete(self, keys: KeyArray) -> int:
+        return removing.delete(self, keys)
+
+    def clear(self) -> int:
+        return removing.clear(self)
+
+    # --- after deaths -----------------------------------------------------------------------------
+
+    def reclaim(self) -> int:
+        """Give back the slots that dead processes were filling, and those taken out that only they
+        had leased; returns how many were dead."""
+        return self._owners.reclaim(partial(removing.take_back, self))
+
+    def recover(self) -> int:
+        """Tidy up after dead processes: give back their slots, put in order the shards in which
+        they died; returns how many died. Raises LockTimeoutError, OSError, StoreFormatError."""
+        dead = self.reclaim()
+        self.settle()
+        return dead
+
+    def settle(self, least: int = CHANGING) -> None:
+        """Put shards in order whose holder died changing them (with `least` RELINKING: only those
+        in which look-ups miss blocks, for good where nobody writes); the next change would too."""
+        for shard in np.flatnonzero(self._index.control["dirty"].copy() >= least).tolist():
+            try:
+                with self.change(shard, timeout=1):  # a living holder needs some milliseconds
+                    pass
+            except LockTimeoutError as error:
+                self.limited.warning(
+                    "shard %d of %s is not put in order: %s", shard, self.directory, str(error)
+                )
+
+    # --- numbers ----------------------------------------------------------------------------------
+
+    def free_slots(self, shard: int) -> int:
+        """Slots of a shard that hold nothing, about now."""
+        return self.geometry.slots - int(self._index.control["used_slots"][shard])
+
+    def set_used(self, low: int, high: int, used: int) -> None:
+        """Say when a stored block was last used, ns since 1970: one that was moved here keeps its
+        place in the order of use."""
+        entry = self.lookup.find_one(low, high, touch=False)
+        if entry >= 0:
+            self._index.entries["used"][entry] = used
+
+    def count(self, lookups: int, hits: int) -> None:
+        """Add to the store's statistics of look-ups."""
+        self._index.count(lookups, hits)
+
+    def owners(self) -> list[OwnerInfo]:
+        """Other processes that have the store open."""
+        return self._owners.alive()
+
+    def stats(self) -> dict[str, int]:
+        control = self._index.control
+        names = (
+            "blocks",
+            "used_slots",
+            "evictions",
+            "inserts",
+            "removals",
+            "damaged",
+            "pinned_slots",
+        )
+        numbers = {name: int(control[name].sum()) for name in names}
+        numbers["pinned_blocks"] = int(control["pinned"].sum())
+        numbers["slots"] = self.geometry.slots * self.geometry.shards
+        numbers["page_bytes"] = self.geometry.page_bytes
+        numbers["shards"] = self.geometry.shards
+        return numbers
+
+    def ages(self) -> list[AgeBucket]:
+        """The stored blocks by the time since their last use. Takes no lock. Any thread."""
+        return by_age(self._index.entries, time.time_ns())
+
+    # --- leaving ----------------------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has begun."""
+        return self._closed
+
+    def close(self) -> None:
+        """Leave the store; the last one to leave syncs the index. Calling it again does nothing.
+
+        While blocks are leased the process stays a member, until the last lease has ended.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._in_order = self._end_moves()
+        keeping.end_dropped(self, timeout=1)  # a living holder needs some milliseconds
+        self._leave_unless_leased()
+
+    def _end_moves(self) -> bool:
+        """End what is in hand; whether none of our slots is left behind."""
+        return True
+
+    def _let_go(self) -> None:
+        """The store was left: let go of what only moved bytes."""
+
+    def end_lease(self, leased: keeping.Leased) -> None:
+        """End a lease of `lease`; the last one of a closed engine ends its membership too."""
+        keeping.end_lease(self, leased.shard, leased.slot)
+        self._leave_if_closed()
+
+    def drop_lease(self, leased: keeping.Leased) -> None:
+        """As `end_lease`, from a finalizer: it only notes what is to be done, for its thread may
+        hold any lock. Who comes next does it; a closed engine, where nobody may, has a thread."""
+        self.leases.dropped.append((leased.shard, leased.slot))
+        if self._closed and self._ending.acquire(blocking=False):
+            try:
+                # Not `threading.Thread`, whose `start` waits for the thread.
+                _thread.start_new_thread(self._end_dropped_of_closed, ())
+            except RuntimeError:  # none to be had: the process ends, or another view's end does it
+                self._ending.release()
+
+    def _end_dropped_of_closed(self) -> None:
+        again = True
+        while again:
+            try:
+                ended = keeping.end_dropped(self, LOCK_TIMEOUT_SECONDS)
+            finally:
+                self._ending.release()
+            # A finalizer that saw this thread at work left it its note.
+            again = ended and bool(self.leases.dropped) and self._ending.acquire(blocking=False)
+        self._leave_unless_leased()
+
+    def _leave_if_closed(self) -> None:
+        if self._closed:
+            self._leave_unless_leased()
+
+    def _leave_unless_leased(self) -> None:
+        """Leave the store. Who still looks at blocks in it stays a member, so that they stay what
+        they are; leases that could not be ended end with the membership, as at a death."""
+        if not self.leases.close():
+            return
+        quiet = self._open.shut(LOCK_TIMEOUT_SECONDS)
+        if quiet and self._in_order and not self.leases.open:
+            self._owner.leave()
+        try:
+            if not quiet:
+                raise LockTimeoutError("a change has not ended", path=str(self.directory))
+            with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
+                if not self._owners.others():
+                    self._index.mark_clean()
+        except (LockTimeoutError, OSError) as error:
+            log.warning("store %s is left without a sync: %s", self.directory, str(error))
+        self._owners.close()
+        self._let_go()
+        self.limited.flush()
+        self._open.close()
