@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine import opening
+from light_mem.engine import opening, shard_making
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.errors import StoreBusyError, StoreFormatError, StoreFullError
@@ -54,9 +54,9 @@ def test_a_store_killed_while_it_was_made_can_be_made_by_the_next(
         real(descriptor, path, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(opening, "allocate", allocate)  # of shard files: two a shard
+        patch.setattr(shard_making, "allocate", allocate)  # of shard files: two a shard
         patch.setattr("light_mem.index.file.allocate", allocate)  # of the index
-        patch.setattr(opening, "_remove_shards", lambda *_: None)  # a dead process removes nothing
+        patch.setattr(opening, "remove_shards", lambda *_: None)  # a dead process removes nothing
         if calls < 5:
             with pytest.raises(Killed):
                 open_local(tmp_path / "store", 8, shards=2)

@@ -98,11 +98,12 @@ class LocalStorageEngine(OpenStore, StorageEngine):
         `recover=False` leaves `recover()` to the caller, who need not wait for it: until then
         slots of dead processes stay taken. What is stored is found in any case.
         """
-        from light_mem.engine import opening  # not for workers, which open what is prepared
+        # Not for workers, which open what is prepared.
+        from light_mem.engine import opening, shard_making
 
         opening.check_sizes(page_bytes, num_of_shard, storage_size, block_pages)
         path = Path(directory)
-        opening.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
+        shard_making.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
         opening.make_directory(path)
         with PathLock(lock_path(path, "open")).hold(timeout=60):
             opening.refuse_other_version(path)

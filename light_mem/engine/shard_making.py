@@ -1,0 +1,123 @@
+"""The shards' files on the file system: made, lengthened, cut. A part of opening a store.
+
+All room is allocated here, so that a full disk is an error now and never SIGBUS at a store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from light_mem.engine import shard_header
+from light_mem.errors import StoreFormatError, StoreFullError
+from light_mem.index import description
+from light_mem.index import format as fmt
+from light_mem.index.description import Geometry
+from light_mem.index.room import allocate
+
+log = logging.getLogger("light_mem")
+
+
+def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
+    """Raise StoreFullError for a new store that cannot fit, before anything of it is made."""
+    if any(directory.glob("shard-*")) or (directory / description.NAME).exists():
+        return
+    there = next(p for p in (directory, *directory.parents) if p.exists())
+    if there.is_dir():
+        slots = description.slots_for(storage_size, shards, page_bytes)
+        a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
+        _require_room(there, shards * a_shard)
+
+
+def make_shards(directory: Path, geometry: Geometry, before: Geometry, alone: bool) -> None:
+    """Make or lengthen the shards' files; refuse those of another store before any change.
+
+    `before` is what the description said until now; `alone`: nobody else has them mapped. Raises
+    StoreFormatError, StoreFullError, OSError.
+    """
+    wanted: list[tuple[Path, bytes, int]] = []
+    lost: list[str] = []
+    for shard in range(geometry.shards):
+        least = _shard_sizes(directory, before, shard)
+        for (path, size), magic in zip(
+            _shard_sizes(directory, geometry, shard).items(),
+            (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC),
+            strict=True,
+        ):
+            header = shard_header.header_bytes(magic, geometry, shard)
+            found = shard_header.read_header(path)
+            if found is not None and found.tobytes() != header:
+                raise StoreFormatError(
+                    f"{path} belongs to another store or shard; nothing was changed",
+                    path=str(path),
+                    field="header",
+                    found=bytes(found["store_id"]).hex(),
+                    expected=geometry.store_id,
+                )
+            wanted.append((path, header, size))
+            if path.exists() and path.stat().st_size < min(size, least[path]):
+                lost.append(path.name)
+    if lost:
+        log.warning("store %s: %s were cut short; what they lost is a miss", directory, lost)
+    _require_room(directory, sum(max(0, size - _allocated(path)) for path, _, size in wanted))
+    for path, header, size in wanted:
+        _make_file(path, header, size, alone)
+
+
+def cut_shards(directory: Path, geometry: Geometry) -> None:
+    """Cut what is longer than it should be: once the index no longer names what lies behind the
+    end, and with nobody else mapping it."""
+    for shard in range(geometry.shards):
+        for path, size in _shard_sizes(directory, geometry, shard).items():
+            if path.stat().st_size > size:
+                os.truncate(path, size)
+
+
+def remove_shards(directory: Path, geometry: Geometry) -> None:
+    """Remove the files of a store that could not be made."""
+    for shard in range(geometry.shards):
+        shard_header.data_path(directory, shard).unlink(missing_ok=True)
+        shard_header.slots_path(directory, shard).unlink(missing_ok=True)
+
+
+def _shard_sizes(directory: Path, geometry: Geometry, shard: int) -> dict[Path, int]:
+    """A shard's data file and slots file, and their sizes in bytes."""
+    return {
+        shard_header.data_path(directory, shard): fmt.data_file_bytes(
+            geometry.slots, geometry.page_bytes
+        ),
+        shard_header.slots_path(directory, shard): fmt.slots_file_bytes(geometry.slots),
+    }
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512  # st_blocks counts 512-byte units, whatever st_blksize
+    except FileNotFoundError:
+        return 0
+
+
+def _require_room(directory: Path, needed: int) -> None:
+    available = shutil.disk_usage(directory).free
+    if needed > available:
+        raise StoreFullError(
+            f"the store {directory} needs {needed} bytes more, its file system has {available}",
+            needed=needed,
+            available=available,
+        )
+
+
+def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        found = os.fstat(descriptor).st_size
+        # Before the file grows: one that is not empty says whose it is, also after a kill.
+        if os.pread(descriptor, len(header), 0) != header:
+            os.pwrite(descriptor, header, 0)
+        # A file restored by a tool that makes holes is long enough and yet has no room.
+        if found < size or (alone and _allocated(path) < size):
+            allocate(descriptor, path, size)
+    finally:
+        os.close(descriptor)
