@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from light_mem.client import CacheClient
     from light_mem.compat import PyLocalCacheService, PyState, PyTask
     from light_mem.engine.base import StorageEngine
-    from light_mem.engine.kvmemory import allocate_kvcache
+    from light_mem.engine.kvallocation import allocate_kvcache
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.queue import TaskQueue
     from light_mem.errors import (
@@ -73,7 +73,7 @@ _HOMES = {  # of the names in __all__; the others are errors
     "LocalStorageEngine": "engine.local",
     "StorageEngine": "engine.base",
     "TaskQueue": "engine.queue",
-    "allocate_kvcache": "engine.kvmemory",
+    "allocate_kvcache": "engine.kvallocation",
     "PyLocalCacheService": "compat",
     "PyState": "compat",
     "PyTask": "compat",

@@ -24,10 +24,10 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from light_mem.engine import kvmemory, maps
+from light_mem.engine import kvallocation, maps
+from light_mem.engine.kvallocation import allocate_kvcache
 from light_mem.engine.kvmemory import (
     MemorySource,
-    allocate_kvcache,
     attach,
     close_source,
     share_tensor,
@@ -625,7 +625,7 @@ def test_a_machine_without_memory_left_names_both_sizes(monkeypatch: pytest.Monk
 
 
 def test_a_machine_without_dev_shm_is_told_how_to_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvmemory, "SHM_DIR", "/nonexistent")
+    monkeypatch.setattr(kvallocation, "SHM_DIR", "/nonexistent")
     with pytest.raises(KVCacheMemoryError, match="allocate_kvcache"):
         share_tensor(torch.zeros(ROWS, COLUMNS, dtype=torch.uint8))
 
@@ -666,7 +666,8 @@ def test_a_move_leaves_no_name_and_restores_the_sharing_strategy(
 def test_a_killed_server_leaves_nothing_in_dev_shm() -> None:
     code = (
         "import os, signal, torch, torch.multiprocessing\n"
-        "from light_mem.engine.kvmemory import allocate_kvcache, share_tensor\n"
+        "from light_mem.engine.kvallocation import allocate_kvcache\n"
+        "from light_mem.engine.kvmemory import share_tensor\n"
         "torch.multiprocessing.set_sharing_strategy('file_system')\n"
         "share_tensor(torch.zeros(64, 4096, dtype=torch.uint8))\n"
         "share_tensor(allocate_kvcache(64, 4096))\n"
@@ -813,7 +814,7 @@ def test_without_proc_an_allocated_tensor_is_known(
     close_source(source)
     del tensor
     gc.collect()
-    assert kvmemory._allocated == {}
+    assert kvallocation.allocated == {}
 
 
 @pytest.mark.usefixtures("without_proc")

@@ -3,16 +3,17 @@
 the engine
   base.py          StorageEngine: what a storage behind the service must do
   local.py         LocalStorageEngine: shards on a local disk
+  open_store.py    what a process has open of them: look-ups, changes, leaving
   memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
   reading.py       batches of reads: find, copy, look again; read_job.py: one batch
   writing.py       batches of writes: find room, copy; write_job.py: one batch
   publishing.py    copied blocks become visible
   write_now.py     one block at once; intents.py: the slots that are being filled
-  dealing.py       in which order a task's writes are queued
+  dealing.py       in which order a task's writes are queued; claiming.py: who takes which
   keeping.py       pins, and leases of blocks that are viewed
   removing.py      taking blocks out, and back what the dead left
   open_shards.py   the shards that a process has open; fence.py: changes, and leaving
-  opening.py       makes, opens and resizes a store's files
+  opening.py       makes, opens and resizes a store; shard_making.py: its shards' files
   reindex.py       a store's index made anew from its slots files, order of use included
 bytes
   shard_header.py  where a shard's files lie, and whose they are
@@ -27,6 +28,7 @@ bytes
   read_ahead.py    a list of spans, by threads (device_threads.py), past the page cache
   direct_writes.py writes past the page cache; dropping.py: what cannot go so; page_cache.py
 the KV memory
+  kvallocation.py  a KV tensor that others can map
   kvmemory.py      how another process reaches it; maps.py: what lies behind an address
 workers
   task_table.py    the shared task table; table_layout.py: what its memory holds

@@ -10,40 +10,35 @@ Workers import this module, so it imports torch and psutil only where they are n
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from light_mem.engine.kvallocation import (
+    HOW_TO_ALLOCATE,
+    allocated,
+    require_memory,
+    require_shm,
+)
 from light_mem.engine.maps import (
     Region,
     duplicate,
     find_region,
-    have_maps,
     map_file,
     map_sysv,
     open_region,
-    prefer_huge_pages,
     sysv_size,
 )
-from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, SharedMemoryFullError
+from light_mem.errors import InvalidArgumentError, KVCacheMemoryError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
 
-SHM_DIR = "/dev/shm"  # where torch moves tensors to (shm_open)
 _SYSV_PATH = re.compile(r"/SYSV[0-9a-f]{8} \(deleted\)")
-_HOW_TO_ALLOCATE = (
-    "allocate it with light_mem.allocate_kvcache(num_pages, page_bytes), or put it into shared "
-    "memory before (tensor.share_memory_(), POSIX or SysV shared memory, a memfd, a mapped file)"
-)
 
-# Tensors of allocate_kvcache that are alive, where there is no /proc: descriptor -> address, bytes.
-_allocated: dict[int, tuple[int, int]] = {}
 _share_lock = threading.Lock()  # torch's sharing strategy is global, a tensor moves once
 
 
@@ -149,43 +144,6 @@ def attach(source: MemorySource) -> npt.NDArray[np.uint8]:
     raise InvalidArgumentError(f"unknown kind of memory source: {source.kind!r}")
 
 
-def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
-    """A zeroed KV tensor, uint8 [num_pages, page_bytes], in memory that workers can map.
-
-    It lies in a memfd: no entry and no use of the `/dev/shm` mount (64 MB in many containers),
-    gone with the last process that maps it, and one descriptor while the tensor lives. Pages are
-    taken from the system at first touch, as huge pages where the machine allows it to who asks
-    (`advise` in transparent_hugepage/shmem_enabled); a cgroup's limit is not looked at. Where there
-    is no memfd (macOS; not tested there) an unlinked temporary file takes its place.
-
-    Raises InvalidArgumentError for sizes that are not positive integers, SharedMemoryFullError
-    (`needed`, `available` in bytes) if the system has less memory available. Thread-safe.
-    """
-    import torch
-
-    for name, value in (("num_pages", num_pages), ("page_bytes", page_bytes)):
-        if not isinstance(value, int) or value <= 0:
-            raise InvalidArgumentError(f"{name} must be a positive integer, not {value!r}")
-    nbytes = num_pages * page_bytes
-    _require_memory(nbytes)
-    fd = _create_memory(nbytes)
-    try:
-        memory = mmap.mmap(fd, nbytes)
-        # Blocks of small pages are copied a fourth faster then: each page of the tensor begins
-        # another page of the kernel's, for address translation too (64 of 3,840 bytes: 37 instead
-        # of 50 us).
-        prefer_huge_pages(memory)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
-        if not have_maps():
-            own = duplicate(fd)
-            _allocated[own] = (tensor.data_ptr(), nbytes)
-            # The storage holds `memory`. Not at exit: the tensor may be used until the very end.
-            weakref.finalize(memory, _forget, own).atexit = False
-    finally:
-        os.close(fd)  # `memory` has its own duplicate, which share_tensor finds
-    return tensor
-
-
 def _validate(tensor: Any) -> None:
     import torch
 
@@ -221,13 +179,13 @@ def _share_region(region: Region) -> MemorySource:
     raise KVCacheMemoryError(
         f"the KV tensor lies in {name}, to which workers have no way: it is no file this process "
         "may open, none of its descriptors, and /proc/self/map_files needs CAP_CHECKPOINT_RESTORE. "
-        f"Keep the descriptor open, or {_HOW_TO_ALLOCATE}"
+        f"Keep the descriptor open, or {HOW_TO_ALLOCATE}"
     )
 
 
 def _share_without_proc(tensor: Any) -> MemorySource:
     address = tensor.data_ptr()
-    for fd, (start, nbytes) in list(_allocated.items()):
+    for fd, (start, nbytes) in list(allocated.items()):
         if start <= address and address + tensor.nbytes <= start + nbytes:
             return _fd_source(duplicate(fd), address - start, tensor.nbytes)
     if tensor.is_shared():  # by the file_system strategy: its object is not to be found
@@ -237,7 +195,7 @@ def _share_without_proc(tensor: Any) -> MemorySource:
         )
     _require_movable(tensor, "")
     storage = tensor.untyped_storage()
-    _require_memory(storage.nbytes())
+    require_memory(storage.nbytes())
     try:
         fd, _ = storage._share_fd_cpu_()
     except RuntimeError as err:
@@ -267,7 +225,7 @@ def _require_movable(tensor: Any, path: str) -> None:
     raise KVCacheMemoryError(
         f"the KV tensor lies in private memory{f' ({path})' if path else ''} that torch cannot "
         "move (numpy's, pinned, another library's, or exported with .numpy()), and workers cannot "
-        f"map it; {_HOW_TO_ALLOCATE}"
+        f"map it; {HOW_TO_ALLOCATE}"
     )
 
 
@@ -277,67 +235,16 @@ def _move(tensor: Any, path: str) -> None:
     torch_mp: Any = torch.multiprocessing  # untyped, like the tensor methods used here
     _require_movable(tensor, path)
     needed = tensor.untyped_storage().nbytes()  # a view takes its whole storage along
-    _require_shm(needed)
+    require_shm(needed)
     strategy = torch_mp.get_sharing_strategy()
     torch_mp.set_sharing_strategy("file_descriptor")
     try:
         tensor.share_memory_()
     except RuntimeError as err:
-        _require_shm(needed)  # somebody else took the room meanwhile
+        require_shm(needed)  # somebody else took the room meanwhile
         raise KVCacheMemoryError(f"torch could not move the KV tensor: {err}") from err
     finally:
         torch_mp.set_sharing_strategy(strategy)
-
-
-def _require_shm(needed: int) -> None:
-    try:
-        status = os.statvfs(SHM_DIR)
-    except OSError as err:
-        raise KVCacheMemoryError(
-            f"the KV tensor must be moved to {SHM_DIR}, which is not there; {_HOW_TO_ALLOCATE}"
-        ) from err
-    if status.f_blocks:  # 0: a tmpfs without a limit
-        hint = f"{SHM_DIR}; light_mem.allocate_kvcache() does not use that mount"
-        _require_room(needed, status.f_bavail * status.f_frsize, hint)
-    _require_memory(needed)
-
-
-def _require_memory(needed: int) -> None:
-    import psutil
-
-    _require_room(needed, int(psutil.virtual_memory().available), "this machine's memory")
-
-
-def _require_room(needed: int, available: int, where: str) -> None:
-    if needed > available:
-        raise SharedMemoryFullError(
-            f"the KV tensor needs {needed} bytes, {available} bytes are available in {where}",
-            needed=needed,
-            available=available,
-        )
-
-
-def _create_memory(nbytes: int) -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("light_mem_kvcache", os.MFD_CLOEXEC)
-    else:
-        import tempfile
-
-        status = os.statvfs(tempfile.gettempdir())
-        _require_room(nbytes, status.f_bavail * status.f_frsize, tempfile.gettempdir())
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    try:
-        os.ftruncate(fd, nbytes)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _forget(fd: int) -> None:
-    del _allocated[fd]
-    os.close(fd)
 
 
 def _attach_file(fd: int, source: MemorySource) -> npt.NDArray[np.uint8]:
