@@ -453,10 +453,10 @@ def test_pages_are_touched_before_they_are_stored_to(
     monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [not cold] * len(addresses))
     seen: list[bool] = []
 
-    def before_stores(_: object, places: list[Rows]) -> None:
+    def before_copies(_: object, places: list[Rows]) -> None:
         seen.extend(not place.memory.any() for place in places)
 
-    monkeypatch.setattr("light_mem.engine.first_touch.FirstTouch.before_stores", before_stores)
+    monkeypatch.setattr("light_mem.engine.first_touch.FirstTouch.before_copies", before_copies)
     outcomes: list[Outcome] = []
     with opened(tmp_path / "s", 4096) as r:
         batch = [

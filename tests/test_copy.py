@@ -251,13 +251,12 @@ def test_a_block_longer_than_a_piece_is_no_single_piece(page_bytes: int, more: i
     assert len(asked) == 2 * (1 + (more > 0))
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_large_rows_are_summed_when_the_sink_wants_it(first: bool) -> None:
+def test_large_rows_are_summed_up_after_they_were_put() -> None:
     memory, rows = memory_of(SMALL_PAGE_BYTES, 4), np.array([2, 0, 1], np.intp)
     checksum, seen = new_checksum(*KEY), []
 
     class Spy:
-        reads_first = first
+        by_calls = True
 
         def put(self, at: int, piece: np.ndarray) -> None:
             raise AssertionError
@@ -266,7 +265,8 @@ def test_large_rows_are_summed_when_the_sink_wants_it(first: bool) -> None:
             seen.append(checksum.intdigest())
 
     Copier().gather(Rows(memory, rows), Spy(), checksum, not_stopped)
-    assert seen == [expected_sum(memory[rows]) if first else expected_sum(memory[:0])]
+    assert seen == [expected_sum(memory[:0])]
+    assert checksum.intdigest() == expected_sum(memory[rows])
 
 
 def test_a_block_of_one_piece_is_summed_up_after_it_was_copied(

@@ -13,7 +13,7 @@ import pytest
 
 from light_mem.engine import dirty_pages
 from light_mem.engine.base import Outcome
-from light_mem.engine.dirty_pages import DirtyPages
+from light_mem.engine.dirty_pages import CALLS_BEFORE, DirtyPages
 from light_mem.engine.local import LocalStorageEngine
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, open_local
 
@@ -126,16 +126,20 @@ def test_a_block_goes_to_dirty_slots_by_the_mapping_and_to_clean_ones_by_calls(
         assert rig.read(Block(key, pages)) == [Outcome.LOADED]
         return calls[0]
 
-    assert write(1)  # never touched
-    assert write(2) == 0
+    keys = iter(range(100))
+
+    def calls_before_the_mapping() -> int:
+        return next(n for n in range(20) if not write(next(keys)))
+
+    assert calls_before_the_mapping() == CALLS_BEFORE  # never touched
     file._written_at -= 6.0
-    assert write(3) == 0  # still dirty
+    assert not write(next(keys))  # still dirty
     file._written_at -= 6.0
     file.sync()
-    assert write(4)
-    assert write(5) == 0
+    assert calls_before_the_mapping() == CALLS_BEFORE
     file._written_at -= 31.0
-    assert write(6)
-    file._written_at += 6.0  # by a call, some seconds ago
-    assert write(7)
+    assert write(next(keys))
+    assert write(next(keys))
+    file._written_at += 6.0  # by a call, some seconds ago: counted anew
+    assert calls_before_the_mapping() == CALLS_BEFORE
     engine.close()

@@ -35,7 +35,7 @@ def faults(place: Place, touch: FirstTouch | None) -> int:
     """How many faults it takes to store to a place."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     if touch is not None:
-        touch.before_stores([place])
+        touch.before_copies([place])
     if isinstance(place, Rows):
         place.memory[place.numbers] = 1
     else:
@@ -83,7 +83,7 @@ def test_memory_that_is_not_there_yet_comes_into_being_only_where_it_is_stored_t
     os.ftruncate(descriptor, NBYTES)
     memory = np.frombuffer(mmap.mmap(descriptor, NBYTES), np.uint8).reshape(-1, 4096)
     numbers = np.arange(0, len(memory), 32)
-    FirstTouch().before_stores([Rows(memory, numbers)])
+    FirstTouch().before_copies([Rows(memory, numbers)])
     assert os.fstat(descriptor).st_blocks * 512 == len(numbers) * 4096
     os.close(descriptor)
 
@@ -99,8 +99,8 @@ def test_rows_and_regions_of_several_memories_in_turn() -> None:
                 memory.reshape(-1, 20) if nbytes % 20 == 0 else memory.reshape(3, -1), np.array([2])
             ),
         ):
-            touch.before_stores([place])
-            touch.before_stores([place])
+            touch.before_copies([place])
+            touch.before_copies([place])
         assert not memory.any()
 
 
@@ -118,11 +118,11 @@ def test_memory_is_touched_once_and_other_memory_anew() -> None:
 def test_what_is_left_is_counted_by_what_faults_once() -> None:
     memory = np.zeros(8 * AROUND_BYTES, np.uint8)
     table, touch = memory.reshape(-1, 4096), FirstTouch()
-    touch.before_stores([Rows(table, np.arange(0, 40))])  # some sixteen rows in each
+    touch.before_copies([Rows(table, np.arange(0, 40))])  # some sixteen rows in each
     left = touch._memories[Rows].left
     touched = touch._memories[Rows]._touched
     assert left == len(touched) - np.count_nonzero(touched) > 0
-    touch.before_stores([Rows(table, np.arange(0, 40))])
+    touch.before_copies([Rows(table, np.arange(0, 40))])
     assert touch._memories[Rows].left == left
 
 
@@ -133,7 +133,7 @@ def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(row_bytes: i
     table, touch = memory[: rows * row_bytes].reshape(rows, row_bytes), FirstTouch()
     before = memory.ctypes.data % AROUND_BYTES
     for row in [*range(0, rows, 3), *range(1, rows, 3), *range(2, rows, 3)]:
-        touch.before_stores([Rows(table, np.array([row]))])
+        touch.before_copies([Rows(table, np.array([row]))])
         first, last = row * row_bytes + before, (row + 1) * row_bytes - 1 + before
         touched = touch._memories[Rows]._touched
         # A row of up to 8 KiB may reach over an edge, a longer one is touched at both ends.

@@ -40,7 +40,7 @@ def new_checksum(low: int, high: int) -> xxhash.xxh3_64:
 class Sink(Protocol):
     """Where a gather puts a run of slots; `at` counts bytes from its start."""
 
-    reads_first: bool  # whether somebody had better read a piece before it is put
+    by_calls: bool  # whether it is system calls that store
 
     def put(self, at: int, piece: Bytes1D) -> None:
         """Store a piece."""
@@ -52,7 +52,7 @@ class Sink(Protocol):
 class MappedSink:
     """Slots that this process has mapped, or other memory: uint8 [bytes], contiguous."""
 
-    reads_first = False
+    by_calls = False
 
     def __init__(self, slots: Bytes1D) -> None:
         self._slots = slots
@@ -73,12 +73,14 @@ class FileSink:
 
     For slots that this process has not mapped yet: there a store to the mapping costs a page fault
     every 4 KiB, four times the copy on a fresh file.
+
+    What is put had better be mapped: a page of the KV memory that this process has not touched yet
+    stops the kernel's copy, which then fills what it had meant to write with zeros and starts again
+    there: half of the time of a first fill (Linux 6.18; perf: zero_user_segments). Whoever writes
+    many blocks touches them before (`first_touch`, `is_put_straight`).
     """
 
-    # A page of the KV memory that this process has not touched yet stops the kernel's copy, which
-    # then fills what it had meant to write with zeros and starts again there: half of the time of a
-    # first fill (Linux 6.18; perf: zero_user_segments).
-    reads_first = True
+    by_calls = True
 
     def __init__(self, descriptor: int, base: int) -> None:
         self._descriptor = descriptor
@@ -155,11 +157,8 @@ class Copier:
             for at, piece in _straight_pieces(place):
                 if stopped():
                     raise Stopped
-                if sink.reads_first:
-                    checksum.update(piece.data)
                 sink.put(at, piece)
-                if not sink.reads_first:
-                    checksum.update(piece.data)
+                checksum.update(piece.data)
             return
         memory, rows = place
         row_bytes = memory.shape[1]
@@ -179,11 +178,8 @@ class Copier:
             sink.put(at, piece)
             checksum.update(piece.data)
             return
-        if sink.reads_first:
-            _update(checksum, memory, rows)
         sink.put_rows(at, memory, rows)
-        if not sink.reads_first:
-            _update(checksum, memory, rows)
+        _update(checksum, memory, rows)
 
     def scatter_whole(
         self, low: int, high: int, place: Rows, source: Bytes1D, verify: bool
@@ -272,6 +268,11 @@ def is_one_piece(place: Place) -> TypeGuard[Rows]:
     """Whether it is rows that one call copies well wherever they lie: to ask more of a block of
     some 100 KB costs more than the answer saves."""
     return type(place) is Rows and place.memory.shape[1] * len(place.numbers) <= PIECE_BYTES
+
+
+def is_put_straight(place: Place) -> bool:
+    """Whether a sink is handed the memory itself rather than a gathered piece."""
+    return not isinstance(place, Rows) or place.memory.shape[1] >= SMALL_PAGE_BYTES
 
 
 def _is_scattered(place: Place) -> TypeGuard[Rows]:

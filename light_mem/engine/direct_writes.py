@@ -140,7 +140,7 @@ class DirectSink:
     """Slots of a file that are filled in order and past the page cache, of one block or of several
     that follow each other; a `copy.Sink`. Not thread-safe."""
 
-    reads_first = False
+    by_calls = False
 
     def __init__(self, writes: DirectWrites, span: Span, direct: int) -> None:
         """They begin where `span` does; see `DirectWrites.sink`."""

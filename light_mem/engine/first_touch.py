@@ -1,11 +1,12 @@
-"""Has the kernel map pages of the KV memory many at a time, before this process stores to them.
+"""Has the kernel map pages of the KV memory many at a time, before this process copies them.
 
 The first store to a page that the process has not mapped is a fault for that one page, twice as
 long as its copy. A load that faults has the kernel map what lies around it as well, AROUND_BYTES of
 pages that are there already, and those of shared memory it maps for stores too (do_fault_around in
 Linux's mm/memory.c). So rows are read at their ends before the first store to them: 245 MB of pages
 of 3,840 bytes that a new worker reads by `preadv` cost 8,400 faults instead of 92,900, and 0.10
-seconds of the kernel's time instead of 0.25 (Linux 6.18). No page comes into being by that but
+seconds of the kernel's time instead of 0.25 (Linux 6.18). A `pwrite` from pages that are not mapped
+is slow as well (`copy.FileSink`). No page comes into being by that but
 those of the rows, and a process has no more mapped than what lies around rows that it used.
 """
 
@@ -29,7 +30,7 @@ class FirstTouch:
     def __init__(self) -> None:
         self._memories: dict[type, _Memory] = {}  # of rows, and of regions
 
-    def before_stores(self, places: Sequence[Place]) -> None:
+    def before_copies(self, places: Sequence[Place]) -> None:
         """Touch what lies at these places, unless that was done before."""
         by_memory: dict[int, list[Place]] = {}
         for place in places:

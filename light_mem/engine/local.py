@@ -22,6 +22,7 @@ from light_mem.engine.base import (
 from light_mem.engine.copy import Copier
 from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.intents import Intents
 from light_mem.engine.open_store import OpenStore
 from light_mem.engine.publishing import Publisher
@@ -72,10 +73,11 @@ class LocalStorageEngine(OpenStore, StorageEngine):
             lambda shard: int(inserts[shard]),
             drops=self.drops,
         )
-        self._reader = Reader(self, self._open.files, self._copier, verify, self._device)
+        touch = FirstTouch()
+        self._reader = Reader(self, self._open.files, self._copier, verify, self._device, touch)
         intents = Intents(self._owner)
         publisher = Publisher(self, self._owner, intents, flush=durability == "flush")
-        self._writer = Writer(self, self._owner, intents, self._copier, publisher)
+        self._writer = Writer(self, self._owner, intents, self._copier, publisher, touch)
         self._write_now = WriteNow(self, self._owner, intents, self._copier)
 
     @classmethod

@@ -52,6 +52,7 @@ class Reader:
         copier: Copier,
         verify: bool,
         device: DeviceReads,
+        touch: FirstTouch,
     ) -> None:
         """`files`: those that the engine has open by now."""
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
@@ -60,7 +61,7 @@ class Reader:
         self._copier = copier
         self._verify = verify
         self._files = files
-        self._touch = FirstTouch()
+        self._touch = touch
         self._device = device
         self._last: ReadJob | None = None  # whose bytes are on their way
 
@@ -91,7 +92,7 @@ class Reader:
         job, self._last = self._last, None
         if job is None:
             return False
-        self._touch.before_stores([job.batch[at].place for at, _ in job.ahead])
+        self._touch.before_copies([job.batch[at].place for at, _ in job.ahead])
         for at, where in job.ahead:
             if job.untold + job.nbytes[at] > _TELL_BYTES:
                 self._judge(job)

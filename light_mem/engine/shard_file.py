@@ -31,7 +31,7 @@ from light_mem.engine.copy import (
     new_checksum,
 )
 from light_mem.engine.direct_writes import Group
-from light_mem.engine.dirty_pages import DirtyPages
+from light_mem.engine.dirty_pages import CALLS_BEFORE, SOON_SECONDS, DirtyPages
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
@@ -97,6 +97,8 @@ class ShardFile:
         # memory until they are written over: who only reads does not pay 8 bytes a slot.
         self._written_at = np.zeros(geometry.slots)
         self._written = self._written_at.data
+        # How often in a row the block that begins there was written by calls.
+        self._calls = np.zeros(geometry.slots, np.uint8).data
         self._dirty = DirtyPages()
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
@@ -127,7 +129,7 @@ class ShardFile:
             now = time.monotonic()
             sink = self._sink(start, length, now, by_calls)
             digest = copier.gather_whole(low, high, place, sink)
-            self._written_at[start : start + length] = -now if sink.reads_first else now
+            self._was_written(start, length, now, sink)
             return digest
         checksum = new_checksum(low, high)
         done = 0
@@ -156,7 +158,7 @@ class ShardFile:
         now = time.monotonic()
         sink = self._sink(start, length, now, by_calls)
         copier.gather(place, sink, checksum, stopped)
-        self._written_at[start : start + length] = -now if sink.reads_first else now
+        self._was_written(start, length, now, sink)
 
     def cut(self) -> Group | None:
         """What `gather` has copied since the last cut and does not lie in its slots yet."""
@@ -174,9 +176,23 @@ class ShardFile:
         at, nbytes = fmt.SHARD_HEADER_BYTES + start * self.page_bytes, length * self.page_bytes
         # The ends stand for the run: where slots between them are older, some faults are all.
         written = min(self._written[start], self._written[start + length - 1], key=abs)
-        if not by_calls and self._dirty.need_no_fault(self._data_fd, at, nbytes, written, now):
+        if (
+            not by_calls
+            and (written > 0 or self._calls[start] >= CALLS_BEFORE)
+            and self._dirty.need_no_fault(self._data_fd, at, nbytes, written, now)
+        ):
             return MappedSink(self.bytes(start, length))
         return FileSink(self._data_fd, at)
+
+    def _was_written(self, start: int, length: int, now: float, sink: Sink) -> None:
+        if not sink.by_calls:
+            self._written_at[start : start + length] = now
+            return
+        last, calls = self._written[start], self._calls
+        # Counted while they follow each other soon, and there was no store to the mapping since.
+        soon = last < 0 and now + last < SOON_SECONDS
+        calls[start] = min(calls[start] + 1, CALLS_BEFORE) if soon else 1
+        self._written_at[start : start + length] = -now
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

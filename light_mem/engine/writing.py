@@ -20,7 +20,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Copier, Stopped
+from light_mem.engine.copy import Copier, Stopped, is_put_straight
+from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.intents import PART_BLOCKS, Intents
 from light_mem.engine.publishing import Publisher, is_present
 from light_mem.engine.write_job import Copied, Part, Taken, WriteJob
@@ -51,6 +52,7 @@ class Writer:
         intents: Intents,
         copier: Copier,
         publisher: Publisher,
+        touch: FirstTouch,
     ) -> None:
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
@@ -59,6 +61,7 @@ class Writer:
         self._copier = copier
         self._geometry = engine.geometry
         self._publisher = publisher
+        self._touch = touch
         self._last: Part | None = None  # to be published
 
     @property
@@ -212,6 +215,8 @@ class Writer:
         copied: list[Copied] = []
         for _, where in taken:
             file.expect(where.runs)
+        places = [job.batch[at].place for at, _ in taken]
+        self._touch.before_copies([place for place in places if is_put_straight(place)])
         try:
             for at, (_, runs) in taken:
                 try:

@@ -19,10 +19,11 @@ from light_mem.engine.copy import (
     MappedSink,
     Sink,
     is_one_piece,
+    is_put_straight,
     new_checksum,
 )
 from light_mem.engine.direct_reads import DirectReads
-from light_mem.engine.dirty_pages import DirtyPages
+from light_mem.engine.dirty_pages import CALLS_BEFORE, SOON_SECONDS, DirtyPages
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
@@ -61,6 +62,7 @@ class Bare(Rival):
         self._copier, self._touch = Copier(), FirstTouch()
         self._past = DirectReads(plan.shape.page_bytes)
         self._written: dict[int, float] = {}  # see DirtyPages
+        self._calls: dict[int, int] = {}  # see CALLS_BEFORE
         self._dirty = DirtyPages()
         self._was_read = False
         self._sums: dict[str, int] = {}
@@ -70,17 +72,22 @@ class Bare(Rival):
             at = self._start_of(name)
             place, now = Rows(self.memory, rows), time.monotonic()
             written = self._written.get(at, 0.0)
-            if self._dirty.need_no_fault(self._file, at, self._block, written, now):
+            may_fault = written > 0 or self._calls.get(at, 0) >= CALLS_BEFORE
+            if may_fault and self._dirty.need_no_fault(self._file, at, self._block, written, now):
                 sink: Sink = MappedSink(self._bytes[at : at + self._block])
             else:
                 sink = FileSink(self._file, at)
+            if is_put_straight(place):
+                self._touch.before_copies([place])
             if is_one_piece(place):
                 self._sums[name] = self._copier.gather_whole(at, 0, place, sink)
             else:
                 checksum = new_checksum(at, 0)
                 self._copier.gather(place, sink, checksum, _never)
                 self._sums[name] = checksum.intdigest()
-            self._written[at] = -now if sink.reads_first else now
+            soon = written < 0 and now + written < SOON_SECONDS
+            self._calls[at] = self._calls.get(at, 0) + 1 if soon else 1
+            self._written[at] = -now if sink.by_calls else now
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
         cold = self._cold(hashes)
@@ -89,7 +96,7 @@ class Bare(Rival):
             at = self._start_of(name)
             checksum, place = new_checksum(at, 0), Rows(self.memory, rows)
             if name in cold:
-                self._touch.before_stores([place])
+                self._touch.before_copies([place])
                 self._past.read(cold[name], self._copier, place, checksum, _never)
             else:
                 slots = self._bytes[at : at + self._block]
