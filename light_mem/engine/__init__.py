@@ -22,7 +22,7 @@ bytes
   copy.py          copies between the KV memory and slots, with the checksum
   device_reads.py  reads for which a device is waited: direct_reads.py, past the page cache;
                    bring_in.py: into it, later
-  first_touch.py   pages of the KV memory that a worker stores to for the first time
+  first_touch.py   pages of the KV memory that a worker copies for the first time
   dirty_pages.py   which slots are written through the mapping
   small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both
   read_ahead.py    a list of spans, by threads (device_threads.py), past the page cache
