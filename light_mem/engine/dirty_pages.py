@@ -39,6 +39,18 @@ class _Counts(ctypes.Structure):
     ]
 
 
+def may_fault(written: float, calls: int) -> bool:
+    """Whether slots may be written through the mapping: `written` as in `DirtyPages`, `calls` as
+    `calls_in_a_row` counts them."""
+    return written > 0 or calls >= CALLS_BEFORE
+
+
+def calls_in_a_row(calls: int, last: float, now: float) -> int:
+    """After a write by calls: how many there were, each soon after the other and without a store
+    to the mapping since. `last`: what `written` was before it."""
+    return min(calls + 1, CALLS_BEFORE) if last < 0 and now + last < SOON_SECONDS else 1
+
+
 class DirtyPages:
     """Of one file, as one process maps it. Not thread-safe."""
 

@@ -24,7 +24,7 @@ from light_mem.engine import keeping, removing
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.open_shards import OpenShards
 from light_mem.engine.shard_file import ShardFile
-from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError, StoreFormatError
+from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError
 from light_mem.index import description, retention
 from light_mem.index import file as index_file
 from light_mem.index.ages import AgeBucket, by_age
@@ -65,13 +65,7 @@ class OpenStore:
         self.directory = Path(directory)
         geometry = description.load(self.directory)
         if geometry is None:
-            raise StoreFormatError(
-                f"{self.directory} holds no store",
-                path=str(self.directory),
-                field="store.json",
-                found=None,
-                expected="a description",
-            )
+            raise description.no_store(self.directory, "a description")
         self.geometry = geometry
         self.verify = verify
         self.time_to_live = time_to_live

@@ -31,7 +31,7 @@ from light_mem.engine.copy import (
     new_checksum,
 )
 from light_mem.engine.direct_writes import Group
-from light_mem.engine.dirty_pages import CALLS_BEFORE, SOON_SECONDS, DirtyPages
+from light_mem.engine.dirty_pages import DirtyPages, calls_in_a_row, may_fault
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
@@ -178,7 +178,7 @@ class ShardFile:
         written = min(self._written[start], self._written[start + length - 1], key=abs)
         if (
             not by_calls
-            and (written > 0 or self._calls[start] >= CALLS_BEFORE)
+            and may_fault(written, self._calls[start])
             and self._dirty.need_no_fault(self._data_fd, at, nbytes, written, now)
         ):
             return MappedSink(self.bytes(start, length))
@@ -188,10 +188,7 @@ class ShardFile:
         if not sink.by_calls:
             self._written_at[start : start + length] = now
             return
-        last, calls = self._written[start], self._calls
-        # Counted while they follow each other soon, and there was no store to the mapping since.
-        soon = last < 0 and now + last < SOON_SECONDS
-        calls[start] = min(calls[start] + 1, CALLS_BEFORE) if soon else 1
+        self._calls[start] = calls_in_a_row(self._calls[start], self._written[start], now)
         self._written_at[start : start + length] = -now
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:

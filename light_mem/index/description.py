@@ -96,6 +96,17 @@ def load(directory: Path) -> Geometry | None:
     )
 
 
+def no_store(directory: Path, expected: str) -> StoreFormatError:
+    """The error that a directory holds no store; `expected`: what would have made it one."""
+    return StoreFormatError(
+        f"{directory} holds no store",
+        path=str(directory),
+        field=NAME,
+        found=None,
+        expected=expected,
+    )
+
+
 def sync_directory(directory: Path) -> None:
     """Make names in the directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)

@@ -55,12 +55,8 @@ class Store:
         self.directory = Path(directory)
         geometry = describe(self.directory) if self.directory.is_dir() else None
         if geometry is None:
-            raise StoreFormatError(
-                f"{self.directory} holds no store",
-                path=str(self.directory),
-                field="store.json",
-                found=None,
-                expected="a description, or shards that describe themselves",
+            raise description.no_store(
+                self.directory, "a description, or shards that describe themselves"
             )
         self.geometry: Geometry = geometry
         self.described = description.load(self.directory) is not None

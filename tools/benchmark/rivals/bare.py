@@ -23,7 +23,7 @@ from light_mem.engine.copy import (
     new_checksum,
 )
 from light_mem.engine.direct_reads import DirectReads
-from light_mem.engine.dirty_pages import CALLS_BEFORE, SOON_SECONDS, DirtyPages
+from light_mem.engine.dirty_pages import DirtyPages, calls_in_a_row, may_fault
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
@@ -62,7 +62,7 @@ class Bare(Rival):
         self._copier, self._touch = Copier(), FirstTouch()
         self._past = DirectReads(plan.shape.page_bytes)
         self._written: dict[int, float] = {}  # see DirtyPages
-        self._calls: dict[int, int] = {}  # see CALLS_BEFORE
+        self._calls: dict[int, int] = {}  # see calls_in_a_row
         self._dirty = DirtyPages()
         self._was_read = False
         self._sums: dict[str, int] = {}
@@ -72,8 +72,10 @@ class Bare(Rival):
             at = self._start_of(name)
             place, now = Rows(self.memory, rows), time.monotonic()
             written = self._written.get(at, 0.0)
-            may_fault = written > 0 or self._calls.get(at, 0) >= CALLS_BEFORE
-            if may_fault and self._dirty.need_no_fault(self._file, at, self._block, written, now):
+            calls = self._calls.get(at, 0)
+            if may_fault(written, calls) and self._dirty.need_no_fault(
+                self._file, at, self._block, written, now
+            ):
                 sink: Sink = MappedSink(self._bytes[at : at + self._block])
             else:
                 sink = FileSink(self._file, at)
@@ -85,8 +87,8 @@ class Bare(Rival):
                 checksum = new_checksum(at, 0)
                 self._copier.gather(place, sink, checksum, _never)
                 self._sums[name] = checksum.intdigest()
-            soon = written < 0 and now + written < SOON_SECONDS
-            self._calls[at] = self._calls.get(at, 0) + 1 if soon else 1
+            if sink.by_calls:
+                self._calls[at] = calls_in_a_row(calls, written, now)
             self._written[at] = -now if sink.by_calls else now
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
