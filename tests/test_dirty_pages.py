@@ -1,4 +1,4 @@
-"""Slots whose pages are dirty are written through the mapping, all others by system calls."""
+"""The kernel is asked which pages of a file are dirty; where it does not tell it is guessed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 
 from light_mem.engine import dirty_pages
-from light_mem.engine.base import Outcome
-from light_mem.engine.dirty_pages import CALLS_BEFORE, DirtyPages
-from light_mem.engine.local import LocalStorageEngine
-from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, open_local
+from light_mem.engine.dirty_pages import DirtyPages
 
 PAGE = 4096
 PAGES = 64
@@ -90,56 +87,20 @@ def test_where_the_kernel_does_not_tell_it_is_guessed(error: int) -> None:
     assert kernel.calls == (4 if error == errno.EINVAL else 1)
 
 
-def mapped_again(dirty: DirtyPages, ages: tuple[float, ...], by_call: bool = False) -> list[bool]:
-    written = [-100.0 + age if by_call else 100.0 - age for age in ages]
-    return [dirty.need_no_fault(0, 0, 1, each, 100.0) for each in written]
+def mapped_again(dirty: DirtyPages, ages: tuple[float, ...]) -> list[bool]:
+    return [dirty.need_no_fault(0, 0, 1, 100.0 - age, 100.0) for age in ages]
 
 
 def test_without_the_call_it_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dirty_pages.sys, "platform", "darwin")
     dirty = DirtyPages()
     assert mapped_again(dirty, (4.9, 5.1)) == [True, False]
-    # After a call the first store to each page is a fault: only for what is written often.
-    assert mapped_again(dirty, (0.1, 4.9, 5.1), by_call=True) == [True, True, False]
     assert not dirty.need_no_fault(0, 0, 1, 0.0, 0.1)  # never
 
 
-@pytest.mark.parametrize("pages", [1, 40])
-def test_a_block_goes_to_dirty_slots_by_the_mapping_and_to_clean_ones_by_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, pages: int
-) -> None:
-    engine = open_local(tmp_path / "s", pages, block_pages=pages, page_bytes=PAGE)
-    assert isinstance(engine, LocalStorageEngine)
-    rig = Rig(engine, PAGE)
-    file, calls, pwritev = engine.file(0), [0], os.pwritev
-
-    def counting(*arguments: Any) -> int:
-        calls[0] += 1
-        return pwritev(*arguments)
-
-    monkeypatch.setattr(os, "pwritev", counting)
-
-    def write(key: int) -> int:
-        """Calls that a write made into the slots of the block before."""
-        calls[0] = 0
-        assert rig.write(Block(key, pages)) == [COPIED_AND_STORED]
-        assert rig.read(Block(key, pages)) == [Outcome.LOADED]
-        return calls[0]
-
-    keys = iter(range(100))
-
-    def calls_before_the_mapping() -> int:
-        return next(n for n in range(20) if not write(next(keys)))
-
-    assert calls_before_the_mapping() == CALLS_BEFORE  # never touched
-    file._written_at -= 6.0
-    assert not write(next(keys))  # still dirty
-    file._written_at -= 6.0
-    file.sync()
-    assert calls_before_the_mapping() == CALLS_BEFORE
-    file._written_at -= 31.0
-    assert write(next(keys))
-    assert write(next(keys))
-    file._written_at += 6.0  # by a call, some seconds ago: counted anew
-    assert calls_before_the_mapping() == CALLS_BEFORE
-    engine.close()
+def test_what_was_written_by_a_call_is_as_old(written: int) -> None:
+    dirty = DirtyPages()
+    assert dirty.need_no_fault(written, 0, PAGE, -1.0, 30.9)
+    assert not dirty.need_no_fault(written, 0, PAGE, -1.0, 31.1)
+    os.fsync(written)
+    assert not dirty.need_no_fault(written, 0, PAGE, -1.0, 30.9)

@@ -23,7 +23,7 @@ bytes
   device_reads.py  reads for which a device is waited: direct_reads.py, past the page cache;
                    bring_in.py: into it, later
   first_touch.py   pages of the KV memory that a worker copies for the first time
-  dirty_pages.py   which slots are written through the mapping
+  mapped_writes.py slots written by calls or through the mapping; dirty_pages.py: what is dirty
   small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both
   read_ahead.py    a list of spans, by threads (device_threads.py), past the page cache
   direct_writes.py writes past the page cache; dropping.py: what cannot go so; page_cache.py

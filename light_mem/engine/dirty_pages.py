@@ -1,10 +1,8 @@
-"""Which slots are written through the mapping: those whose pages need no fault for it.
+"""Whether a range of a file lies in dirty pages, so that stores to its mapping need no fault.
 
 A store to a mapped page that is clean is a fault: the kernel protects what it has written to the
 device, from every process that maps it, to notice the next store. Blocks of 60 MB by two writers:
-10 to 11 GB/s while the pages are dirty, 4.0 after; `pwrite`, which needs no fault, 5.3. A page that
-this process has not stored to since is a fault as well, dirty or not: so what it last wrote by a
-call is written through the mapping only where that may soon be of use again.
+10 to 11 GB/s while the pages are dirty, 4.0 after; `pwrite`, which needs no fault, 5.3.
 """
 
 from __future__ import annotations
@@ -20,10 +18,6 @@ _CACHESTAT = 451  # cachestat(2), Linux 6.5; the same number everywhere but on A
 # The kernel looks for pages to write every 5 s (dirty_writeback_centisecs) and leaves none for
 # longer than 30 s (dirty_expire_centisecs); sooner it writes where much memory is dirty.
 SURELY_SECONDS = 0.5  # within them it is not asked: that costs 2 us, and more for a long block
-SOON_SECONDS = 5.0  # slots that are written again within them may be so once more
-# ... and only after so many calls: the first store to each page costs as much as it saves in four
-# to five writes (2.0 to 2.6 GB/s by two processes, then 12 to 14; by calls 7.5; pages of 60 KB).
-CALLS_BEFORE = 4
 GUESSED_SECONDS = 5.0  # taken to be dirty where the kernel does not tell
 AT_MOST_SECONDS = 30.0
 
@@ -39,18 +33,6 @@ class _Counts(ctypes.Structure):
     ]
 
 
-def may_fault(written: float, calls: int) -> bool:
-    """Whether slots may be written through the mapping: `written` as in `DirtyPages`, `calls` as
-    `calls_in_a_row` counts them."""
-    return written > 0 or calls >= CALLS_BEFORE
-
-
-def calls_in_a_row(calls: int, last: float, now: float) -> int:
-    """After a write by calls: how many there were, each soon after the other and without a store
-    to the mapping since. `last`: what `written` was before it."""
-    return min(calls + 1, CALLS_BEFORE) if last < 0 and now + last < SOON_SECONDS else 1
-
-
 class DirtyPages:
     """Of one file, as one process maps it. Not thread-safe."""
 
@@ -64,14 +46,15 @@ class DirtyPages:
     def need_no_fault(
         self, descriptor: int, at: int, nbytes: int, written: float, now: float
     ) -> bool:
-        """Whether a range of the file had better be written through the mapping.
+        """Whether stores to a range of the file find it dirty, and unprotected if this process has
+        stored to it before.
 
-        written   when this process last wrote it, s (monotonic): through the mapping, or, negative,
-                  by a call; 0: never
+        written   when this process last wrote it, s (monotonic), by a call where it is negative;
+                  0: never
         """
         last = abs(written)
         age = now - last
-        if not last or age >= (AT_MOST_SECONDS if written > 0 else SOON_SECONDS):
+        if not last or age >= AT_MOST_SECONDS:
             return False
         if last < self._protected:
             return False

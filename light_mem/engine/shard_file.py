@@ -24,15 +24,14 @@ from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import (
     Copier,
     FileSink,
-    MappedSink,
     Sink,
     Stopped,
     is_one_piece,
     new_checksum,
 )
 from light_mem.engine.direct_writes import Group
-from light_mem.engine.dirty_pages import DirtyPages, calls_in_a_row, may_fault
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
 from light_mem.engine.shard_header import data_path, slots_path
@@ -93,13 +92,13 @@ class ShardFile:
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
         self._address = self._bytes.ctypes.data
-        # When this process last wrote a slot, as `DirtyPages` wants it; 0: never. Zeros take no
+        # When this process last wrote a slot, as `MappedWrites` wants it; 0: never. Zeros take no
         # memory until they are written over: who only reads does not pay 8 bytes a slot.
         self._written_at = np.zeros(geometry.slots)
         self._written = self._written_at.data
         # How often in a row the block that begins there was written by calls.
         self._calls = np.zeros(geometry.slots, np.uint8).data
-        self._dirty = DirtyPages()
+        self._writes = MappedWrites(self._data, self._data_fd)
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
@@ -171,25 +170,21 @@ class ShardFile:
             self._dropper.land(group)
 
     def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
-        """How a run of slots is written: through the mapping where that faults little, else by
-        `pwrite`; see `dirty_pages`."""
-        at, nbytes = fmt.SHARD_HEADER_BYTES + start * self.page_bytes, length * self.page_bytes
+        """How a run of slots is written."""
+        at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
+        if by_calls:
+            return FileSink(self._data_fd, at)
+        nbytes, calls = length * self.page_bytes, self._calls[start]
+        return self._writes.sink(at, nbytes, self._written_last(start, length), calls, now)
+
+    def _written_last(self, start: int, length: int) -> float:
         # The ends stand for the run: where slots between them are older, some faults are all.
-        written = min(self._written[start], self._written[start + length - 1], key=abs)
-        if (
-            not by_calls
-            and may_fault(written, self._calls[start])
-            and self._dirty.need_no_fault(self._data_fd, at, nbytes, written, now)
-        ):
-            return MappedSink(self.bytes(start, length))
-        return FileSink(self._data_fd, at)
+        return min(self._written[start], self._written[start + length - 1], key=abs)
 
     def _was_written(self, start: int, length: int, now: float, sink: Sink) -> None:
-        if not sink.by_calls:
-            self._written_at[start : start + length] = now
-            return
-        self._calls[start] = calls_in_a_row(self._calls[start], self._written[start], now)
-        self._written_at[start : start + length] = -now
+        last = self._written_last(start, length)
+        self._calls[start] = self._writes.calls_after(sink, last, self._calls[start], now)
+        self._written_at[start : start + length] = -now if sink.by_calls else now
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

@@ -15,16 +15,13 @@ from benchmark.rivals.base import Pages, Rival
 from light_mem.engine import page_cache
 from light_mem.engine.copy import (
     Copier,
-    FileSink,
-    MappedSink,
-    Sink,
     is_one_piece,
     is_put_straight,
     new_checksum,
 )
 from light_mem.engine.direct_reads import DirectReads
-from light_mem.engine.dirty_pages import DirtyPages, calls_in_a_row, may_fault
 from light_mem.engine.first_touch import FirstTouch
+from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
 from light_mem.engine.read_ahead import Span, open_direct
@@ -61,9 +58,8 @@ class Bare(Rival):
         self._direct = open_direct(self.directory / "file", self._file)
         self._copier, self._touch = Copier(), FirstTouch()
         self._past = DirectReads(plan.shape.page_bytes)
-        self._written: dict[int, float] = {}  # see DirtyPages
-        self._calls: dict[int, int] = {}  # see calls_in_a_row
-        self._dirty = DirtyPages()
+        self._writes = MappedWrites(mapping, self._file)
+        self._written: dict[int, tuple[float, int]] = {}  # when, and calls: see MappedWrites
         self._was_read = False
         self._sums: dict[str, int] = {}
 
@@ -71,14 +67,8 @@ class Bare(Rival):
         for name, rows in zip(hashes, pages, strict=True):
             at = self._start_of(name)
             place, now = Rows(self.memory, rows), time.monotonic()
-            written = self._written.get(at, 0.0)
-            calls = self._calls.get(at, 0)
-            if may_fault(written, calls) and self._dirty.need_no_fault(
-                self._file, at, self._block, written, now
-            ):
-                sink: Sink = MappedSink(self._bytes[at : at + self._block])
-            else:
-                sink = FileSink(self._file, at)
+            written, calls = self._written.get(at, (0.0, 0))
+            sink = self._writes.sink(at, self._block, written, calls, now)
             if is_put_straight(place):
                 self._touch.before_copies([place])
             if is_one_piece(place):
@@ -87,9 +77,8 @@ class Bare(Rival):
                 checksum = new_checksum(at, 0)
                 self._copier.gather(place, sink, checksum, _never)
                 self._sums[name] = checksum.intdigest()
-            if sink.by_calls:
-                self._calls[at] = calls_in_a_row(calls, written, now)
-            self._written[at] = -now if sink.by_calls else now
+            calls = self._writes.calls_after(sink, written, calls, now)
+            self._written[at] = -now if sink.by_calls else now, calls
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
         cold = self._cold(hashes)

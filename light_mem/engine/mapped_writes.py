@@ -1,0 +1,100 @@
+"""How the slots of a mapped file are written: by `pwrite` or by stores to the mapping.
+
+A store to a page that this process may not write to yet is a fault; a `pwrite` needs none. So what
+was not written of late goes by calls, and what is written again soon goes through the mapping. What
+the first stores cost depends on what the page table holds: a page that the kernel has protected (it
+was written to the device, or only read here) faults by itself, 2 to 4 us every 4 KiB, and ext4
+looks at all of its folio each time. Where the page table holds nothing, Linux 6.18 maps a whole
+folio (8 to 15 pages in the mean) by one fault. So the slots are taken out of it before their first
+stores: pages of 60 KB, us a page of 4 KiB: by calls 0.73, first stores 0.88 (3.3 with what was
+there left in), further stores 0.48; pages of 3,840 bytes 0.75, 1.11 (3.0), 0.48.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import numpy as np
+
+from light_mem.engine.copy import FileSink, MappedSink, Sink
+from light_mem.engine.dirty_pages import DirtyPages
+
+if sys.platform == "linux":
+    import resource
+
+_PAGE = mmap.PAGESIZE
+
+SOON_SECONDS = 5.0  # slots that are written again within them may be so once more
+# So often in a row slots go by calls before they go through the mapping. Where one fault maps many
+# pages, the first stores pay in the write after them: 5.4, 6.6, 8.5, 9.6 and 10.0 GB/s in the
+# first five writes after a `sync` (two workers, pages of 60 KB), with four calls 6.0, 6.0, 6.6,
+# 6.0 and 3.9. Where each page faults, they cost as much as they save in four to five writes.
+CALLS_BEFORE = 1
+CALLS_BEFORE_FAULTS = 4
+# Shorter slots share their folios with others that stay in the page table: there each page faults.
+LEAST_BYTES = 64 * 1024
+
+
+class MappedWrites:
+    """Of one file, as one process maps it. Not thread-safe.
+
+    The caller keeps of each block of slots when this process last wrote it, s (monotonic): through
+    the mapping, or, negative, by a call; 0: never. And of its calls in a row.
+    """
+
+    def __init__(self, mapping: mmap.mmap, descriptor: int) -> None:
+        self._mapping, self._descriptor = mapping, descriptor
+        self._bytes = np.frombuffer(mapping, np.uint8)
+        self._dirty = DirtyPages()
+        self.calls_before = CALLS_BEFORE
+        self._taken_out = 0  # bytes, of the slots that are stored to next
+        self._faults = 0
+
+    def sink(self, at: int, nbytes: int, written: float, calls: int, now: float) -> Sink:
+        """Where to put what lies from byte `at` of the file on."""
+        first_stores = written <= 0
+        if (first_stores and not self._may_pay(nbytes, written, calls, now)) or (
+            not self._dirty.need_no_fault(self._descriptor, at, nbytes, written, now)
+        ):
+            return FileSink(self._descriptor, at)
+        if first_stores and nbytes >= LEAST_BYTES:
+            self._take_out(at, nbytes)
+        return MappedSink(self._bytes[at : at + nbytes])
+
+    def calls_after(self, sink: Sink, written: float, calls: int, now: float) -> int:
+        """The calls in a row after what was put into a `sink`: each soon after the other and
+        without a store to the mapping since. `written` and `calls`: as they were before it."""
+        if not sink.by_calls:
+            if self._taken_out:
+                self._learn()
+            return 0
+        if _is_soon(written, now):
+            return min(calls + 1, CALLS_BEFORE_FAULTS)
+        return 1
+
+    def _may_pay(self, nbytes: int, written: float, calls: int, now: float) -> bool:
+        """Whether first stores may pay in later ones."""
+        before = self.calls_before if nbytes >= LEAST_BYTES else CALLS_BEFORE_FAULTS
+        return calls >= before and _is_soon(written, now)
+
+    def _take_out(self, at: int, nbytes: int) -> None:
+        """Take what will be stored to out of the page table."""
+        if sys.platform == "linux":  # where it is sure to leave the bytes alone (madvise(2))
+            first, end = at // _PAGE * _PAGE, -(-(at + nbytes) // _PAGE) * _PAGE
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+            self._taken_out = nbytes
+            self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+    def _learn(self) -> None:
+        """Whether the first stores were a fault each page."""
+        if sys.platform == "linux":
+            faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - self._faults
+            few = faults * _PAGE * 2 <= self._taken_out
+            self.calls_before = CALLS_BEFORE if few else CALLS_BEFORE_FAULTS
+        self._taken_out = 0
+
+
+def _is_soon(written: float, now: float) -> bool:
+    """Whether a write comes soon after one by calls."""
+    return written < 0 and now + written < SOON_SECONDS
