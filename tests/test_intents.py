@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -59,13 +61,13 @@ def test_as_many_blocks_as_a_worker_claims_take_two_holds(
     let_go(rig.engine, rig)
 
 
-@pytest.mark.parametrize("bad", [1, 2, 3])
+@pytest.mark.parametrize(("bad", "shards_of_store"), [(1, 4), (2, 4), (3, 4), (12, 14)])
 def test_what_failed_stays_announced_whatever_is_written_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, shards_of_store: int
 ) -> None:
     """Of the first shards nothing can be published: their slots stay marked, and are announced
-    while the blocks of the other shards are written, some at a time."""
-    engine = open_local(tmp_path / "store", 2 * PART_BLOCKS, shards=SHARDS)
+    while the blocks of the other shards are written, some at a time, as long as they can be."""
+    engine = open_local(tmp_path / "store", 2 * PART_BLOCKS, shards=shards_of_store)
     change = engine._open.change
     copied: set[int] = set()  # shards, in turn: the first copied to are the bad ones
 
@@ -74,13 +76,13 @@ def test_what_failed_stays_announced_whatever_is_written_next(
             raise LockTimeoutError("stopped", path=str(shard), timeout=timeout)
         return change(shard, timeout)
 
-    count = SHARDS * PART_BLOCKS
+    count = shards_of_store * PART_BLOCKS
     memory = np.concatenate([block_bytes_of(n, 1, PAGE) for n in range(count)])
     batch = [
         BlockIO(*keymath.as_key(n), Rows(memory, np.array([n], np.intp))) for n in range(count)
     ]
     mixed = keymath.MixedKeys.of(block[:2] for block in batch).mixed
-    shards = [keymath.shard_of(m, SHARDS) for m in mixed]
+    shards = [keymath.shard_of(m, shards_of_store) for m in mixed]
     order = dict.fromkeys(shards)
     told: list[list[Outcome]] = [[] for _ in batch]
     looks = 0
@@ -97,15 +99,79 @@ def test_what_failed_stays_announced_whatever_is_written_next(
     with monkeypatch.context() as patch:
         patch.setattr(engine._open, "change", fail)
         engine.write(batch, report)
-    assert looks >= len(order) * 2
+    assert looks >= bad * 2
+    full = len(announced(engine)) == fmt.MAX_INTENTS
+    assert full == (bad > 7)
     for at, shard in enumerate(shards):
-        if shard in list(order)[:bad]:
+        if shard in list(order)[:bad] or full:
             assert told[at][-1] is Outcome.FAILED
         else:
             assert told[at] == [*COPIED_AND_STORED]
     assert being_written(engine)
-    assert Rig(engine).write(*map(Block, range(count)))  # gives back what failed
+    assert Rig(engine).write(Block(count)) == [COPIED_AND_STORED]  # gives back what failed
     assert not being_written(engine)
     assert not announced(engine)
+    engine.close()
+    let_go(engine)
+
+
+def of_shard(shard: int, first: int) -> list[Block]:
+    """As many blocks as are written at a time."""
+    blocks: list[Block] = []
+    for n in range(first, first + 100 * PART_BLOCKS):
+        if keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), SHARDS) == shard:
+            blocks.append(Block(n))
+        if len(blocks) == PART_BLOCKS:
+            break
+    return blocks
+
+
+def test_one_failure_does_not_slow_what_is_written_to_other_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_local(tmp_path / "store", 2 * PART_BLOCKS, shards=SHARDS)
+    rig, change = Rig(engine), engine._open.change
+    refused = [0, 0]
+
+    def refuse_to_publish(shard: int, timeout: float) -> AbstractContextManager[Any]:
+        if shard == 0 and being_written(engine) and refused[0] < refused[1]:
+            refused[0] += 1
+            raise LockTimeoutError("stopped", path=str(shard), timeout=timeout)
+        return change(shard, timeout)
+
+    monkeypatch.setattr(engine._open, "change", refuse_to_publish)
+    refused[1] = 2  # also when its slots are to be given back, right after
+    assert rig.write(*of_shard(0, 0)) == [(Outcome.COPIED, Outcome.FAILED)] * PART_BLOCKS
+    assert refused == [2, 2]
+    assert len(announced(engine)) == PART_BLOCKS
+    changes = count_changes(engine, monkeypatch)
+    assert rig.write(*of_shard(1, 10_000)) == [COPIED_AND_STORED] * PART_BLOCKS
+    assert changes == [0, 1, 1]
+    assert not announced(engine)
+    engine.close()
+    let_go(engine, rig)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_full_device_leaves_no_slot_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drops: bool
+) -> None:
+    """However many shards a copy fails in: nobody is in the way of giving their slots back."""
+    shards = 20
+    open_local(tmp_path / "store", 40, shards=shards).close()
+    policy = "drop" if drops else "keep"
+    engine = LocalStorageEngine(tmp_path / "store", kind="worker", page_cache=policy)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        patch.setattr(os, "pwrite", fail)
+        told = Rig(engine).write(*map(Block, range(20 * shards)))
+    assert all(outcomes[-1] is Outcome.FAILED for outcomes in told)
+    assert not being_written(engine)
+    assert not announced(engine)
+    assert Rig(engine).write(*map(Block, range(shards))) == [COPIED_AND_STORED] * shards
     engine.close()
     let_go(engine)

@@ -38,12 +38,12 @@ class Intents:
 
     def announce(self, shard: int, slots: list[int]) -> None:
         """Announce the slots of one shard that are being filled, and keep announcing those that a
-        failed lock left behind in others: they go back when their shard is written to again, when
-        we leave, or at our death."""
-        self._slots.pop(shard, None)
-        self._slots[shard] = slots  # last, and so never among those that do not fit
+        failed lock left behind in others: they go back when we next write, when we leave, or at our
+        death. All of them are MAX_INTENTS at most."""
+        self._slots[shard] = slots
         intents = [(s, slot) for s, left in self._slots.items() for slot in left]
-        self._owner.intend(intents[-MAX_INTENTS:])
+        assert len(intents) <= MAX_INTENTS, f"{len(intents)} slots to announce"
+        self._owner.intend(intents)
 
     def forget(self, shard: int, slots: list[int]) -> None:
         """These are published, or were given back."""

@@ -13,6 +13,7 @@ return without having published its last blocks; they follow when the next ones 
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 ROOM_SECONDS = 2.0
 _ROOM_PAUSE = 0.002
 _SHORT_SECONDS = 0.1  # longer than a living holder needs
+
+log = logging.getLogger("light_mem")
 
 
 class Writer:
@@ -73,10 +76,15 @@ class Writer:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
         call, or by `finish`."""
         job = WriteJob(batch, self._geometry, report, stop)
+        self._give_back_failed()
         before = self._last
         for shard, positions in job.by_shard.items():
             while positions:
                 most = self._most_at_a_time()
+                if not most:
+                    error = _no_intents(self._engine, self._intents.shards)
+                    self._fail(shard, positions, job, error)
+                    break
                 part, positions = positions[:most], positions[most:]
                 try:
                     self._write_shard(shard, part, job)
@@ -86,18 +94,40 @@ class Writer:
                     # be room for the intents of more than what failed and one part.
                     self.finish()
                     self._fail(shard, part, job, error)
+                    self._give_back_failed()
         if self._last is before:  # nothing was copied that it could have waited for
             self.finish()
+        self._give_back_failed()
 
     def _most_at_a_time(self) -> int:
         """How many blocks are written by two holds of the lock. They can be announced beside what
         failed, and so can as many more, which are copied while these are on their way to the device
-        or when these have failed as well."""
-        in_hand = 0 if self._last is None else len(self._last.taken)
-        failed = self._intents.count - in_hand
+        or when these have failed as well. 0: nothing can be announced any more."""
+        failed = self._failed
         if failed or self._engine.drops:
-            return max(1, (MAX_INTENTS - failed) // 2)
+            # The last one goes alone: whatever failed, no part is on its way beside another.
+            return (MAX_INTENTS - failed + 1) // 2
         return PART_BLOCKS
+
+    @property
+    def _failed(self) -> int:
+        """How many announced slots are of parts that failed."""
+        return self._intents.count - (0 if self._last is None else len(self._last.taken))
+
+    def _give_back_failed(self) -> None:
+        """Free what parts that failed were to fill, as far as that needs no waiting: while it is
+        announced there is room for fewer. Not while a part is being copied."""
+        if not self._failed:
+            return
+        last = self._last
+        for shard in self._intents.shards:
+            in_hand = last.slots if last is not None and last.shard == shard else []
+            try:
+                with self._engine.change(shard, timeout=0) as (index, file):
+                    self._intents.give_back(shard, index, file, in_hand)
+                    self._intents.announce(shard, in_hand)
+            except (LockTimeoutError, OSError, StoreFormatError) as error:
+                log.debug("shard %d keeps slots of failed writes: %s", shard, str(error))
 
     def finish(self) -> bool:
         """Publish what was copied and is not published yet; whether there was any."""
@@ -229,3 +259,11 @@ class Writer:
             file.land(file.cut())  # before the slots are given back
             raise
         return copied, file.cut()
+
+
+def _no_intents(engine: LocalStorageEngine, shards: list[int]) -> LockTimeoutError:
+    return LockTimeoutError(
+        f"{MAX_INTENTS} slots of failed writes wait for the locks of shards {shards}",
+        path=str(engine.directory),
+        timeout=0,
+    )
