@@ -19,9 +19,11 @@ from light_mem.engine.copy import (
     FileSink,
     MappedSink,
     Stopped,
+    is_one_piece,
+    is_put_straight,
     new_checksum,
 )
-from light_mem.engine.places import Rows
+from light_mem.engine.places import Place, Regions, Rows
 from light_mem.index.keys import key_bytes
 from tests.deaths import interleave
 
@@ -297,3 +299,125 @@ def test_memory_that_was_copied_from_is_let_go_of() -> None:
     assert gone() is not None
     copier.forget()
     assert gone() is None
+
+
+# --- regions ------------------------------------------------------------------------------------
+
+REGIONS = {
+    "one": [(3, 5000)],
+    "short": [(at * 4000 + 7, 3840) for at in np.random.default_rng(2).permutation(300).tolist()],
+    "short, each of another length": [(n * 2500, n * 7) for n in range(350, 1, -1)],
+    "a long one among short ones": [(10, 20), (1000, PIECE_BYTES + 5), (1, 9)] + [(0, 500)] * 40,
+    "long": [(n * 50_000, 40_000 + n) for n in range(30, 0, -1)],
+    "longer than a piece": [(900_000, 600 * 1024), (0, 2 * PIECE_BYTES)],
+    "empty ones": [(0, 0), (77, 100), (78, 0), (50, 4), (1 << 20, 0)],
+}
+
+
+def regions(kind: str) -> tuple[Regions, bytes]:
+    """Some regions, and the bytes there in order."""
+    memory = np.random.default_rng(1).integers(0, 256, 2 << 20, np.uint8)
+    place = Regions(memory, REGIONS[kind])
+    return place, b"".join(part.tobytes() for part in place.slices())
+
+
+@pytest.mark.parametrize("by_calls", [False, True])
+@pytest.mark.parametrize("kind", REGIONS)
+def test_regions_are_gathered_in_order(tmp_path: Path, kind: str, by_calls: bool) -> None:
+    place, wanted = regions(kind)
+    checksum = new_checksum(*KEY)
+    if by_calls:
+        descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        Copier().gather(place, FileSink(descriptor, 0), checksum, not_stopped)
+        os.close(descriptor)
+        found = (tmp_path / "file").read_bytes()
+    else:
+        slots = np.full(len(wanted) + 1, 0xEE, np.uint8)
+        Copier().gather(place, MappedSink(slots), checksum, not_stopped)
+        found = slots[:-1].tobytes()
+        assert slots[-1] == 0xEE
+    assert found == wanted
+    assert checksum.intdigest() == xxhash.xxh3_64_intdigest(key_bytes(*KEY) + wanted)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("kind", [kind for kind in REGIONS if kind[:7] != "a long "])  # overlaps
+def test_regions_are_scattered_in_order(kind: str, verify: bool) -> None:
+    place, wanted = regions(kind)
+    original = place.memory.copy()
+    place.memory[:] = ~original
+    checksum = new_checksum(*KEY)
+    source = np.frombuffer(wanted, np.uint8)
+    Copier().scatter(source, place, checksum if verify else None, not_stopped)
+    assert b"".join(part.tobytes() for part in place.slices()) == wanted
+    expected = ~original
+    for offset, length in place.regions:
+        expected[offset : offset + length] = original[offset : offset + length]
+    assert np.array_equal(place.memory, expected)
+    seen = wanted if verify else b""
+    assert checksum.intdigest() == xxhash.xxh3_64_intdigest(key_bytes(*KEY) + seen)
+
+
+class Puts(MappedSink):
+    """Keeps what it is handed."""
+
+    def __init__(self, nbytes: int, memory: np.ndarray) -> None:
+        super().__init__(np.zeros(nbytes, np.uint8))
+        self.memory = memory
+        self.straight: list[bool] = []
+
+    def put(self, at: int, piece: np.ndarray) -> None:
+        self.straight.append(bool(np.shares_memory(piece, self.memory)))
+        super().put(at, piece)
+
+    def put_rows(self, at: int, memory: np.ndarray, rows: np.ndarray) -> None:
+        self.straight.append(memory is self.memory)
+        super().put_rows(at, memory, rows)
+
+
+@pytest.mark.parametrize("kind", REGIONS)
+def test_short_regions_are_stored_by_one_call_a_piece(kind: str) -> None:
+    place, wanted = regions(kind)
+    sink = Puts(len(wanted), place.memory)
+    Copier().gather(place, sink, new_checksum(*KEY), not_stopped)
+    short = len(wanted) / len(place.regions) < SMALL_PAGE_BYTES
+    assert is_put_straight(place) == (not short)
+    assert sink.straight == [not short] * len(sink.straight)
+    if short:
+        assert len(sink.straight) == -(-len(wanted) // PIECE_BYTES)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 300])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("page_bytes", [100, 4096, 16384, SMALL_PAGE_BYTES, 61440, 600 * 1024])
+def test_who_is_handed_the_memory_itself_is_known_beforehand(
+    page_bytes: int, contiguous: bool, count: int
+) -> None:
+    rows = np.arange(count) if contiguous else np.arange(count)[::-1].copy()
+    memory = np.zeros((count, page_bytes), np.uint8)
+    place: Place = Rows(memory, rows)
+    sink = Puts(count * page_bytes, memory)
+    if is_one_piece(place):
+        Copier().gather_whole(*KEY, place, sink)
+    else:
+        Copier().gather(place, sink, new_checksum(*KEY), not_stopped)
+    assert sink.straight == [is_put_straight(place)] * len(sink.straight)
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "longer than a piece"])
+def test_regions_are_stopped_between_two_pieces(kind: str) -> None:
+    place, wanted = regions(kind)
+    looks = iter([False, True])
+    sink = Puts(len(wanted), place.memory)
+    with pytest.raises(Stopped):
+        Copier().gather(place, sink, new_checksum(*KEY), lambda: next(looks))
+    assert len(sink.straight) == 1
+    original = place.memory.copy()
+    place.memory[:] = ~original
+    looks = iter([False, True])
+    with pytest.raises(Stopped):
+        Copier().scatter(np.frombuffer(wanted, np.uint8), place, None, lambda: next(looks))
+    left = sum(
+        int((place.memory[o : o + n] != original[o : o + n]).any()) for o, n in place.regions
+    )
+    assert 0 < left < len(place.regions) or kind == "longer than a piece"

@@ -6,6 +6,7 @@ import mmap
 import os
 import resource
 import sys
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -138,3 +139,17 @@ def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(row_bytes: i
         touched = touch._memories[Rows]._touched
         # A row of up to 8 KiB may reach over an edge, a longer one is touched at both ends.
         assert touched[first // AROUND_BYTES : last // AROUND_BYTES + 1].all()
+
+
+def test_memory_of_a_block_alone_is_left_alone_and_none_is_kept() -> None:
+    touch = FirstTouch()
+    alone = [Regions(np.zeros(1 << 20, np.uint8), [(0, 1 << 20)]) for _ in range(2)]
+    touch.before_copies(alone)
+    assert not touch._memories
+    memory = np.zeros((16, 1 << 20), np.uint8)
+    touch.before_copies([*alone, Rows(memory, np.arange(3))])
+    assert list(touch._memories) == [Rows]
+    kept = weakref.ref(memory)
+    touch.forget()
+    del memory
+    assert kept() is None

@@ -18,12 +18,13 @@ from typing import Protocol, TypeGuard
 import numpy as np
 import xxhash
 
-from light_mem.engine.places import Bytes1D, Bytes2D, Place, RowNumbers, Rows
+from light_mem.engine.places import Bytes1D, Bytes2D, Place, Regions, RowNumbers, Rows
 from light_mem.index.keys import KEY_BYTES, key_bytes
 
 PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
-# Pages below this go to the slots by way of a scratch piece: together they are long enough for
-# copies around the cache (see `program.COPY_TUNABLES`), and one checksum call serves them all.
+# Pages below this, and regions of less in the mean, go to the slots by way of a scratch piece:
+# together they are long enough for copies around the cache (see `program.COPY_TUNABLES`),
+# and one call stores them all. Not those that follow each other.
 SMALL_PAGE_BYTES = 32 * 1024
 _LINE = 64  # bytes of a cache line
 
@@ -153,6 +154,9 @@ class Copier:
                 raise Stopped
             self._gather_rows(place.memory, place.numbers, sink, 0, checksum)
             return
+        if _has_short_regions(place):
+            self._gather_regions(place, sink, checksum, stopped)
+            return
         if not _is_scattered(place):
             for at, piece in _straight_pieces(place):
                 if stopped():
@@ -166,6 +170,36 @@ class Copier:
             if stopped():
                 raise Stopped
             self._gather_rows(memory, rows[a:b], sink, a * row_bytes, checksum)
+
+    def _gather_regions(
+        self,
+        place: Regions,
+        sink: Sink,
+        checksum: xxhash.xxh3_64,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Copy short regions, by way of the scratch piece as short rows."""
+        memory, scratch = place.memory.data, self._scratch.data
+        at = filled = 0
+        for offset, length in place.regions:
+            end = offset + length
+            while offset < end:
+                count = min(end - offset, PIECE_BYTES - filled)
+                scratch[filled : filled + count] = memory[offset : offset + count]
+                offset += count
+                filled += count
+                if filled == PIECE_BYTES:
+                    if stopped():
+                        raise Stopped
+                    sink.put(at, self._scratch)
+                    checksum.update(scratch)
+                    at += filled
+                    filled = 0
+        if filled:
+            if stopped():
+                raise Stopped
+            sink.put(at, self._scratch[:filled])
+            checksum.update(scratch[:filled])
 
     def _gather_rows(
         self, memory: Bytes2D, rows: RowNumbers, sink: Sink, at: int, checksum: xxhash.xxh3_64
@@ -209,13 +243,7 @@ class Copier:
                 checksum.update(source.data)
             return
         if not _is_scattered(place):
-            for at, target in _straight_pieces(place):
-                if stopped():
-                    raise Stopped
-                piece = source[at : at + len(target)]
-                target[:] = piece
-                if checksum is not None:
-                    checksum.update(piece.data)
+            self._scatter_straight(source, place, checksum, stopped)
             return
         memory, rows = place
         row_bytes = memory.shape[1]
@@ -226,6 +254,27 @@ class Copier:
             self._put(memory, rows[a:b], piece)
             if checksum is not None:
                 checksum.update(piece.data)
+
+    def _scatter_straight(
+        self,
+        source: Bytes1D,
+        place: Place,
+        checksum: xxhash.xxh3_64 | None,
+        stopped: Callable[[], bool],
+    ) -> None:
+        summed = copied = 0
+        for at, target in _straight_pieces(place):
+            if copied == summed and stopped():
+                raise Stopped
+            copied = at + len(target)
+            target[:] = source[at:copied]
+            # Short ones together: a call for each costs more than its bytes.
+            if copied - summed >= PIECE_BYTES // 2:
+                if checksum is not None:
+                    checksum.update(source[summed:copied].data)
+                summed = copied
+        if checksum is not None:
+            checksum.update(source[summed:copied].data)
 
     def _put(self, memory: Bytes2D, rows: RowNumbers, source: Bytes1D) -> None:
         """Copy `source` to rows of the memory."""
@@ -272,7 +321,15 @@ def is_one_piece(place: Place) -> TypeGuard[Rows]:
 
 def is_put_straight(place: Place) -> bool:
     """Whether a sink is handed the memory itself rather than a gathered piece."""
-    return not isinstance(place, Rows) or place.memory.shape[1] >= SMALL_PAGE_BYTES
+    if isinstance(place, Regions):
+        return not _has_short_regions(place)
+    if place.memory.shape[1] >= SMALL_PAGE_BYTES:
+        return True
+    return not is_one_piece(place) and not _is_scattered(place)
+
+
+def _has_short_regions(place: Place) -> TypeGuard[Regions]:
+    return isinstance(place, Regions) and place.nbytes < SMALL_PAGE_BYTES * len(place.regions)
 
 
 def _is_scattered(place: Place) -> TypeGuard[Rows]:

@@ -13,6 +13,7 @@ process has no more mapped than what lies around rows that it used.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +32,23 @@ class FirstTouch:
         self._memories: dict[type, _Memory] = {}  # of rows, and of regions
 
     def before_copies(self, places: Sequence[Place]) -> None:
-        """Touch what lies at these places, unless that was done before."""
-        by_memory: dict[int, list[Place]] = {}
-        for place in places:
-            by_memory.setdefault(id(place.memory), []).append(place)
-        for alike in by_memory.values():
-            array, kind = alike[0].memory, type(alike[0])
+        """Touch what lies at these places, unless that was done before. Blocks that each have a
+        memory of their own are none of a KV memory: whoever made them has touched them."""
+        for kind in (Rows, Regions):
+            alike = [place for place in places if type(place) is kind]
+            memories = {id(place.memory) for place in alike}
+            if len(memories) != 1:
+                continue
+            array = alike[0].memory
             memory = self._memories.get(kind)
             if memory is None or memory.array is not array:
                 memory = self._memories[kind] = _Memory(array)
             if memory.left:
                 memory.touch(alike)
+
+    def forget(self) -> None:
+        """Let go of the memories."""
+        self._memories.clear()
 
 
 class _Memory:
@@ -63,10 +70,8 @@ class _Memory:
             if numbers.size:
                 self._touch(_positions_of_rows(numbers, row_bytes))
         else:
-            pairs = [
-                pair for place in places if isinstance(place, Regions) for pair in place.regions
-            ]
-            self._touch(_positions_of_regions(pairs))
+            lists = [place.regions for place in places if isinstance(place, Regions)]
+            self._touch(_positions_of_regions(lists))
 
     def _touch(self, at: Positions) -> None:
         around = (at + self._before) // AROUND_BYTES
@@ -89,8 +94,9 @@ def _positions_of_rows(numbers: RowNumbers, row_bytes: int) -> Positions:
     return _stretches(at, np.full(len(at), row_bytes))
 
 
-def _positions_of_regions(pairs: list[tuple[int, int]]) -> Positions:
-    table = np.array(pairs, np.intp).reshape(-1, 2)
+def _positions_of_regions(lists: list[list[tuple[int, int]]]) -> Positions:
+    flat = chain.from_iterable(chain.from_iterable(lists))
+    table = np.fromiter(flat, np.intp).reshape(-1, 2)
     table = table[table[:, 1] > 0]  # an empty one may lie at the very end
     return _stretches(table[:, 0], table[:, 1])
 

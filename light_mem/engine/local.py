@@ -73,7 +73,7 @@ class LocalStorageEngine(OpenStore, StorageEngine):
             lambda shard: int(inserts[shard]),
             drops=self.drops,
         )
-        touch = FirstTouch()
+        self._touch = touch = FirstTouch()
         self._reader = Reader(self, self._open.files, self._copier, verify, self._device, touch)
         intents = Intents(self._owner)
         publisher = Publisher(self, self._owner, intents, flush=durability == "flush")
@@ -235,5 +235,6 @@ class LocalStorageEngine(OpenStore, StorageEngine):
     def _let_go(self) -> None:
         self._device.close()
         self._copier.forget()
+        self._touch.forget()
         if self._dropper is not None:
             self._drop(self._dropper.finish)
