@@ -172,15 +172,16 @@ def test_a_block_stopped_while_it_waits_does_not_spoil_the_others(rig: Rig) -> N
 
 
 @contextmanager
-def publishing_fails(engine: LocalStorageEngine) -> Iterator[None]:
-    """The shard's lock is free for the allocation and not for the publication."""
+def publishing_fails(engine: LocalStorageEngine, holds: int) -> Iterator[None]:
+    """The shard's lock is free for the allocation and not for so many holds from then on: the
+    publication, and giving the slots back."""
     real = engine.change
     calls = 0
 
     def change(shard: int, timeout: float = 10) -> object:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if 2 <= calls < 2 + holds:
             raise LockTimeoutError("not free", path="x", timeout=0.0)
         return real(shard, timeout)
 
@@ -189,13 +190,14 @@ def publishing_fails(engine: LocalStorageEngine) -> Iterator[None]:
     del engine.change  # type: ignore[method-assign]
 
 
-def test_slots_of_a_batch_whose_lock_failed_are_given_back(rig: Rig) -> None:
+@pytest.mark.parametrize("holds", [1, 2])
+def test_slots_of_a_batch_whose_lock_failed_are_given_back(rig: Rig, holds: int) -> None:
     rig.write(Block(9))
-    with publishing_fails(local_of(rig)):
+    with publishing_fails(local_of(rig), holds):
         outcomes = rig.write(Block(1, 2), Block(9), Block(2, 2))
     failed = (Outcome.COPIED, Outcome.FAILED)
     assert outcomes == [failed, (Outcome.PRESENT,), failed]
-    assert states(rig).count(fmt.WRITING) == 2
+    assert states(rig).count(fmt.WRITING) == (0 if holds == 1 else 2)
     assert rig.find(Block(1), Block(2)) == [False, False]
     assert rig.write(Block(3)) == [COPIED_AND_STORED]  # gives them back first
     assert states(rig).count(fmt.WRITING) == 0
@@ -209,7 +211,7 @@ def test_an_engine_that_closes_after_a_failure_leaves_no_slots_behind(
     tmp_path: Path, stopped: bool
 ) -> None:
     engine = open_local(tmp_path / "store", PAGES)
-    with publishing_fails(engine):
+    with publishing_fails(engine, 2):
         assert Rig(engine).write(Block(1, 2))[0][-1] is Outcome.FAILED
     if stopped:  # not even closing gets the lock: its record stays for the next to reclaim
         with PathLock(lock_path(tmp_path / "store", "shard-000")).hold():
