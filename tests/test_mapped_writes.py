@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import resource
@@ -144,6 +145,16 @@ def test_what_others_stored_beside_it_stays(file: File) -> None:
         file.write(at, nbytes, byte)
         expected[at : at + nbytes] = bytes([byte]) * nbytes
         assert os.pread(file.descriptor, NBYTES, 0) == file.mapping[:] == expected
+
+
+@linux
+def test_locked_memory_stays_in_the_page_table(file: File) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(file.mapping))
+    if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(NBYTES)) != 0:
+        pytest.skip(f"no memory may be locked: {os.strerror(ctypes.get_errno())}")
+    assert file.calls_before_the_mapping() == CALLS_BEFORE
+    assert file.calls_before_the_mapping(at=BLOCK) == CALLS_BEFORE_FAULTS
 
 
 def test_elsewhere_nothing_is_taken_out(file: File, monkeypatch: pytest.MonkeyPatch) -> None:

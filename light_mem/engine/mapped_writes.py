@@ -82,7 +82,11 @@ class MappedWrites:
         """Take what will be stored to out of the page table."""
         if sys.platform == "linux":  # where it is sure to leave the bytes alone (madvise(2))
             first, end = at // _PAGE * _PAGE, -(-(at + nbytes) // _PAGE) * _PAGE
-            self._mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+            try:
+                self._mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+            except OSError:  # the server has its memory locked, mlockall(2): each page faults
+                self.calls_before = CALLS_BEFORE_FAULTS
+                return
             self._taken_out = nbytes
             self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
