@@ -218,7 +218,7 @@ def test_blocks_that_are_there_already_keep_nothing_waiting(dropping: Rig) -> No
 def test_where_a_batch_has_failed_the_next_ones_are_not_left_for_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its slots are announced until its shard is written to again: there is room for one more."""
+    """Its slots are announced until its shard's lock is free: there is room for one more."""
     LocalStorageEngine.open_store(
         tmp_path / "s", page_bytes=PAGE, num_of_shard=2, storage_size=32 * PAGE, block_pages=1
     ).close()
@@ -226,10 +226,21 @@ def test_where_a_batch_has_failed_the_next_ones_are_not_left_for_later(
     keys = np.arange(64, dtype=np.uint64)
     shards = keymath.shards_of(keymath.mix(keymath.as_keys(keys.tolist())), 2)
     of_0, of_1 = ([Block(int(key), 2) for key in keys[shards == n]] for n in (0, 1))
+    opened = rig.engine._open  # type: ignore[attr-defined]
+    change = opened.change
+
+    def unless_free(shard: int, timeout: float) -> Any:
+        if not timeout:
+            raise LockTimeoutError("not free", path=str(shard), timeout=timeout)
+        return change(shard, timeout)
+
     with monkeypatch.context() as patch:
-        patch.setattr(direct_writes.DirectWrites, "sink", _raise(OSError(errno.EIO, "no disk")))
-        assert begin_write(rig, of_1[0]).told == [[Outcome.FAILED]]
-    assert begin_write(rig, of_0[0]).told == [[*COPIED_AND_STORED]]
+        patch.setattr(opened, "change", unless_free)
+        with monkeypatch.context() as broken:
+            no_disk = _raise(OSError(errno.EIO, "no disk"))
+            broken.setattr(direct_writes.DirectWrites, "sink", no_disk)
+            assert begin_write(rig, of_1[0]).told == [[Outcome.FAILED]]
+        assert begin_write(rig, of_0[0]).told == [[*COPIED_AND_STORED]]
     assert begin_write(rig, of_1[1]).told == [[Outcome.COPIED]]  # and what failed went back
     rig.engine.close()
     assert rig.engine.stats()["used_slots"] == 4

@@ -35,26 +35,29 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="nothing is taken out
 
 
 class File:
-    """A mapped file, written block by block as its users do: `write` says whether by calls."""
+    """A mapped file of slots, written run by run: `write` says whether by calls."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, base: int = 0, slot_bytes: int = BLOCK) -> None:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
         os.pwrite(self.descriptor, bytes(NBYTES), 0)
         self.mapping = mmap.mmap(self.descriptor, NBYTES)
-        self.writes = MappedWrites(self.mapping, self.descriptor)
-        self.known: dict[int, tuple[float, int]] = {}
+        self.slot_bytes = slot_bytes
+        slots = (NBYTES - base) // slot_bytes
+        self.writes = MappedWrites(self.mapping, self.descriptor, base, slots, slot_bytes)
         self.now = 1.0
 
-    def write(self, at: int = 0, nbytes: int = BLOCK, byte: int = 1) -> bool:
-        written, calls = self.known.get(at, (0.0, 0))
-        sink = self.writes.sink(at, nbytes, written, calls, self.now)
-        sink.put(0, np.full(nbytes, byte, np.uint8))
-        calls = self.writes.calls_after(sink, written, calls, self.now)
-        self.known[at] = -self.now if sink.by_calls else self.now, calls
+    def write(self, start: int = 0, length: int = 1, byte: int = 1) -> bool:
+        sink = self.writes.sink(start, length, self.now)
+        sink.put(0, np.full(length * self.slot_bytes, byte, np.uint8))
+        self.writes.was_put(start, length, self.now, sink)
         return sink.by_calls
 
-    def calls_before_the_mapping(self, **block: int) -> int:
-        return next(n for n in range(20) if not self.write(**block))
+    def calls_before_the_mapping(self, **run: int) -> int:
+        return next(n for n in range(20) if not self.write(**run))
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        del self.writes, self.mapping  # which has a descriptor of its own
 
 
 @pytest.fixture
@@ -63,8 +66,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[File]:
     monkeypatch.setattr(DirtyPages, "_are_dirty", lambda *_: True)
     made = File(tmp_path / "file")
     yield made
-    os.close(made.descriptor)
-    del made.writes, made.mapping  # which has a descriptor of its own
+    made.close()
 
 
 def rusage(monkeypatch: pytest.MonkeyPatch, faults: int) -> None:
@@ -96,26 +98,41 @@ def test_what_is_written_again_late_goes_by_calls(file: File) -> None:
 
 
 @linux
-@pytest.mark.parametrize("at", [0, PAGE - 100])
 def test_where_each_page_faults_more_calls_come_first(
-    file: File, monkeypatch: pytest.MonkeyPatch, at: int
+    file: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rusage(monkeypatch, BLOCK // PAGE // 2 + 1)
-    assert file.calls_before_the_mapping(at=at) == CALLS_BEFORE  # not known yet
+    assert file.calls_before_the_mapping() == CALLS_BEFORE  # not known yet
     file.now += 31
-    assert file.calls_before_the_mapping(at=at) == CALLS_BEFORE_FAULTS
-    assert file.calls_before_the_mapping(at=at + BLOCK) == CALLS_BEFORE_FAULTS
+    assert file.calls_before_the_mapping() == CALLS_BEFORE_FAULTS
+    assert file.calls_before_the_mapping(start=1) == CALLS_BEFORE_FAULTS
     rusage(monkeypatch, BLOCK // PAGE // 2)
-    assert file.calls_before_the_mapping(at=at + 2 * BLOCK) == CALLS_BEFORE_FAULTS
-    assert file.calls_before_the_mapping(at=at + 3 * BLOCK) == CALLS_BEFORE
+    assert file.calls_before_the_mapping(start=2) == CALLS_BEFORE_FAULTS
+    assert file.calls_before_the_mapping(start=3) == CALLS_BEFORE
 
 
 def test_short_slots_are_left_in_the_page_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DirtyPages, "_are_dirty", lambda *_: True)
+    monkeypatch.setattr(MappedWrites, "_take_out", None)
+    file = File(tmp_path / "file", slot_bytes=LEAST_BYTES - 1)
+    assert file.calls_before_the_mapping() == CALLS_BEFORE_FAULTS
+    assert not file.write()
+    file.close()
+
+
+def test_a_run_is_as_old_as_the_older_of_its_ends(
     file: File, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MappedWrites, "_take_out", None)
-    assert file.calls_before_the_mapping(nbytes=BLOCK - 1) == CALLS_BEFORE_FAULTS
-    assert not file.write(nbytes=BLOCK - 1)
+    monkeypatch.setattr(MappedWrites, "_take_out", lambda *_: None)
+    assert file.calls_before_the_mapping(start=0) == CALLS_BEFORE
+    assert file.write(start=0, length=3)  # the last one was never written
+    assert not file.write(start=0, length=3)
+    file.now += 29
+    assert not file.write(start=2)
+    file.now += 2
+    assert file.write(start=0, length=3)  # the first one is 31 s old
 
 
 @linux
@@ -129,22 +146,30 @@ def test_slots_are_taken_out_of_the_page_table_before_their_first_stores(file: F
 
     faults()
     assert not faults()  # all of it is mapped
-    assert file.write(at=BLOCK)
-    sink = file.writes.sink(BLOCK, BLOCK, *file.known[BLOCK], file.now)
-    assert not sink.by_calls
+    assert file.write(start=1)
+    assert not file.writes.sink(1, 1, file.now).by_calls
     assert faults()
 
 
 @linux
-def test_what_others_stored_beside_it_stays(file: File) -> None:
+@pytest.mark.parametrize("base", [PAGE, 100])
+def test_what_others_stored_beside_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: int
+) -> None:
     """Slots need not begin at a page: what lies in the same page was only stored to the mapping."""
-    at, nbytes = BLOCK + 100, 2 * BLOCK
+    monkeypatch.setattr(DirtyPages, "_are_dirty", lambda *_: True)
+    slot_bytes = BLOCK - 4
+    file = File(tmp_path / "file", base, slot_bytes)
     file.mapping[:] = bytes(range(256)) * (NBYTES // 256)
     expected = bytearray(file.mapping[:])
+    at, nbytes = base + 2 * slot_bytes, 3 * slot_bytes
+    ways = []
     for byte in range(1, 5):
-        file.write(at, nbytes, byte)
+        ways.append(file.write(2, 3, byte))
         expected[at : at + nbytes] = bytes([byte]) * nbytes
         assert os.pread(file.descriptor, NBYTES, 0) == file.mapping[:] == expected
+    assert set(ways) == {True, False}
+    file.close()
 
 
 @linux
@@ -154,7 +179,7 @@ def test_locked_memory_stays_in_the_page_table(file: File) -> None:
     if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(NBYTES)) != 0:
         pytest.skip(f"no memory may be locked: {os.strerror(ctypes.get_errno())}")
     assert file.calls_before_the_mapping() == CALLS_BEFORE
-    assert file.calls_before_the_mapping(at=BLOCK) == CALLS_BEFORE_FAULTS
+    assert file.calls_before_the_mapping(start=1) == CALLS_BEFORE_FAULTS
 
 
 def test_elsewhere_nothing_is_taken_out(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,16 +220,17 @@ def test_a_block_goes_to_dirty_slots_by_the_mapping_and_to_clean_ones_by_calls(
         return next(n for n in range(20) if not write(next(keys)))
 
     assert calls_before_the_mapping() == least  # never touched
-    least = max(least, file._writes.calls_before)  # as the file system has it
-    file._written_at -= 6.0
+    writes = file._writes
+    least = max(least, writes.calls_before)  # as the file system has it
+    writes._written_at -= 6.0
     assert not write(next(keys))  # still dirty
-    file._written_at -= 6.0
+    writes._written_at -= 6.0
     clean[0] = True
     assert write(next(keys))
     clean[0] = False
     assert calls_before_the_mapping() == least - 1
-    file._written_at -= 31.0
+    writes._written_at -= 31.0
     assert write(next(keys))
-    file._written_at += 6.0  # by a call, some seconds ago: counted anew
+    writes._written_at += 6.0  # by a call, some seconds ago: counted anew
     assert calls_before_the_mapping() == least
     engine.close()

@@ -325,7 +325,7 @@ def is_put_straight(place: Place) -> bool:
         return not _has_short_regions(place)
     if place.memory.shape[1] >= SMALL_PAGE_BYTES:
         return True
-    return not is_one_piece(place) and not _is_scattered(place)
+    return not (is_one_piece(place) or _is_scattered(place))
 
 
 def _has_short_regions(place: Place) -> TypeGuard[Regions]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from typing import cast
 
 import numpy as np
 
@@ -37,41 +38,57 @@ LEAST_BYTES = 64 * 1024
 
 
 class MappedWrites:
-    """Of one file, as one process maps it. Not thread-safe.
+    """Of one file, as one process maps it. Not thread-safe."""
 
-    The caller keeps of each block of slots when this process last wrote it, s (monotonic): through
-    the mapping, or, negative, by a call; 0: never. And of its calls in a row.
-    """
-
-    def __init__(self, mapping: mmap.mmap, descriptor: int) -> None:
+    def __init__(
+        self, mapping: mmap.mmap, descriptor: int, base: int, slots: int, slot_bytes: int
+    ) -> None:
+        """The slots lie one after the other, from byte `base` of the file on."""
         self._mapping, self._descriptor = mapping, descriptor
+        self._base, self._slot_bytes = base, slot_bytes
         self._bytes = np.frombuffer(mapping, np.uint8)
         self._dirty = DirtyPages()
+        # When this process last wrote a slot that was an end of a run, s (monotonic), negative
+        # where it was by a call; 0: never. And how many calls there were in a row, each soon after
+        # the other, where a run begins. Zeros take no memory until they are written over: who only
+        # reads does not pay 9 bytes a slot.
+        self._written_at = np.zeros(slots)
+        self._written = cast("memoryview[float]", self._written_at.data)
+        self._calls = np.zeros(slots, np.uint8).data
         self.calls_before = CALLS_BEFORE
         self._taken_out = 0  # bytes, of the slots that are stored to next
         self._faults = 0
 
-    def sink(self, at: int, nbytes: int, written: float, calls: int, now: float) -> Sink:
-        """Where to put what lies from byte `at` of the file on."""
-        first_stores = written <= 0
-        if (first_stores and not self._may_pay(nbytes, written, calls, now)) or (
-            not self._dirty.need_no_fault(self._descriptor, at, nbytes, written, now)
+    def sink(self, start: int, length: int, now: float) -> Sink:
+        """How a run of slots is written now; `was_put` follows."""
+        # The ends stand for the run: where slots between them are older, some faults are all.
+        last, other = self._written[start], self._written[start + length - 1]
+        if other != last:
+            last = min(last, other, key=abs)
+        at, nbytes = self._base + start * self._slot_bytes, length * self._slot_bytes
+        first_stores = last <= 0
+        if (first_stores and not self._may_pay(nbytes, last, self._calls[start], now)) or (
+            not self._dirty.need_no_fault(self._descriptor, at, nbytes, last, now)
         ):
             return FileSink(self._descriptor, at)
         if first_stores and nbytes >= LEAST_BYTES:
             self._take_out(at, nbytes)
         return MappedSink(self._bytes[at : at + nbytes])
 
-    def calls_after(self, sink: Sink, written: float, calls: int, now: float) -> int:
-        """The calls in a row after what was put into a `sink`: each soon after the other and
-        without a store to the mapping since. `written` and `calls`: as they were before it."""
-        if not sink.by_calls:
-            if self._taken_out:
-                self._learn()
-            return 0
-        if _is_soon(written, now):
-            return min(calls + 1, CALLS_BEFORE_FAULTS)
-        return 1
+    def by_calls(self, start: int) -> Sink:
+        """Slots from `start` on are written, and not through the mapping; `was_put` follows."""
+        return FileSink(self._descriptor, self._base + start * self._slot_bytes)
+
+    def was_put(self, start: int, length: int, now: float, sink: Sink) -> None:
+        """A run of slots was written."""
+        written = self._written
+        if sink.by_calls:
+            in_a_row = self._calls[start] + 1 if _is_soon(written[start], now) else 1
+            self._calls[start] = min(in_a_row, CALLS_BEFORE_FAULTS)
+            now = -now
+        elif self._taken_out:
+            self._learn()
+        written[start] = written[start + length - 1] = now
 
     def _may_pay(self, nbytes: int, written: float, calls: int, now: float) -> bool:
         """Whether first stores may pay in later ones."""

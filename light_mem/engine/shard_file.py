@@ -23,8 +23,6 @@ from light_mem.engine import page_cache
 from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import (
     Copier,
-    FileSink,
-    Sink,
     Stopped,
     is_one_piece,
     new_checksum,
@@ -92,13 +90,9 @@ class ShardFile:
             self._data, np.uint8, geometry.slots * geometry.page_bytes, fmt.SHARD_HEADER_BYTES
         )
         self._address = self._bytes.ctypes.data
-        # When this process last wrote a slot, as `MappedWrites` wants it; 0: never. Zeros take no
-        # memory until they are written over: who only reads does not pay 8 bytes a slot.
-        self._written_at = np.zeros(geometry.slots)
-        self._written = self._written_at.data
-        # How often in a row the block that begins there was written by calls.
-        self._calls = np.zeros(geometry.slots, np.uint8).data
-        self._writes = MappedWrites(self._data, self._data_fd)
+        self._writes = MappedWrites(
+            self._data, self._data_fd, fmt.SHARD_HEADER_BYTES, geometry.slots, self.page_bytes
+        )
         self.records: npt.NDArray[np.void] = np.frombuffer(
             self._slots, fmt.RECORD, geometry.slots, fmt.SHARD_HEADER_BYTES
         )
@@ -126,9 +120,10 @@ class ShardFile:
                 raise Stopped
             start, length = runs[0]
             now = time.monotonic()
-            sink = self._sink(start, length, now, by_calls)
+            writes = self._writes
+            sink = writes.by_calls(start) if by_calls else writes.sink(start, length, now)
             digest = copier.gather_whole(low, high, place, sink)
-            self._was_written(start, length, now, sink)
+            writes.was_put(start, length, now, sink)
             return digest
         checksum = new_checksum(low, high)
         done = 0
@@ -155,9 +150,10 @@ class ShardFile:
             return
         start, length = run
         now = time.monotonic()
-        sink = self._sink(start, length, now, by_calls)
+        writes = self._writes
+        sink = writes.by_calls(start) if by_calls else writes.sink(start, length, now)
         copier.gather(place, sink, checksum, stopped)
-        self._was_written(start, length, now, sink)
+        writes.was_put(start, length, now, sink)
 
     def cut(self) -> Group | None:
         """What `gather` has copied since the last cut and does not lie in its slots yet."""
@@ -168,23 +164,6 @@ class ShardFile:
         Whatever comes, none of it is under way then."""
         if self._dropper is not None and group is not None:
             self._dropper.land(group)
-
-    def _sink(self, start: int, length: int, now: float, by_calls: bool) -> Sink:
-        """How a run of slots is written."""
-        at = fmt.SHARD_HEADER_BYTES + start * self.page_bytes
-        if by_calls:
-            return FileSink(self._data_fd, at)
-        nbytes, calls = length * self.page_bytes, self._calls[start]
-        return self._writes.sink(at, nbytes, self._written_last(start, length), calls, now)
-
-    def _written_last(self, start: int, length: int) -> float:
-        # The ends stand for the run: where slots between them are older, some faults are all.
-        return min(self._written[start], self._written[start + length - 1], key=abs)
-
-    def _was_written(self, start: int, length: int, now: float, sink: Sink) -> None:
-        last = self._written_last(start, length)
-        self._calls[start] = self._writes.calls_after(sink, last, self._calls[start], now)
-        self._written_at[start : start + length] = -now if sink.by_calls else now
 
     def expect(self, runs: Sequence[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

@@ -58,8 +58,8 @@ class Bare(Rival):
         self._direct = open_direct(self.directory / "file", self._file)
         self._copier, self._touch = Copier(), FirstTouch()
         self._past = DirectReads(plan.shape.page_bytes)
-        self._writes = MappedWrites(mapping, self._file)
-        self._written: dict[int, tuple[float, int]] = {}  # when, and calls: see MappedWrites
+        blocks = plan.nbytes // self._block
+        self._writes = MappedWrites(mapping, self._file, 0, blocks, self._block)
         self._was_read = False
         self._sums: dict[str, int] = {}
 
@@ -67,8 +67,7 @@ class Bare(Rival):
         for name, rows in zip(hashes, pages, strict=True):
             at = self._start_of(name)
             place, now = Rows(self.memory, rows), time.monotonic()
-            written, calls = self._written.get(at, (0.0, 0))
-            sink = self._writes.sink(at, self._block, written, calls, now)
+            sink = self._writes.sink(at // self._block, 1, now)
             if is_put_straight(place):
                 self._touch.before_copies([place])
             if is_one_piece(place):
@@ -77,8 +76,7 @@ class Bare(Rival):
                 checksum = new_checksum(at, 0)
                 self._copier.gather(place, sink, checksum, _never)
                 self._sums[name] = checksum.intdigest()
-            calls = self._writes.calls_after(sink, written, calls, now)
-            self._written[at] = -now if sink.by_calls else now, calls
+            self._writes.was_put(at // self._block, 1, now, sink)
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
         cold = self._cold(hashes)
