@@ -4,8 +4,8 @@
     service.run()
     task = service.create("write", ["hash1", "hash2"], [0, 1])
 
-service.py   CacheService: look up, create, abort, delete; local_service.py and client.py: in the
-             server's process, and in its other processes
+service.py   CacheService: tasks; stored_blocks.py: all that moves no bytes, look-ups, keeping,
+             deleting; local_service.py and client.py: in the server's process, and in its others
 session.py   one process's tasks in the shared task table
 task.py      CacheTask: states, waiting; views.py: BlockView, a block looked at in place
 blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor

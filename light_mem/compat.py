@@ -32,7 +32,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -43,6 +43,15 @@ import xxhash
 from light_mem import blocks
 from light_mem.blocks import lengths
 from light_mem.closing import Closing
+from light_mem.compat_arguments import (
+    HASH_128S,
+    LIMITS,
+    TOKENS,
+    argument,
+    integers,
+    page_row,
+    reading_of,
+)
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import description
 from light_mem.local_service import LocalCacheService
@@ -58,8 +67,6 @@ log = logging.getLogger("light_mem")
 # The same class, not a copy: states of both interfaces compare. Values 0 to 3 as in the original.
 PyState = State
 
-TOKENS, HASH_128S = "tokens", "hash_128s"
-_LIMITS = {TOKENS: 1 << 64, HASH_128S: 1 << 128}
 # Where the number of shards is ours to choose. Keys fill shards unevenly: with one block a shard a
 # third of the room would stay empty while blocks are evicted.
 BLOCKS_A_SHARD = 8
@@ -163,11 +170,11 @@ class PyLocalCacheService(Closing):
         The last chunk may be shorter. Raises InvalidArgumentError for what is no unsigned 64-bit
         number.
         """
-        return self._keys(TOKENS, _integers(TOKENS, tokens, _LIMITS[TOKENS]))
+        return self._keys(TOKENS, integers(TOKENS, tokens, LIMITS[TOKENS]))
 
     def _hash(self, hash_128s: Integers) -> list[str]:
         # The newer generation's name; its callers count blocks with it.
-        return self._keys(HASH_128S, _integers(HASH_128S, hash_128s, _LIMITS[HASH_128S]))
+        return self._keys(HASH_128S, integers(HASH_128S, hash_128s, LIMITS[HASH_128S]))
 
     def _keys(self, name: str, values: list[int]) -> list[str]:
         n = self._n
@@ -197,11 +204,11 @@ class PyLocalCacheService(Closing):
         Give tokens or hash_128s, by name or as the first argument; see the module for what an
         unnamed list is. Raises InvalidArgumentError for values that neither can have.
         """
-        name, row = _argument("query", values, tokens, hash_128s)
+        name, row = argument("query", values, tokens, hash_128s)
         runs = -(-len(row) // self._n)
         pages = lengths(runs, len(row), self._n)
-        found: list[bool] = self._service.query(self._keys(name or _reading(row), row), pages)
-        if name or all(found) or _reading(row) == HASH_128S:
+        found: list[bool] = self._service.query(self._keys(name or reading_of(row), row), pages)
+        if name or all(found) or reading_of(row) == HASH_128S:
             return found
         other: list[bool] = self._service.query(self._keys(HASH_128S, row), pages)
         return [a or b for a, b in zip(found, other, strict=True)]
@@ -230,17 +237,17 @@ class PyLocalCacheService(Closing):
         empty list gives a task that is ready. Raises InvalidArgumentError or PageIndexError (both
         ValueErrors) before anything is queued, TaskTableFullError when the table stays full.
         """
-        name, row = _argument("create", values, tokens, hash_128s)
+        name, row = argument("create", values, tokens, hash_128s)
         if kv_page_indexer is None or mode is None:
             raise TypeError("create() needs kv_page_indexer and mode")
         if not name:
-            name = _reading(row)
-            if name == HASH_128S and min(row) < _LIMITS[TOKENS]:
+            name = reading_of(row)
+            if name == HASH_128S and min(row) < LIMITS[TOKENS]:
                 raise InvalidArgumentError(
                     "an unnamed list with values on both sides of 2**64 is neither tokens nor "
                     "hash_128s for sure: name it, tokens=... or hash_128s=..."
                 )
-        pages = _page_row(kv_page_indexer)
+        pages = page_row(kv_page_indexer)
         if len(pages) != len(row):
             raise InvalidArgumentError(
                 f"kv_page_indexer has {len(pages)} pages for {len(row)} {name}: give one page each",
@@ -276,57 +283,6 @@ class PyLocalCacheService(Closing):
     def close(self) -> None:
         """Stop the workers, abort what waits, leave the store. Calling it again does nothing."""
         self._service.close()
-
-
-def _argument(
-    method: str, values: Integers | None, tokens: Integers | None, hash_128s: Integers | None
-) -> tuple[str, list[int]]:
-    """The one of three that was given, checked; its name is "" for the unnamed one."""
-    given = [
-        (name, value)
-        for name, value in (("", values), (TOKENS, tokens), (HASH_128S, hash_128s))
-        if value is not None
-    ]
-    if len(given) != 1:
-        raise TypeError(f"{method}() takes tokens or hash_128s, one of them; got {len(given)}")
-    name, value = given[0]
-    return name, _integers(name or "tokens or hash_128s", value, _LIMITS[name or HASH_128S])
-
-
-def _reading(row: list[int]) -> str:
-    return HASH_128S if row and max(row) >= _LIMITS[TOKENS] else TOKENS
-
-
-def _integers(name: str, values: Any, limit: int) -> list[int]:
-    if hasattr(values, "tolist"):
-        values = values.tolist()  # numpy, torch
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise InvalidArgumentError(f"{name}: a list of ints, not {type(values).__name__}")
-    try:
-        row = list(map(operator.index, values))  # no float: 1.2 and 1.7 would be one token
-    except TypeError as error:
-        raise InvalidArgumentError(f"{name}: a list of ints, but {error}") from None
-    if row and (min(row) < 0 or max(row) >= limit):
-        at = next(at for at, value in enumerate(row) if not 0 <= value < limit)
-        raise InvalidArgumentError(
-            f"{name}: value {row[at]} at {at} is outside 0 <= value < 2**{limit.bit_length() - 1}",
-            value=row[at],
-            position=at,
-        )
-    return row
-
-
-def _page_row(pages: Any) -> npt.NDArray[Any]:
-    """One-dimensional, to be cut at blocks; `create` of the service checks what is in it."""
-    try:
-        row = np.asarray(pages.detach().cpu().numpy() if hasattr(pages, "detach") else pages)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"kv_page_indexer is no row of page numbers: {error}") from None
-    if row.ndim != 1:
-        raise InvalidArgumentError(
-            f"kv_page_indexer has one dimension, not shape {row.shape}", shape=row.shape
-        )
-    return row
 
 
 def _shards_that_fit(directory: Path, storage_size: int, num_shard: int, page_bytes: int) -> int:

@@ -24,7 +24,8 @@ from light_mem.engine.process import fork_token
 from light_mem.engine.small_reads import SmallReads
 from light_mem.engine.small_writes import SmallWrites
 from light_mem.engine.table_layout import MAX_BLOCKS, MAX_PATH_BYTES, MAX_WORKERS
-from light_mem.engine.task_table import Sizes, TaskTable
+from light_mem.engine.table_memory import Sizes
+from light_mem.engine.task_table import TaskTable
 from light_mem.errors import InvalidArgumentError, WorkerStartError
 from light_mem.filesystem import warn_of_network
 from light_mem.index.keys import HashValue, as_key

@@ -24,7 +24,8 @@ from light_mem.engine.table_layout import (
     WRITE,
     Cells,
 )
-from light_mem.engine.task_table import Sizes, TaskTable
+from light_mem.engine.table_memory import Sizes
+from light_mem.engine.task_table import TaskTable
 from light_mem.engine.worker import Worker
 from tests.engine_helpers import let_go
 

@@ -16,7 +16,8 @@ from light_mem.engine.claiming import (
     Chooser,
 )
 from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WORKING, WRITE
-from light_mem.engine.task_table import Sizes, TaskTable
+from light_mem.engine.table_memory import Sizes
+from light_mem.engine.task_table import TaskTable
 from tests.engine_helpers import let_go
 
 CELLS = 4096

@@ -14,7 +14,8 @@ from light_mem.engine.claiming import AHEAD_BLOCKS, BATCH_BLOCKS, BATCH_BYTES, L
 from light_mem.engine.dealing import deal
 from light_mem.engine.queue import WRITE_TURN, TaskQueue
 from light_mem.engine.table_layout import ABORTED, CELL, FINISHED, INITIAL, READ, WORKING, WRITE
-from light_mem.engine.task_table import Sizes, TaskTable
+from light_mem.engine.table_memory import Sizes
+from light_mem.engine.task_table import TaskTable
 from light_mem.index import keys as keymath
 from light_mem.index.locks import RangeLock
 from tests.service_rig import rig

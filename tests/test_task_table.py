@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from light_mem.engine.table_layout import READ
-from light_mem.engine.task_table import Sizes, TaskTable
+from light_mem.engine.table_memory import Sizes
+from light_mem.engine.task_table import TaskTable
 
 FLIP = """
 import sys

@@ -31,7 +31,7 @@ the KV memory
   kvallocation.py  a KV tensor that others can map
   kvmemory.py      how another process reaches it; maps.py: what lies behind an address
 workers
-  task_table.py    the shared task table; table_layout.py: what its memory holds
+  task_table.py    the shared task table; table_memory.py: mapped; table_layout.py: what it holds
   histogram.py     latencies in shared memory; table_stats.py: all numbers of a table
   queue.py         TaskQueue: blocks waiting for a worker
   worker.py        the worker process; batch_report.py: what it tells of a batch
