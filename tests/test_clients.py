@@ -139,7 +139,7 @@ say(client.active_create_count("w"))
 def test_clients_of_one_process_share_a_lane_and_close_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("light_mem.engine.task_table.CLIENT_LANES", 1)
+    monkeypatch.setattr("light_mem.engine.table_memory.CLIENT_LANES", 1)
     with rig(tmp_path) as r:
         one = r.service.client()
         two, three = one.client(), pickle.loads(pickle.dumps(one))
@@ -164,7 +164,7 @@ def test_clients_of_one_process_share_a_lane_and_close_apart(
 def test_the_lane_of_a_killed_client_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("light_mem.engine.task_table.CLIENT_LANES", 1)
+    monkeypatch.setattr("light_mem.engine.table_memory.CLIENT_LANES", 1)
     script = f"""{CLIENT}
 tasks = [client.create("w", [f"{{os.getpid()}} {{n}}"], [n % 32]) for n in range(40)]
 say("made")

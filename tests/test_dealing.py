@@ -302,3 +302,42 @@ def test_what_was_aborted_is_no_reason_to_claim_ahead(queued: Queued) -> None:
     cells = queued.push([0] * 3, READ, first=500)
     assert queued.queue.claim_ahead(1) == []
     assert queued.queue.claim(1) == cells[:2]
+
+
+# --- who is woken ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cores", "woken"), [(WORKERS, 1), (WORKERS + 1, 5)])
+def test_a_caller_with_no_core_to_spare_wakes_one_worker(
+    queued: Queued, monkeypatch: pytest.MonkeyPatch, cores: int, woken: int
+) -> None:
+    """Who wakes the others: else one of them would run on the caller's core."""
+    monkeypatch.setattr("light_mem.engine.queue._cores", lambda: cores)
+    queue = TaskQueue(queued.table, RangeLock(queued.table.lock_path()))
+    mine = Queued(queued.table, queue)
+    counts: list[int] = []
+    monkeypatch.setattr(queued.table.futex, "wake", lambda _, count: counts.append(count))
+    mine.push([0] * 5)
+    assert counts == [woken]
+    queue.wake_others()
+    assert counts == [woken, 4]
+    assert queue.claim(1)
+    queue.claim(2)
+    counts.clear()
+    queue.wake_others()
+    assert not counts  # nothing waits
+    queue.close()
+
+
+def test_a_worker_that_was_woken_wakes_the_others(tmp_path: Path) -> None:
+    """Both have a part of a task, whoever is woken first."""
+    with rig(tmp_path, pages=4096, slots=8192, workers=2, shards=2) as r:
+        written = r.service._session.table.workers["blocks_written"][1:3]
+        for attempt in range(20):
+            before = written.copy()
+            first = 100_000 * attempt
+            task = r.service.create("write", list(range(first, first + 4096)), range(4096))
+            assert task.wait(60)
+            if (written > before).all():
+                return
+        pytest.fail("one worker did all of 20 tasks")

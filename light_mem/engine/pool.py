@@ -205,6 +205,8 @@ class WorkerPool:
             self._give_up(f"worker {number} could not be replaced")
 
     def _look_round(self) -> None:
+        # The one worker that was woken for a task may have been stopped before it woke the others.
+        self._queue.wake_others()
         try:
             self._now_and_then()
         except Exception:  # dead workers are replaced all the same

@@ -15,6 +15,7 @@ home (see `claiming` and `dealing`). The head is the first entry that may wait.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,9 @@ class TaskQueue:
         self._threads = threading.Lock()
         self._turn = 0
         self._chooser = Chooser(table)
+        # Where there are no more cores than workers the kernel has one of those that are woken run
+        # on this core at once, and whoever queues waits until it sleeps again: 3 ms of `create`.
+        self._has_cores = _cores() > int(table.header["workers"][0])
         self._states, self._workers = table.states.data, table.cells["worker"].data
 
     @contextmanager
@@ -88,7 +92,8 @@ class TaskQueue:
             self._lock.close()
 
     def push(self, cells: npt.NDArray[np.uint32], mode: int, publish: Callable[[], object]) -> None:
-        """Queue cells of one mode, in this order, and wake as many workers as can help.
+        """Queue cells of one mode, in this order, and wake as many workers as can help; or one,
+        who wakes the others.
 
         `publish` makes them INITIAL; it runs while nobody can claim or abort them. Raises
         ServiceClosedError when there will be no worker for them.
@@ -98,7 +103,14 @@ class TaskQueue:
                 raise ServiceClosedError("the service is closed")
             self._append(cells, mode)
             publish()
-        self._table.futex.wake(self._table.work_word, len(cells))
+        self._table.futex.wake(self._table.work_word, len(cells) if self._has_cores else 1)
+
+    def wake_others(self) -> None:
+        """Wake as many workers as can help with what waits. For a worker that was woken, for it may
+        have been the only one."""
+        waiting = self._table.depth(READ) + self._table.depth(WRITE)
+        if waiting > 1:
+            self._table.futex.wake(self._table.work_word, waiting - 1)
 
     def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
         ring, tail = self._table.rings[mode], self._table.tail(mode)
@@ -261,3 +273,10 @@ class TaskQueue:
         it has stored the last state and not come to that yet."""
         for row in self._table.active_rows():
             self._table.finish(row, 0)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

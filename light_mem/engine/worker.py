@@ -91,12 +91,12 @@ class Worker:
                 return
             elif engine.rest() or self._ahead.step():
                 pass
-            elif not engine.has_later:
-                table.futex.wait(table.work_word, seen, IDLE_SECONDS)
-            elif self._nobody_reads():
+            elif engine.has_later and self._nobody_reads():
                 engine.bring_in()
             else:
-                table.futex.wait(table.work_word, seen, QUIET_SECONDS)
+                idle = QUIET_SECONDS if engine.has_later else IDLE_SECONDS
+                table.futex.wait(table.work_word, seen, idle)
+                self._queue.wake_others()
 
     def _nobody_reads(self) -> bool:
         """Whether no worker of the service has told of a read for QUIET_SECONDS, and none waits:
