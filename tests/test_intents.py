@@ -16,6 +16,7 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.intents import PART_BLOCKS
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Rows
+from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import LockTimeoutError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -175,3 +176,36 @@ def test_a_full_device_leaves_no_slot_behind(
     assert Rig(engine).write(*map(Block, range(shards))) == [COPIED_AND_STORED] * shards
     engine.close()
     let_go(engine)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_fails_on_its_way_to_the_device_goes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Of every shard but one; nobody is in the way, and the last one's blocks are stored."""
+    shards = 2 * PART_BLOCKS
+    open_local(tmp_path / "store", 40, shards=shards).close()
+    engine = LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop")
+    land, good = ShardFile.land, shards - 1
+
+    def fail(file: ShardFile, group: Any) -> None:
+        land(file, group)
+        if file.shard != good:
+            raise OSError(errno.EIO, "no device")
+
+    monkeypatch.setattr(ShardFile, "land", fail)
+    shard_of = {
+        n: keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), shards) for n in range(4000)
+    }
+    bad = [n for n, shard in shard_of.items() if shard != good][: 2 * PART_BLOCKS]
+    last = [n for n, shard in shard_of.items() if shard == good][:8]
+    rig = Rig(engine)
+    if begun:
+        told = rig.write(*map(Block, bad + last))
+    else:
+        told = [outcome for n in bad + last for outcome in rig.write(Block(n))]
+    assert [each[-1] for each in told] == [Outcome.FAILED] * len(bad) + [Outcome.STORED] * 8
+    assert not being_written(engine)
+    assert not announced(engine)
+    engine.close()
+    let_go(engine, rig)

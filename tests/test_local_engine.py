@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.memory import MemoryStorageEngine
 from light_mem.engine.places import Rows
 from light_mem.engine.shard_file import ShardFile
-from light_mem.errors import InvalidArgumentError, LockTimeoutError, StoreFormatError
+from light_mem.errors import (
+    InvalidArgumentError,
+    LockTimeoutError,
+    ServiceClosedError,
+    StoreFormatError,
+)
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.chains import Chains
@@ -429,3 +434,26 @@ def test_a_read_tells_of_some_blocks_at_a_time_and_before_it_opens_a_shard(
     assert max(told) <= 8
     assert opened == [shards.count(0)]
     engine.close()
+
+
+def test_what_a_closed_engine_goes_on_writing_goes_to_no_other_file(
+    tmp_path: Path, rig: Rig
+) -> None:
+    """`close` in the middle of a batch, from a signal's handler say, frees a descriptor that the
+    next file to be opened gets."""
+    engine = local_of(rig)
+    memory = np.full((4, PAGE), 0xAB, np.uint8)
+    batch = [BlockIO(*keymath.as_key(n), Rows(memory, np.array([n], np.intp))) for n in range(4)]
+    others: list[int] = []
+
+    def report(_: Sequence[int], outcome: Outcome) -> None:
+        if outcome is Outcome.COPIED and not others:
+            engine.close()
+            others.extend(os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT) for _ in range(16))
+
+    with suppress(ServiceClosedError):
+        engine.write(batch, report)
+    assert others
+    assert os.path.getsize(tmp_path / "other") == 0
+    for descriptor in others:
+        os.close(descriptor)

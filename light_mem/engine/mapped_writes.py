@@ -59,8 +59,13 @@ class MappedWrites:
         self._taken_out = 0  # bytes, of the slots that are stored to next
         self._faults = 0
 
+    def close(self) -> None:
+        """The descriptor is closed, and may be another file's: writes by calls fail (EBADF)."""
+        self._descriptor = -1
+
     def sink(self, start: int, length: int, now: float) -> Sink:
-        """How a run of slots is written now; `was_put` follows."""
+        """How a run of slots is written now; `was_put` follows, unless it fails."""
+        self._taken_out = 0
         # The ends stand for the run: where slots between them are older, some faults are all.
         last, other = self._written[start], self._written[start + length - 1]
         if other != last:
@@ -101,7 +106,7 @@ class MappedWrites:
             first, end = at // _PAGE * _PAGE, -(-(at + nbytes) // _PAGE) * _PAGE
             try:
                 self._mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
-            except OSError:  # the server has its memory locked, mlockall(2): each page faults
+            except OSError:  # this process has it locked, mlock(2): each page faults
                 self.calls_before = CALLS_BEFORE_FAULTS
                 return
             self._taken_out = nbytes

@@ -206,7 +206,7 @@ class WorkerPool:
 
     def _look_round(self) -> None:
         # The one worker that was woken for a task may have been stopped before it woke the others.
-        self._queue.wake_others()
+        self._queue.wake_all()
         try:
             self._now_and_then()
         except Exception:  # dead workers are replaced all the same

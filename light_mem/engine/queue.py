@@ -103,14 +103,24 @@ class TaskQueue:
                 raise ServiceClosedError("the service is closed")
             self._append(cells, mode)
             publish()
-        self._table.futex.wake(self._table.work_word, len(cells) if self._has_cores else 1)
+            count = len(cells)
+            if not self._has_cores:
+                self._table.to_wake, count = max(self._table.to_wake, count - 1), 1
+        self._table.futex.wake(self._table.work_word, count)
 
     def wake_others(self) -> None:
-        """Wake as many workers as can help with what waits. For a worker that was woken, for it may
-        have been the only one."""
-        waiting = self._table.depth(READ) + self._table.depth(WRITE)
-        if waiting > 1:
-            self._table.futex.wake(self._table.work_word, waiting - 1)
+        """Wake the workers that whoever queued has left to this one, who was woken."""
+        count = self._table.to_wake
+        if count:
+            # A number that is stored between the two is lost: its task has the worker that was
+            # woken for it, and those who are up.
+            self._table.to_wake = 0
+            self._table.futex.wake(self._table.work_word, count)
+
+    def wake_all(self) -> None:
+        """Wake all workers, if anything waits."""
+        if self._table.depth(READ) or self._table.depth(WRITE):
+            self._table.futex.wake(self._table.work_word)
 
     def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
         ring, tail = self._table.rings[mode], self._table.tail(mode)

@@ -272,6 +272,7 @@ class ShardFile:
 
     def close(self) -> None:
         """Close the descriptors; the mappings go with the last array over them."""
+        self._writes.close()
         for descriptor in (self._data_fd, self._direct_fd):
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)

@@ -12,7 +12,7 @@ import numpy as np
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
 
-MAGIC = b"LMTABLE3"
+MAGIC = b"LMTABLE4"
 NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
@@ -44,6 +44,7 @@ HEADER = np.dtype(
         ("write_head", "<u8"),
         ("write_tail", "<u8"),
         ("restarts", "<u8"),  # workers replaced
+        ("to_wake", "<u8"),  # workers that whoever queued has left to the one that it woke
         ("store", f"S{MAX_PATH_BYTES + 1}"),  # the store's directory
     ]
 )

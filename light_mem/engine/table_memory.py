@@ -32,6 +32,7 @@ from light_mem.index.format import align
 
 _HEADER = words_of(HEADER)
 _HEADS = {READ: _HEADER["read_head"], WRITE: _HEADER["write_head"]}
+_TO_WAKE = _HEADER["to_wake"]
 _TAILS = {READ: _HEADER["read_tail"], WRITE: _HEADER["write_tail"]}
 
 
@@ -142,6 +143,15 @@ class TableMemory:
     def move_tail(self, mode: int, tail: int) -> None:
         """With the queue in hand."""
         self._header_words[_TAILS[mode]] = tail
+
+    @property
+    def to_wake(self) -> int:
+        """How many workers the one that is woken is to wake."""
+        return int(self._header_words[_TO_WAKE])
+
+    @to_wake.setter
+    def to_wake(self, count: int) -> None:
+        self._header_words[_TO_WAKE] = count
 
     def queued(self, mode: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Entries of a mode's ring from its head on: cells, and whether each waits for a worker in

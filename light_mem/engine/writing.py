@@ -76,10 +76,10 @@ class Writer:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
         call, or by `finish`."""
         job = WriteJob(batch, self._geometry, report, stop)
-        self._give_back_failed()
         before = self._last
         for shard, positions in job.by_shard.items():
             while positions:
+                self._give_back_failed()
                 most = self._most_at_a_time()
                 if not most:
                     error = _no_intents(self._engine, self._intents.shards)
@@ -92,12 +92,10 @@ class Writer:
                     # First what was copied, some of it perhaps of this very part: a block is told
                     # once, for the cell of a task that is ready may be another's. Nor would there
                     # be room for the intents of more than what failed and one part.
-                    self.finish()
+                    self._finish()
                     self._fail(shard, part, job, error)
-                    self._give_back_failed()
         if self._last is before:  # nothing was copied that it could have waited for
-            self.finish()
-        self._give_back_failed()
+            self._finish()
 
     def _most_at_a_time(self) -> int:
         """How many blocks are written by two holds of the lock. They can be announced beside what
@@ -131,6 +129,12 @@ class Writer:
 
     def finish(self) -> bool:
         """Publish what was copied and is not published yet; whether there was any."""
+        there_was = self._finish()
+        self._give_back_failed()
+        return there_was
+
+    def _finish(self) -> bool:
+        """`finish`, also while another part is being copied."""
         part, self._last = self._last, None
         if part is None:
             return False
@@ -164,17 +168,17 @@ class Writer:
             try:
                 taken, waiting, all_new = self._allocate(shard, waiting, job)
             except LockTimeoutError:
-                if not self.finish():
+                if not self._finish():
                     raise
                 continue
             if taken:
                 copied, under_way = self._copy_in(shard, taken, job)
-                self.finish()  # the part before: it has landed meanwhile
+                self._finish()  # the part before: it has landed meanwhile
                 self._last = Part(shard, job, taken, copied, under_way, all_new)
                 if under_way is None or self._intents.count > len(taken):
-                    self.finish()
+                    self._finish()
                 deadline = time.monotonic() + ROOM_SECONDS
-            elif waiting and not self.finish():  # its blocks may be evicted, once they are stored
+            elif waiting and not self._finish():  # its blocks may be evicted, once they are stored
                 waiting = self._wait_for_room(waiting, deadline, job)
 
     def _wait_for_room(self, waiting: list[int], deadline: float, job: WriteJob) -> list[int]:
