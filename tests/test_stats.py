@@ -77,6 +77,27 @@ def test_tasks_of_several_workers_are_all_counted(tmp_path: Path) -> None:
         assert 50 <= count <= 55
 
 
+def test_a_task_is_counted_though_its_worker_loses_the_processor_over_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, run=False) as r:
+        r.service.create("write", ["a"], [0])
+        table = r.service._session.table
+        [cell] = r.service._session.queue.claim(1)
+        table.states[cell] = FINISHED
+        add, seen = table.latencies.add, []
+
+        def interrupted(*arguments: int) -> None:
+            if not seen:
+                seen.append(0)
+                seen[0] = r.service.stats()["write_latency"]["count"]
+            add(*arguments)
+
+        monkeypatch.setattr(table.latencies, "add", interrupted)
+        table.finish(int(table.cells["row"][cell]), 1)
+        assert seen == [1]
+
+
 def test_a_task_that_is_seen_ready_is_counted_before_its_worker_comes_to_that(
     tmp_path: Path,
 ) -> None:

@@ -212,10 +212,11 @@ class TaskTable(TableMemory):
         if not is_final(self.snapshot(start, start + count)):
             return False
         mode = self._active_bytes[row]
-        self._active_bytes[row] = 0
         if mode:  # else another worker, with the task's last block at the same time, was first
+            # Before it counts as told: whoever finds it not told counts it, and nobody else would.
             created = self._row_words[row * _ROW_WORDS + _CREATED_WORD]
             self.latencies.add(latency_at(worker, mode), time.monotonic_ns() - created)
+        self._active_bytes[row] = 0
         counter = int(self._worker_done[worker]) + 1
         self._worker_done[worker] = counter
         value = (counter << 8 | worker) & 0xFFFFFFFF
