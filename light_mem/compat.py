@@ -32,12 +32,11 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from light_mem import blocks
@@ -60,7 +59,7 @@ from light_mem.task import CacheTask, State
 if TYPE_CHECKING:
     import torch
 
-    Integers: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
+    from light_mem.compat_arguments import Integers
 
 log = logging.getLogger("light_mem")
 

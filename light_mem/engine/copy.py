@@ -154,11 +154,9 @@ class Copier:
                 raise Stopped
             self._gather_rows(place.memory, place.numbers, sink, 0, checksum)
             return
-        if _has_short_regions(place):
-            self._gather_regions(place, sink, checksum, stopped)
-            return
         if not _is_scattered(place):
-            for at, piece in _straight_pieces(place):
+            gathered = self._gathered_pieces(place) if _has_short_regions(place) else None
+            for at, piece in gathered or _straight_pieces(place):
                 if stopped():
                     raise Stopped
                 sink.put(at, piece)
@@ -171,14 +169,9 @@ class Copier:
                 raise Stopped
             self._gather_rows(memory, rows[a:b], sink, a * row_bytes, checksum)
 
-    def _gather_regions(
-        self,
-        place: Regions,
-        sink: Sink,
-        checksum: xxhash.xxh3_64,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """Copy short regions, by way of the scratch piece as short rows."""
+    def _gathered_pieces(self, place: Regions) -> Iterator[tuple[int, Bytes1D]]:
+        """`_straight_pieces` of short regions, by way of the scratch piece as short rows: each is
+        good until the next is asked for."""
         memory, scratch = place.memory.data, self._scratch.data
         at = filled = 0
         for offset, length in place.regions:
@@ -189,17 +182,11 @@ class Copier:
                 offset += count
                 filled += count
                 if filled == PIECE_BYTES:
-                    if stopped():
-                        raise Stopped
-                    sink.put(at, self._scratch)
-                    checksum.update(scratch)
+                    yield at, self._scratch
                     at += filled
                     filled = 0
         if filled:
-            if stopped():
-                raise Stopped
-            sink.put(at, self._scratch[:filled])
-            checksum.update(scratch[:filled])
+            yield at, self._scratch[:filled]
 
     def _gather_rows(
         self, memory: Bytes2D, rows: RowNumbers, sink: Sink, at: int, checksum: xxhash.xxh3_64

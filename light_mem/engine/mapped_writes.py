@@ -63,8 +63,9 @@ class MappedWrites:
         """The descriptor is closed, and may be another file's: writes by calls fail (EBADF)."""
         self._descriptor = -1
 
-    def sink(self, start: int, length: int, now: float) -> Sink:
-        """How a run of slots is written now; `was_put` follows, unless it fails."""
+    def sink(self, start: int, length: int, now: float, by_calls: bool = False) -> Sink:
+        """How a run of slots is written now; `was_put` follows, unless it fails. `by_calls`: not
+        through the mapping in any case."""
         self._taken_out = 0
         # The ends stand for the run: where slots between them are older, some faults are all.
         last, other = self._written[start], self._written[start + length - 1]
@@ -72,17 +73,15 @@ class MappedWrites:
             last = min(last, other, key=abs)
         at, nbytes = self._base + start * self._slot_bytes, length * self._slot_bytes
         first_stores = last <= 0
-        if (first_stores and not self._may_pay(nbytes, last, self._calls[start], now)) or (
-            not self._dirty.need_no_fault(self._descriptor, at, nbytes, last, now)
+        if (
+            by_calls
+            or (first_stores and not self._may_pay(nbytes, last, self._calls[start], now))
+            or not self._dirty.need_no_fault(self._descriptor, at, nbytes, last, now)
         ):
             return FileSink(self._descriptor, at)
         if first_stores and nbytes >= LEAST_BYTES:
             self._take_out(at, nbytes)
         return MappedSink(self._bytes[at : at + nbytes])
-
-    def by_calls(self, start: int) -> Sink:
-        """Slots from `start` on are written, and not through the mapping; `was_put` follows."""
-        return FileSink(self._descriptor, self._base + start * self._slot_bytes)
 
     def was_put(self, start: int, length: int, now: float, sink: Sink) -> None:
         """A run of slots was written."""

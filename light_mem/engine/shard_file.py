@@ -120,10 +120,9 @@ class ShardFile:
                 raise Stopped
             start, length = runs[0]
             now = time.monotonic()
-            writes = self._writes
-            sink = writes.by_calls(start) if by_calls else writes.sink(start, length, now)
+            sink = self._writes.sink(start, length, now, by_calls)
             digest = copier.gather_whole(low, high, place, sink)
-            writes.was_put(start, length, now, sink)
+            self._writes.was_put(start, length, now, sink)
             return digest
         checksum = new_checksum(low, high)
         done = 0
@@ -150,10 +149,9 @@ class ShardFile:
             return
         start, length = run
         now = time.monotonic()
-        writes = self._writes
-        sink = writes.by_calls(start) if by_calls else writes.sink(start, length, now)
+        sink = self._writes.sink(start, length, now, by_calls)
         copier.gather(place, sink, checksum, stopped)
-        writes.was_put(start, length, now, sink)
+        self._writes.was_put(start, length, now, sink)
 
     def cut(self) -> Group | None:
         """What `gather` has copied since the last cut and does not lie in its slots yet."""
