@@ -123,17 +123,18 @@ class CacheService(StoredBlocks):
         if done.all():
             final = bytes([FINISHED if kind == WRITE else ABORTED]) * len(hashes)
             return CacheTask(**fields, final=final)
+        mixed = keymath.mix(keys) if kind == WRITE else None
         try:
-            place = session.place(keys, kind, layout, self._create_timeout, entries)
+            place = session.place(keys, kind, layout, self._create_timeout, entries, mixed)
         except TaskTableFullError:
             session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
             raise
         task = CacheTask(**fields, table=session.table, place=place, session=session)
         order = np.flatnonzero(~done)
         homes = None
-        if kind == WRITE and len(order) > 1:
+        if mixed is not None and len(order) > 1:
             count = self._engine.geometry.shards
-            shards = keymath.shards_of(keymath.mix(keys[order]), count)
+            shards = keymath.shards_of(mixed[order], count)
             workers = int(session.table.header["workers"][0])
             in_turn, homes = deal(shards, layout.nbytes[order], count, workers)
             order = order[in_turn]

@@ -36,7 +36,7 @@ from light_mem.errors import (
     ServiceClosedError,
     TaskTableFullError,
 )
-from light_mem.index.keys import KeyArray
+from light_mem.index.keys import KeyArray, U64Array
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
 from light_mem.index.space import FreeRuns
@@ -114,10 +114,12 @@ class Session:
         layout: Layout,
         timeout: float,
         entries: npt.NDArray[np.int64],
+        mixed: U64Array | None = None,
     ) -> Place:
         """Put a task in the table; `submit` brings it to life.
 
-        `entries`: where the index lists each of the keys, -1: nowhere.
+        entries   where the index lists each of the keys, -1: nowhere
+        mixed     `keys.mix` of each, for a task that writes
 
         Raises InvalidArgumentError for a task larger than the table, TaskTableFullError when
         there is no room within `timeout` seconds.
@@ -132,6 +134,8 @@ class Session:
         cells["nbytes"], cells["regions"] = layout.nbytes, layout.regions
         cells["row"], cells["mode"] = place.row, mode
         cells["listed"] = entries + 1
+        if mixed is not None:
+            cells["mixed"] = mixed
         end = place.start + count
         # Before the states: whoever still polls a former task of this row finds out.
         table.generations[place.row] += 1

@@ -16,7 +16,7 @@ import pytest
 from light_mem import State
 from light_mem.engine import bring_in as bringing
 from light_mem.engine import page_cache, read_ahead, shard_file
-from light_mem.engine.base import BlockIO, Outcome
+from light_mem.engine.base import BlockIO, Outcome, never
 from light_mem.engine.bring_in import BringIn
 from light_mem.engine.copy import Copier
 from light_mem.engine.direct_reads import DirectReads
@@ -431,7 +431,7 @@ def test_every_run_of_what_is_cold_is_planned_in_the_order_of_the_files(
         at(0, (6, 1), nbytes=4096),
         at(1, (11, 1), nbytes=4000),
     ]
-    device.begin(list(enumerate(blocks)))
+    device.begin(list(enumerate(blocks)), never)
     first, other = engine.file(0), engine.file(1)
     assert planned == [
         first.past_cache((0, 1), 4096),

@@ -141,6 +141,31 @@ def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(row_bytes: i
         assert touched[first // AROUND_BYTES : last // AROUND_BYTES + 1].all()
 
 
+def test_only_what_needs_it_is_touched_and_nobody_is_asked_when_all_has_been() -> None:
+    memory = np.zeros(8 * AROUND_BYTES, np.uint8).reshape(-1, AROUND_BYTES)
+    touch, other = FirstTouch(), np.zeros((2, AROUND_BYTES), np.uint8)
+    places = [Rows(memory, np.array([row])) for row in range(8)]
+    asked: list[int] = []
+
+    def needed(place: Place) -> bool:
+        asked.append(int(place.numbers[0]))
+        return len(asked) % 2 == 0
+
+    touch.before_copies(places, needed)
+    assert asked == list(range(8))
+    assert touch._memories[Rows].left > 0
+    touch.before_copies(places)
+    touch.before_copies([Rows(memory, np.arange(8))])
+    asked.clear()
+    if touch._memories[Rows].left:  # memory that begins in the middle of what a fault maps
+        touch._memories[Rows].left = 0
+    touch.before_copies(places, needed)
+    assert not asked
+    touch.before_copies([*places, Rows(other, np.array([0]))], needed)  # another memory among them
+    assert asked == [*range(8), 0]
+    touch.before_copies([], needed)
+
+
 def test_memory_of_a_block_alone_is_left_alone_and_none_is_kept() -> None:
     touch = FirstTouch()
     alone = [Regions(np.zeros(1 << 20, np.uint8), [(0, 1 << 20)]) for _ in range(2)]

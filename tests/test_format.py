@@ -94,6 +94,12 @@ def test_the_document_gives_the_bits_of_a_tag() -> None:
         assert getattr(fmt, name) == (1 << last - first + 1) - 1
     assert not shifts
     assert fmt.make_tag(fmt.LIVE, 0xABCD, 0x1_2345_6789) == 0x2345_6789_00AB_CD02
+    for generation in (0, 7, 0x7FFF_FFFF, fmt.GENERATION_MASK):
+        tag = fmt.make_tag(fmt.WRITING, 0xABCD, generation)
+        assert fmt.live_tag(tag) == fmt.make_tag(fmt.LIVE, 0, generation)
+        assert fmt.next_tag(tag, fmt.FREE) == fmt.make_tag(fmt.FREE, 0, generation + 1)
+        following = fmt.next_tag(tag, fmt.EXTENT, 0x1234)
+        assert following == fmt.make_tag(fmt.EXTENT, 0x1234, generation + 1)
     assert fmt.JOURNAL_FREED == 1 << 31
     assert fmt.JOURNAL_LENGTH_MASK == (1 << 31) - 1
 

@@ -90,10 +90,12 @@ def test_different_hashes_have_different_keys() -> None:
         SAMPLES,
         [v for v in SAMPLES if isinstance(v, int)],
         [v for v in SAMPLES if isinstance(v, str) and len(v) == 32],
+        [0, 1, 2**63, 2**64 - 1],
+        [1, 2**64],
         [f"{v:032x}" for v in (0, 1, 2**128 - 1, 0xABC)],
         [v for v in SAMPLES if isinstance(v, bytes)],
     ],
-    ids=["mixed", "ints", "32 characters", "hex", "bytes"],
+    ids=["mixed", "ints", "32 characters", "words", "a word and more", "hex", "bytes"],
 )
 def test_many_keys_are_the_keys_of_each(values: list[HashValue]) -> None:
     keys = as_keys(values)
@@ -117,6 +119,7 @@ def test_what_is_no_hash_is_refused_alone_and_among_others(wrong: object) -> Non
         lambda: as_keys([wrong]),  # type: ignore[list-item]
         lambda: as_keys(["a", wrong]),  # type: ignore[list-item]
         lambda: as_keys([1, wrong]),  # type: ignore[list-item]
+        lambda: as_keys([2**64, wrong]),  # type: ignore[list-item]
     ):
         with pytest.raises(InvalidArgumentError) as caught:
             call()
@@ -141,6 +144,13 @@ def test_scalar_and_vectorised_places_agree() -> None:
         for (low, high), m, place in zip(keys.tolist(), mixed.tolist(), places, strict=True):
             assert keymath.mix_one(low, high) == m
             assert keymath.shard_of(m, shards) == place
+        batch = keymath.MixedKeys.of(keys.tolist())
+        assert batch.mixed == mixed.tolist()
+        assert batch == keymath.MixedKeys.of(keys.tolist(), tuple(mixed.tolist()))
+        wanted: dict[int, list[int]] = {}
+        for at, place in enumerate(places):
+            wanted.setdefault(place, []).append(at)
+        assert batch.by_shard(shards) == wanted
 
 
 def test_mixing_leaves_the_keys_alone() -> None:

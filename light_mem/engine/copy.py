@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from light_mem.engine.places import Bytes1D, Bytes2D, Place, Regions, RowNumbers, Rows
-from light_mem.index.keys import KEY_BYTES, key_bytes
+from light_mem.index.keys import KEY_BYTES, key_bytes, put_key_bytes
 
 PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
 # Pages below this, and regions of less in the mean, go to the slots by way of a scratch piece:
@@ -114,12 +114,13 @@ class Copier:
         # A whole block's key goes right before its bytes: one call then sums up both.
         self._key = room[start - KEY_BYTES : start].data
         self._keyed = room[start - KEY_BYTES : start + PIECE_BYTES].data
-        self._use_pieces_of(0, 0)
         self._memory: Bytes2D | None = None
+        self.forget()
 
-    def _use_pieces_of(self, rows: int, row_bytes: int) -> None:
+    def _use_pieces_of(self, rows: int) -> None:
         """Have a scratch piece of so many rows at hand: most blocks are alike."""
-        self._shape = rows, row_bytes
+        row_bytes = self._element.itemsize
+        self._rows = rows
         self._piece = self._scratch[: rows * row_bytes]
         self._table = self._piece.reshape(rows, row_bytes)
         self._keyed_piece = self._keyed[: KEY_BYTES + rows * row_bytes]
@@ -132,17 +133,18 @@ class Copier:
         the copies have pushed the interpreter out of the caches.
         """
         memory, rows = place
-        shape = len(rows), memory.shape[1]
-        if shape[1] >= SMALL_PAGE_BYTES:
+        if memory is not self._memory:
+            self._use_memory(memory)
+        if not self._is_small:
             checksum = new_checksum(low, high)
             self._gather_rows(memory, rows, sink, 0, checksum)
             return checksum.intdigest()
-        if shape != self._shape:
-            self._use_pieces_of(*shape)
-        self._fetch(memory, rows)
+        if len(rows) != self._rows:
+            self._use_pieces_of(len(rows))
+        self._firsts[rows]
         memory.take(rows, 0, self._table, "clip")
         sink.put(0, self._piece)
-        self._key[:] = key_bytes(low, high)
+        put_key_bytes(self._key, low, high)
         return xxhash.xxh3_64_intdigest(self._keyed_piece)
 
     def gather(
@@ -192,9 +194,11 @@ class Copier:
         self, memory: Bytes2D, rows: RowNumbers, sink: Sink, at: int, checksum: xxhash.xxh3_64
     ) -> None:
         """Copy the rows of one piece."""
-        if memory.shape[1] < SMALL_PAGE_BYTES:
+        if memory is not self._memory:
+            self._use_memory(memory)
+        if self._is_small:
             piece = self._scratch[: len(rows) * memory.shape[1]]
-            self._fetch(memory, rows)
+            self._firsts[rows]
             memory.take(rows, 0, piece.reshape(len(rows), -1), "clip")
             sink.put(at, piece)
             checksum.update(piece.data)
@@ -265,23 +269,11 @@ class Copier:
 
     def _put(self, memory: Bytes2D, rows: RowNumbers, source: Bytes1D) -> None:
         """Copy `source` to rows of the memory."""
-        if memory.shape[1] < SMALL_PAGE_BYTES:
-            self._fetch(memory, rows)
-        else:
+        if memory is not self._memory:
             self._use_memory(memory)
-        # An array of one element a row: `put` copies an element by one call, where an assignment
-        # to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us).
-        self._elements.put(rows, source.view(self._elements.dtype))
-
-    def _fetch(self, memory: Bytes2D, rows: RowNumbers) -> None:
-        """Load the first byte of each row that is about to be copied.
-
-        The processor then looks up the addresses of all of them, and fetches, side by side. While
-        rows are copied it gets to one after the other, and begins each with a wait: a fifth of the
-        time of rows of 1 KiB, a tenth of those of 4 KiB, nothing of those of 32 KiB.
-        """
-        self._use_memory(memory)
-        self._firsts[rows]
+        if self._is_small:
+            self._firsts[rows]
+        self._elements.put(rows, source.view(self._element))
 
     def forget(self) -> None:
         """Let go of the memory that was copied from or to last."""
@@ -289,10 +281,18 @@ class Copier:
 
     def _use_memory(self, memory: Bytes2D) -> None:
         """Have views of the memory at hand: most blocks are of the same."""
-        if memory is not self._memory:
-            self._memory = memory
-            self._firsts = memory[:, 0]
-            self._elements = memory.view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
+        self._memory = memory
+        self._is_small = memory.shape[1] < SMALL_PAGE_BYTES
+        # To be loaded before small rows are copied: the processor then looks up the addresses of
+        # all of them, and fetches, side by side. While rows are copied it gets to one after the
+        # other, and begins each with a wait: a fifth of the time of rows of 1 KiB, a tenth of those
+        # of 4 KiB, nothing of those of 32 KiB.
+        self._firsts = memory[:, 0]
+        # An array of one element a row: `put` copies an element by one call, where an assignment
+        # to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us).
+        self._element = np.dtype((np.void, memory.shape[1]))
+        self._elements = memory.view(self._element).reshape(-1)
+        self._use_pieces_of(0)
 
 
 def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None:

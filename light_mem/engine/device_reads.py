@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.engine import page_cache
+from light_mem.engine.base import Stop
 from light_mem.engine.bring_in import BringIn
 from light_mem.engine.copy import Copier
 from light_mem.engine.direct_reads import DirectReads
@@ -62,14 +63,16 @@ class DeviceReads:
         # Of each shard: how many blocks had been stored in it, and when that was seen to change.
         self._changes: dict[int, tuple[int, float]] = {}
 
-    def begin(self, blocks: Blocks, more: bool = False) -> Ways:
-        """A batch is read now, in this order: the device begins with what it is needed for. `more`:
-        after the batch before, which has not been read yet."""
+    def begin(self, blocks: Blocks, stop: Stop, more: bool = False) -> Ways:
+        """A batch is read now, in this order: the device begins with what it is needed for, unless
+        that was aborted. `more`: after the batch before, which has not been read yet."""
         found: Ways = {}
         if not self._can_read:
             return found
         # What fails here the reads themselves say, each for its block.
         for at, where, file in self._waiting(blocks):
+            if stop(at):
+                continue
             past_cache = self._drops or self._is_quiet(where.shard)
             try:
                 found[at] = [
@@ -130,19 +133,26 @@ class DeviceReads:
     def _waiting(self, blocks: Blocks) -> list[tuple[int, Location, ShardFile]]:
         """Those of the blocks for which a device is waited, and their files."""
         there: list[tuple[int, Location, ShardFile]] = []
+        middles: list[int] = []
         for at, where in blocks:
             try:
-                there.append((at, where, self._open_file(where.shard)))
+                file = self._open_file(where.shard)
             except (OSError, StoreFormatError):
                 continue
+            there.append((at, where, file))
+            middles.append(self._middle(where, file))
         if self._drops:
             return there
-        held = page_cache.hold_each([self._middle(where, file) for _, where, file in there])
+        held = page_cache.hold_each(middles)
+        if False not in held:
+            return []
         return [block for block, is_held in zip(there, held, strict=True) if not is_held]
 
     def _middle(self, where: Location, file: ShardFile) -> int:
         """The address of the middle of a block's last run, which says whether the block is in the
         page cache: the ends of a run may have been read with its neighbours."""
+        if len(where.runs) == 1:
+            return file.address(where.slot) + where.nbytes // 2
         (slot, _), nbytes = self.runs(where)[-1]
         return file.address(slot) + nbytes // 2
 

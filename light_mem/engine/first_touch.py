@@ -12,7 +12,7 @@ process has no more mapped than what lies around rows that it used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -31,9 +31,16 @@ class FirstTouch:
     def __init__(self) -> None:
         self._memories: dict[type, _Memory] = {}  # of rows, and of regions
 
-    def before_copies(self, places: Sequence[Place]) -> None:
-        """Touch what lies at these places, unless that was done before. Blocks that each have a
-        memory of their own are none of a KV memory: whoever made them has touched them."""
+    def before_copies(
+        self, places: Sequence[Place], needed: Callable[[Place], bool] | None = None
+    ) -> None:
+        """Touch what lies at these places, or those of them where it is `needed`, unless that was
+        done before. Blocks that each have a memory of their own are none of a KV memory: whoever
+        made them has touched them."""
+        if self._is_done(places):
+            return
+        if needed is not None:
+            places = [place for place in places if needed(place)]
         for kind in (Rows, Regions):
             alike = [place for place in places if type(place) is kind]
             memories = {id(place.memory) for place in alike}
@@ -45,6 +52,13 @@ class FirstTouch:
                 memory = self._memories[kind] = _Memory(array)
             if memory.left:
                 memory.touch(alike)
+
+    def _is_done(self, places: Sequence[Place]) -> bool:
+        """Whether they all lie in one memory of which everything has been touched."""
+        known = self._memories.get(type(places[0])) if places else None
+        if known is None or known.left:
+            return not places
+        return {id(place.memory) for place in places} == {id(known.array)}
 
     def forget(self) -> None:
         """Let go of the memories."""

@@ -138,11 +138,20 @@ class LocalStorageEngine(OpenStore, StorageEngine):
         self.begin_write(batch, report, stop)
         self.finish_writes()
 
-    def begin_write(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
+    def begin_write(
+        self,
+        batch: Sequence[BlockIO],
+        report: Report,
+        stop: Stop = never,
+        mixed: Sequence[int] | None = None,
+    ) -> None:
         """`write` for who has more to write: with `page_cache="drop"` it may return before the last
-        blocks are on the device. Their outcomes are told by the next call, or `finish_writes`."""
+        blocks are on the device. Their outcomes are told by the next call, or `finish_writes`.
+
+        `mixed`: the keys' `keys.mix`, where that is known.
+        """
         check_places(batch, self.geometry.page_bytes)
-        self._writer.begin(batch, report, stop)
+        self._writer.begin(batch, report, stop, mixed)
         if self._dropper is not None:
             self._drop(self._dropper.keep_up)
 

@@ -52,8 +52,8 @@ class Publisher:
         """Write the records of what lies in its slots; by position in the batch."""
         if not part.copied:
             return {}
-        batch, nbytes = part.job.batch, part.job.nbytes
-        keys = [batch[at][:2] for at, _, _ in part.copied]
+        pairs, nbytes = part.job.keys.pairs, part.job.nbytes
+        keys = [pairs[at] for at, _, _ in part.copied]
         now = time.time_ns()
         written = {
             at: Written(low, high, checksum, nbytes[at], runs, now, keep)
@@ -68,6 +68,7 @@ class Publisher:
 
     def _publish(self, part: Part, written: dict[int, Written]) -> None:
         shard, taken, job = part.shard, part.taken, part.job
+        pairs = job.keys.pairs
         outcomes: list[tuple[int, Outcome]] = []
         stored: list[int] = []
         fresh: dict[tuple[int, int], int] = {}  # positions
@@ -81,7 +82,7 @@ class Publisher:
                 elif block is None:
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.STOPPED))
-                elif fresh.setdefault(block[:2], at) != at:  # twice in one batch
+                elif fresh.setdefault(pairs[at], at) != at:  # twice in one batch
                     self._withdraw(index, file, where.slot)
                     outcomes.append((at, Outcome.PRESENT))
             if index.stamp() != before:  # damage was met, and the shard put in order

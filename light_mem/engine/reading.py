@@ -81,7 +81,7 @@ class Reader:
         or by `finish`. `entries`: see `LocalStorageEngine.begin_read`."""
         job = ReadJob(batch, self._lookup, report, stop, entries)
         job.ahead = self._wanted(job)
-        job.ways = self._device.begin(job.ahead, more=self.has_begun)
+        job.ways = self._device.begin(job.ahead, stop, more=self.has_begun)
         self.finish()
         self._last = job
         if not job.ways:
@@ -107,12 +107,10 @@ class Reader:
         nobody waits for a device for them."""
         wanted: list[tuple[int, Location]] = []
         for at, where in job.there():
-            if where.nbytes != job.nbytes[at]:
-                self._settle_other_length(job, at, where)
-            elif job.stop(at):
-                job.report((at,), Outcome.STOPPED)
-            else:
+            if where.nbytes == job.nbytes[at]:
                 wanted.append((at, where))
+            else:
+                self._settle_other_length(job, at, where)
         return wanted
 
     def _judge(self, job: ReadJob) -> None:
@@ -204,13 +202,13 @@ class Reader:
         low, high, place = job.batch[at]
         file = self._files.get(where.shard) or self._open(job, where.shard)
         ways = job.ways.get(at)
-        if ways is None and len(where.runs) == 1 and is_one_piece(place):
-            if job.stop(at):
-                raise Stopped
-            source = file.first_bytes(where.runs[0][0], where.nbytes)
-            return self._copier.scatter_whole(low, high, place, source, self._verify)
         if ways is not None:
             self._judge(job)
+        elif len(where.runs) == 1 and is_one_piece(place):
+            if job.stop(at):
+                raise Stopped
+            source = file.first_bytes(where.slot, where.nbytes)
+            return self._copier.scatter_whole(low, high, place, source, self._verify)
         checksum = new_checksum(low, high) if self._verify else None
         stopped = partial(job.stop, at)
         done = 0

@@ -12,6 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from light_mem.engine import page_cache
-from light_mem.engine.base import BlockIO
+from light_mem.engine.base import BlockIO, Stop, never
 from light_mem.engine.copy import (
     Copier,
     Stopped,
@@ -106,17 +107,18 @@ class ShardFile:
         copier: Copier,
         runs: Sequence[tuple[int, int]],
         block: BlockIO,
-        stopped: Callable[[], bool],
+        stop: Stop = never,
+        position: int = 0,
         by_calls: bool = False,
     ) -> int:
         """Copy a block into its runs of slots and return its checksum; raises Stopped, OSError. Its
         bytes are there after `land` of what `cut` then returns.
 
-        `by_calls`: not through the mapping in any case.
+        `stop` is asked about `position`. `by_calls`: not through the mapping in any case.
         """
         low, high, place = block
         if len(runs) == 1 and self._dropper is None and is_one_piece(place):
-            if stopped():
+            if stop(position):
                 raise Stopped
             start, length = runs[0]
             now = time.monotonic()
@@ -124,7 +126,7 @@ class ShardFile:
             digest = copier.gather_whole(low, high, place, sink)
             self._writes.was_put(start, length, now, sink)
             return digest
-        checksum = new_checksum(low, high)
+        checksum, stopped = new_checksum(low, high), partial(stop, position)
         done = 0
         for run in runs:
             end = done + run[1] * self.page_bytes
@@ -228,12 +230,13 @@ class ShardFile:
         self._put_records(blocks, fmt.LIVE)
 
     def _put_records(self, blocks: Sequence[Written], state: int) -> None:
+        slots, size, first = self._slots, fmt.RECORD.itemsize, fmt.SHARD_HEADER_BYTES
         for low, high, checksum, nbytes, runs, used, keep in blocks:
             slot, run = runs[0]
             next_run = runs[1][0] + 1 if len(runs) > 1 else 0
             record = _RECORD.pack(low, high, state, checksum, nbytes, used, run, next_run, keep)
-            at = fmt.SHARD_HEADER_BYTES + slot * fmt.RECORD.itemsize
-            self._slots[at : at + fmt.RECORD.itemsize] = record + _CRC.pack(crc_of(record))
+            at = first + slot * size
+            slots[at : at + size] = record + _CRC.pack(crc_of(record))
 
     def set_keep(self, slot: int, keep: int) -> None:
         """The stored block at `slot` is kept otherwise: one store, so that no kill tears it."""

@@ -12,7 +12,7 @@ import numpy as np
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
 
-MAGIC = b"LMTABLE4"
+MAGIC = b"LMTABLE5"
 NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
@@ -112,12 +112,13 @@ CELL = np.dtype(
         ("regions", "<u4"),  # 1: the block is regions of the KV memory, not pages
         ("home", "<u4"),  # the worker that had better do it, see `dealing`; 0: any
         ("listed", "<u8"),  # read: where the index listed it, entry + 1; 0: nobody has looked
+        ("mixed", "<u8"),  # write: the key's `keys.mix`, which says its shard and its chain
     ]
 )
 
 
 # A CELL, field by field: to unpack one costs a tenth of what an array's fields do.
-CELL_FIELDS = struct.Struct("<3Q3IH2B2IQ")
+CELL_FIELDS = struct.Struct("<3Q3IH2B2I2Q")
 assert CELL_FIELDS.size == CELL.itemsize
 
 
@@ -136,6 +137,7 @@ class Cells(NamedTuple):
     regions: tuple[int, ...]
     home: tuple[int, ...]
     listed: tuple[int, ...]
+    mixed: tuple[int, ...]
 
 
 assert Cells._fields == CELL.names

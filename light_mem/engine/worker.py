@@ -124,7 +124,7 @@ class Worker:
             engine.begin_read(batch, report, stop, [listed - 1 for listed in records.listed])
             engine.finish_writes()
         else:
-            engine.begin_write(batch, report, stop)
+            engine.begin_write(batch, report, stop, records.mixed)
 
     def _blocks(self, records: Cells) -> list[BlockIO]:
         """What to move for the cells of a batch."""

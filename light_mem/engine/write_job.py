@@ -3,13 +3,12 @@ what of it is copied and not published yet."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.index.description import Geometry
-from light_mem.index.keys import MixedKeys, shard_of
+from light_mem.index.keys import MixedKeys
 
 if TYPE_CHECKING:
     from light_mem.engine.direct_writes import Group
@@ -28,19 +27,23 @@ class WriteJob:
     """
 
     def __init__(
-        self, batch: Sequence[BlockIO], geometry: Geometry, report: Report, stop: Stop
+        self,
+        batch: Sequence[BlockIO],
+        geometry: Geometry,
+        report: Report,
+        stop: Stop,
+        mixed: Sequence[int] | None = None,
     ) -> None:
+        """`mixed`: the keys' `keys.mix`, where that is known."""
         self.batch = batch
         self.report = report
         self.stop = stop
         self.open = set(range(len(batch)))
-        self.keys = MixedKeys.of(block[:2] for block in batch)
+        self.keys = MixedKeys.of([block[:2] for block in batch], mixed)
         self.nbytes = [block.place.nbytes for block in batch]
         slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
         self.slots = [slots_of[nbytes] for nbytes in self.nbytes]
-        self.by_shard: dict[int, list[int]] = defaultdict(list)
-        for at, mixed in enumerate(self.keys.mixed):
-            self.by_shard[shard_of(mixed, geometry.shards)].append(at)
+        self.by_shard = self.keys.by_shard(geometry.shards)
 
     def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell the final outcome of blocks, if there are any."""

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
 
 
-def _never() -> bool:
-    return False
-
-
 class WriteNow:
     """Writes single blocks for one engine. Not thread-safe, nor beside its Writer."""
 
@@ -75,7 +71,7 @@ class WriteNow:
                 return None
             index.mark(where.runs, self._owner.number)
             try:
-                checksum = file.gather(self._copier, where.runs, block, _never, by_calls=True)
+                checksum = file.gather(self._copier, where.runs, block, by_calls=True)
             except OSError as error:  # passed on after the hold: in it, it would count as a death
                 failure = error
                 index.give_back(where.slot)

@@ -17,7 +17,6 @@ import logging
 import time
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
@@ -72,10 +71,16 @@ class Writer:
         """Whether there is something for `finish`."""
         return self._last is not None
 
-    def begin(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
+    def begin(
+        self,
+        batch: Sequence[BlockIO],
+        report: Report,
+        stop: Stop,
+        mixed: Sequence[int] | None = None,
+    ) -> None:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
-        call, or by `finish`."""
-        job = WriteJob(batch, self._geometry, report, stop)
+        call, or by `finish`. `mixed`: see `LocalStorageEngine.begin_write`."""
+        job = WriteJob(batch, self._geometry, report, stop, mixed)
         before = self._last
         for shard, positions in job.by_shard.items():
             while positions:
@@ -246,18 +251,17 @@ class Writer:
     ) -> tuple[list[Copied], Group | None]:
         """Copy into the slots; which blocks were, and what of them is under way."""
         file, copier = self._engine.file(shard), self._copier
+        batch, stop, report = job.batch, job.stop, job.report
         copied: list[Copied] = []
-        for _, where in taken:
-            file.expect(where.runs)
-        places = [job.batch[at].place for at, _ in taken]
-        self._touch.before_copies([place for place in places if is_put_straight(place)])
+        file.expect([run for _, (_, runs) in taken for run in runs])
+        self._touch.before_copies([batch[at].place for at, _ in taken], is_put_straight)
         try:
             for at, (_, runs) in taken:
                 try:
-                    checksum = file.gather(copier, runs, job.batch[at], partial(job.stop, at))
+                    checksum = file.gather(copier, runs, batch[at], stop, at)
                 except Stopped:
                     continue
-                job.report((at,), Outcome.COPIED)
+                report((at,), Outcome.COPIED)
                 copied.append((at, runs, checksum))
         except BaseException:
             file.land(file.cut())  # before the slots are given back

@@ -25,11 +25,23 @@ OWNER_SHIFT = 8
 OWNER_MASK = 0xFFFF
 GENERATION_SHIFT = 32
 GENERATION_MASK = 0xFFFFFFFF
+_BELOW_GENERATION = (1 << GENERATION_SHIFT) - 1
+_TAG_MASK = (1 << 64) - 1
 
 
 def make_tag(state: int, owner: int, generation: int) -> int:
     """A tag from its parts; the generation wraps at 32 bits."""
     return state | owner << OWNER_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT
+
+
+def next_tag(tag: int, state: int, owner: int = 0) -> int:
+    """The tag that follows upon `tag`: of the next generation."""
+    return (tag | _BELOW_GENERATION) + 1 & _TAG_MASK | owner << OWNER_SHIFT | state
+
+
+def live_tag(tag: int) -> int:
+    """The tag of what was WRITING, once it is stored: of the same generation."""
+    return tag & ~_BELOW_GENERATION | LIVE
 
 
 # --- entry (index) and record (slots file), 64 bytes each: one cache line ------------------------

@@ -94,6 +94,9 @@ def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
     if kinds == {str} and list(map(len, values)).count(32) == len(values):  # type: ignore[arg-type]
         raw = _from_hex("".join(values))  # type: ignore[arg-type]
     elif kinds == {int}:
+        keys = _of_words(values)  # type: ignore[arg-type]
+        if keys is not None:
+            return keys
         try:
             raw = b"".join([v.to_bytes(16, "big") for v in values])  # type: ignore[union-attr]
         except OverflowError:
@@ -104,6 +107,17 @@ def as_keys(hashes: Iterable[HashValue]) -> KeyArray:
     return np.ascontiguousarray(big_endian[:, ::-1], dtype=np.uint64)
 
 
+def _of_words(values: Sequence[int]) -> KeyArray | None:
+    """`as_keys` of ints below 2**64, in a third of the time; None: one of them is not."""
+    try:
+        low = struct.pack(f"={len(values)}Q", *values)
+    except struct.error:
+        return None
+    keys = np.zeros((len(values), 2), np.uint64)
+    keys[:, 0] = np.frombuffer(low, np.uint64)
+    return keys
+
+
 class MixedKeys(NamedTuple):
     """Keys of a batch with their `mix`: shard and bucket of each are asked for several times."""
 
@@ -111,10 +125,21 @@ class MixedKeys(NamedTuple):
     mixed: list[int]
 
     @classmethod
-    def of(cls, keys: Iterable[tuple[int, int]]) -> MixedKeys:
-        """Of (low, high) each."""
+    def of(cls, keys: Iterable[tuple[int, int]], mixed: Sequence[int] | None = None) -> MixedKeys:
+        """Of (low, high) each; `mixed` where it is known."""
         pairs = list(keys)
-        return cls(pairs, [mix_one(low, high) for low, high in pairs])
+        return cls(pairs, list(mixed or [mix_one(low, high) for low, high in pairs]))
+
+    def by_shard(self, num_shards: int) -> dict[int, list[int]]:
+        """The positions of the keys of each shard, in order; see `shards_of`."""
+        found: dict[int, list[int]] = {}
+        for at, mixed in enumerate(self.mixed):
+            shard = (mixed >> 32) % num_shards
+            if shard in found:
+                found[shard].append(at)
+            else:
+                found[shard] = [at]
+        return found
 
     def at(self, positions: Sequence[int]) -> MixedKeys:
         """The keys at these positions."""
@@ -132,6 +157,11 @@ def as_key(value: HashValue) -> tuple[int, int]:
 def key_bytes(low: int, high: int) -> bytes:
     """The 16 bytes that open a block's checksum, little-endian."""
     return _PAIR.pack(low, high)
+
+
+def put_key_bytes(buffer: memoryview, low: int, high: int) -> None:
+    """Store `key_bytes` at the start of a buffer."""
+    _PAIR.pack_into(buffer, 0, low, high)
 
 
 def key_text(low: int, high: int) -> str:

@@ -69,6 +69,7 @@ class ShardIndex:
         self._control = Control(self._page)
         self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
         self._heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
+        self._first_word = file.entries_word64 + shard * file.slots * ENTRY_WORDS
         self._tags, self._keeps = self._entries["tag"], self._entries["keep"].data
         self._chains = Chains(self._heads, self._entries)
         self._space = SpaceReplica(self._page, self._entries)
@@ -126,10 +127,6 @@ class ShardIndex:
                 raise
             self._control.dirty = 0
 
-    def _word_of(self, slot: int) -> int:
-        """The first word of a slot's entry in the index file."""
-        return self._f.entries_word64 + (self.shard * self._f.slots + slot) * ENTRY_WORDS
-
     @property
     def entries(self) -> npt.NDArray[np.void]:
         """The shard's entries, ENTRY [slots]: the shared ones, not a copy."""
@@ -163,7 +160,7 @@ class ShardIndex:
         # Where blocks are of many pages most chains are empty.
         return self._slots_of(
             [
-                find(low, high, touch=False, expired=True) if chains.is_begun(mixed) else -1
+                find(low, high, False, True, mixed) if chains.is_begun(mixed) else -1
                 for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True)
             ]
         )
@@ -212,25 +209,23 @@ class ShardIndex:
         self._space.unmarked = []
 
     def _mark(self, runs: list[Run], owner: int) -> None:
-        words = self._f.words64
+        words, first, last = self._f.words64, self._first_word, len(runs) - 1
         for at, (start, length) in enumerate(runs):
-            word = self._word_of(start)
-            generation = (words[word + TAG] >> fmt.GENERATION_SHIFT) + 1
-            next_run = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
-            words[word + RUNS] = length | next_run << 32
-            state = fmt.WRITING if at == 0 else fmt.EXTENT
-            words[word + TAG] = fmt.make_tag(state, owner, generation)
+            word = first + start * ENTRY_WORDS
+            words[word + RUNS] = length | (runs[at + 1][0] + 1 << 32 if at < last else 0)
+            state = fmt.EXTENT if at else fmt.WRITING
+            words[word + TAG] = fmt.next_tag(words[word + TAG], state, owner)
 
     def is_marked(self, slot: int, owner: int) -> bool:
         """Whether the block at `slot` is still being written by `owner`."""
-        tag = self._f.words64[self._word_of(slot) + TAG]
-        return (
-            tag & fmt.STATE_MASK == fmt.WRITING and tag >> fmt.OWNER_SHIFT & fmt.OWNER_MASK == owner
-        )
+        return self.are_marked([slot], owner)[0]
 
     def are_marked(self, slots: list[int], owner: int) -> list[bool]:
         """`is_marked` for several."""
-        return [self.is_marked(slot, owner) for slot in slots]
+        words, first = self._f.words64, self._first_word + TAG
+        wanted = fmt.make_tag(fmt.WRITING, owner, 0)
+        below = fmt.make_tag(fmt.STATE_MASK, fmt.OWNER_MASK, 0)
+        return [words[first + slot * ENTRY_WORDS] & below == wanted for slot in slots]
 
     def publish(
         self,
@@ -257,7 +252,12 @@ class ShardIndex:
         keeps: list[int] | None = None,
     ) -> None:
         """`publish` for blocks of different keys, none of which is stored; by first slots."""
-        words, keep_of, chains = self._f.words64, self._keeps, self._chains
+        words, first, keep_of, chains = (
+            self._f.words64,
+            self._first_word,
+            self._keeps,
+            self._chains,
+        )
         for slot, (low, high), mixed, checksum, size, keep in zip(
             firsts,
             keys.pairs,
@@ -267,14 +267,13 @@ class ShardIndex:
             keeps or [0] * len(firsts),
             strict=True,
         ):
-            word = self._word_of(slot)
+            word = first + slot * ENTRY_WORDS
             words[word + LOW], words[word + HIGH] = low, high
             words[word + CHECKSUM], words[word + NBYTES], words[word + USED] = checksum, size, now
             keep_of[slot] = keep
             if keep:
                 self.retention.arrives(slot)
-            tag = fmt.make_tag(fmt.LIVE, 0, words[word + TAG] >> fmt.GENERATION_SHIFT)
-            chains.put_in(slot, mixed, tag)
+            chains.put_in(slot, mixed, fmt.live_tag(words[word + TAG]))
         self._control.blocks += len(firsts)
         self._control.inserts += len(firsts)
 

@@ -81,8 +81,7 @@ class Taking:
         """Whether the block at `slot` makes sense, and so is HELD now."""
         if self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot])) is None:
             return False
-        generation = (int(self._tags[slot]) >> fmt.GENERATION_SHIFT) + 1
-        self._tags[slot] = fmt.make_tag(fmt.HELD, 0, generation)
+        self._tag_of[slot] = fmt.next_tag(self._tag_of[slot], fmt.HELD)
         return True
 
     def release(self, slot: int, leased: Set[int]) -> None:
@@ -105,8 +104,7 @@ class Taking:
         """Nothing begins at these slots any more."""
         tags = self._tag_of
         for start in starts:
-            generation = (tags[start] >> fmt.GENERATION_SHIFT) + 1
-            tags[start] = fmt.make_tag(fmt.FREE, 0, generation)
+            tags[start] = fmt.next_tag(tags[start], fmt.FREE)
 
     def free_runs(self, runs: list[Run]) -> None:
         """These runs may be used again."""
