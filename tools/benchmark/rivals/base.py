@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from benchmark.plan import Plan
 
 Bytes = npt.NDArray[np.uint8]
 Pages = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 class NotInstalledError(Exception):
@@ -84,6 +86,17 @@ class Rival(ABC):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         """Fill pages with the blocks of these hashes."""
 
+    def write_each(self, passes: list[list[Any]], pages: Pages) -> None:
+        """`write` of several passes, by the hashes of each. A service is given the next one while
+        it is at the last, as others' processes go on without waiting for each other."""
+        for hashes in passes:
+            self.write(hashes, pages)
+
+    def read_each(self, passes: list[list[Any]], pages: Pages) -> None:
+        """`read` of several passes, see `write_each`."""
+        for hashes in passes:
+            self.read(hashes, pages)
+
     def delete(self, hashes: list[Any]) -> None:  # noqa: B027 (nothing to do for most)
         """Take blocks out of the store."""
 
@@ -107,6 +120,20 @@ class Rival(ABC):
 def gather(memory: Bytes, rows: Pages, out: Bytes) -> None:
     """Copy pages of the tensor to `out`, [pages, page bytes]."""
     np.take(memory, rows, axis=0, out=out, mode="clip")
+
+
+def two_at_a_time(
+    passes: list[list[Any]], create: Callable[[list[Any]], T], finish: Callable[[T], None]
+) -> None:
+    """Have a service make the passes: each is queued before the one before it is waited for."""
+    before: list[T] = []
+    for hashes in passes:
+        now = create(hashes)
+        for tasks in before:
+            finish(tasks)
+        before = [now]
+    for tasks in before:
+        finish(tasks)
 
 
 def page_aligned(nbytes: int) -> Bytes:

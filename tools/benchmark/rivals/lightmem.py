@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.rivals.base import Pages, Rival
+from benchmark.rivals.base import Pages, Rival, two_at_a_time
 
 _BATCH = 16384  # blocks a task
 
@@ -57,12 +57,11 @@ class LightMem(Rival):
         fits = shards == self._shard_of[blocks][:, None]
         return list(tried[np.arange(len(first)), fits.argmax(axis=1)].tolist())
 
-    def _finish(self, mode: str, hashes: list[Any], pages: Pages) -> None:
-        tasks = [
+    def _create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
+        return [
             self.service.create(mode, hashes[at : at + _BATCH], pages[at : at + _BATCH].ravel())
             for at in range(0, len(hashes), _BATCH)
         ]
-        self._wait(tasks)
 
     def _wait(self, tasks: list[Any]) -> None:
         import light_mem
@@ -75,10 +74,16 @@ class LightMem(Rival):
                 raise RuntimeError(f"{aborted} of {len(task.state())} blocks were aborted")
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish("write", hashes, pages)
+        self._wait(self._create("write", hashes, pages))
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish("read", hashes, pages)
+        self._wait(self._create("read", hashes, pages))
+
+    def write_each(self, passes: list[list[Any]], pages: Pages) -> None:
+        two_at_a_time(passes, lambda hashes: self._create("write", hashes, pages), self._wait)
+
+    def read_each(self, passes: list[list[Any]], pages: Pages) -> None:
+        two_at_a_time(passes, lambda hashes: self._create("read", hashes, pages), self._wait)
 
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
         self._wait(
