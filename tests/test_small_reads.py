@@ -167,6 +167,54 @@ def test_without_verification_damage_is_not_looked_for(tmp_path: Path) -> None:
     let_go(r)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("page_bytes", [4096, 3840, 520])
+def test_a_block_of_small_pages_is_believed_before_its_pages_are_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int, verify: bool
+) -> None:
+    pages = [20, 3, 31, 0, 17, 9, 26]
+    options = {"page_bytes": page_bytes, "small_read_bytes": 1 << 20, "verify": verify}
+    with rig(tmp_path, **options) as r:
+        for key in (5, 6):
+            r.fill(key, pages)
+            assert r.service.create("write", [key], pages).wait(WAIT)
+        (worker,) = r.service.worker_pids
+        os.kill(worker, signal.SIGSTOP)
+        elsewhere = [1, 30, 2, 28, 4, 22, 6]
+        others = sorted(set(range(32)) - set(elsewhere))
+        r.blank(range(32))
+        assert r.service.create("read", [5], elsewhere).state() == [State.Finished]
+        assert r.holds(5, elsewhere)
+        assert r.is_blank(others)
+        # A byte of the last page is not what was written.
+        with data_file(r).open("r+b") as file:
+            r.fill(6, pages)
+            last = r.kv[pages[-1]].numpy().tobytes()
+            at = file.read().index(last) + page_bytes - 1
+            file.seek(at)
+            file.write(bytes([last[-1] ^ 1]))
+        r.blank(range(32))
+        damaged = r.service.create("read", [6], elsewhere)
+        assert damaged.ready() == (not verify)
+        assert r.is_blank(range(32)) == verify
+        # Evicted while it was read.
+        with monkeypatch.context() as patch:
+            patch.setattr(r.service._engine.lookup, "is_unchanged", lambda _: False)
+            r.blank(range(32))
+            gone = r.service.create("read", [5], elsewhere)
+        assert not gone.ready()
+        assert r.is_blank(range(32))
+        os.kill(worker, signal.SIGCONT)
+        assert gone.wait(WAIT)
+        assert damaged.wait(WAIT)
+        assert damaged.state() == [State.Aborted if verify else State.Finished]
+        assert r.service.stats()["damaged"] == verify
+        copier = r.service._small_reads._copier
+    assert copier._memory is not None
+    assert not copier._memory.size  # a closed service lets go of the KV memory
+    let_go(r)
+
+
 def test_a_block_of_another_length_is_missing(stored: Rig) -> None:
     task = stored.service.create_regions("read", [3], [(20 * PAGE, 100)])
     go_on(stored)

@@ -218,6 +218,30 @@ class Copier:
         checksum.update(source.data)
         return checksum.intdigest()
 
+    def scatter_checked(
+        self,
+        low: int,
+        high: int,
+        place: Rows,
+        fill: Callable[[Bytes1D], bool],
+        checksum: int | None,
+    ) -> bool:
+        """Have `fill` put a block that `has_small_rows` into private memory, and copy it to its
+        rows if it says so and the sum is `checksum` (None: any); whether it was copied."""
+        memory, rows = place
+        if memory is not self._memory:
+            self._use_memory(memory)
+        if len(rows) != self._rows:
+            self._use_pieces_of(len(rows))
+        if not fill(self._piece):
+            return False
+        if checksum is not None:
+            put_key_bytes(self._key, low, high)
+            if xxhash.xxh3_64_intdigest(self._keyed_piece) != checksum:
+                return False
+        self._put(memory, rows, self._piece)
+        return True
+
     def scatter(
         self,
         source: Bytes1D,
@@ -304,6 +328,13 @@ def is_one_piece(place: Place) -> TypeGuard[Rows]:
     """Whether it is rows that one call copies well wherever they lie: to ask more of a block of
     some 100 KB costs more than the answer saves."""
     return type(place) is Rows and place.memory.shape[1] * len(place.numbers) <= PIECE_BYTES
+
+
+def has_small_rows(place: Place) -> TypeGuard[Rows]:
+    """Whether it is several small rows, and one piece."""
+    return (
+        is_one_piece(place) and len(place.numbers) > 1 and place.memory.shape[1] < SMALL_PAGE_BYTES
+    )
 
 
 def is_put_straight(place: Place) -> bool:

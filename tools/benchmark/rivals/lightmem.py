@@ -30,9 +30,10 @@ class LightMem(Rival):
         self._shards = options.get("shards", 4)
         # Any server may have blocks of any shard.
         self._shard_of = np.random.default_rng(7).permutation(plan.blocks) % self._shards
-        # A pass evicts the one before. A shard must hold a full block of 64 pages.
+        # Two passes are under way at a time, and neither is to evict its own blocks for want of the
+        # other's. A shard must hold a full block of 64 pages.
         full = min(64, max(1, (64 << 20) // plan.shape.page_bytes)) * plan.shape.page_bytes
-        size = (plan.blocks + self._shards) * plan.shape.block_bytes
+        size = (2 * plan.blocks + self._shards) * plan.shape.block_bytes
         self.service = light_mem.LocalCacheService(
             self.directory / "store",
             max(options.get("storage", size), self._shards * full),
