@@ -143,6 +143,8 @@ def test_scalar_and_vectorised_places_agree() -> None:
         places = keymath.shards_of(mixed, shards).tolist()
         for (low, high), m, place in zip(keys.tolist(), mixed.tolist(), places, strict=True):
             assert keymath.mix_one(low, high) == m
+            if shards == 1:
+                assert keymath.mix(np.array([[low, high]], np.uint64)).tolist() == [m]
             assert keymath.shard_of(m, shards) == place
         batch = keymath.MixedKeys.of(keys.tolist())
         assert batch.mixed == mixed.tolist()
