@@ -12,18 +12,10 @@ import pytest
 import xxhash
 
 from light_mem.engine.base import never
-from light_mem.engine.copy import (
-    PIECE_BYTES,
-    SMALL_PAGE_BYTES,
-    Copier,
-    FileSink,
-    MappedSink,
-    Stopped,
-    is_one_piece,
-    is_put_straight,
-    new_checksum,
-)
+from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.pieces import PIECE_BYTES, SMALL_PAGE_BYTES, is_one_piece, is_put_straight
 from light_mem.engine.places import Place, Regions, Rows
+from light_mem.engine.sinks import FileSink, MappedSink
 from light_mem.index.keys import key_bytes
 from tests.deaths import interleave
 

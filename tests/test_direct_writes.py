@@ -15,9 +15,10 @@ import pytest
 
 from light_mem.engine import direct_writes, page_cache
 from light_mem.engine.base import Outcome
-from light_mem.engine.copy import PIECE_BYTES, Copier, new_checksum
+from light_mem.engine.copy import Copier, new_checksum
 from light_mem.engine.direct_writes import LEAST_BYTES, DirectWrites
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.pieces import PIECE_BYTES
 from light_mem.engine.places import Rows
 from light_mem.engine.read_ahead import ALIGN, Span, open_direct
 from tests.cached import cached, can_forget

@@ -20,10 +20,10 @@ import light_mem
 from light_mem import InvalidArgumentError, LocalCacheService, ServiceClosedError, State
 from light_mem.engine import opening, small_writes
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.copy import MappedSink
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions
 from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.sinks import MappedSink
 from light_mem.index import retention
 from tests.engine_helpers import Block, assert_consistent, let_go, open_local
 from tests.engine_helpers import Rig as EngineRig

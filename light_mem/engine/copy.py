@@ -6,26 +6,30 @@ reads memory ahead better than the checksum does. Two rules keep wrong bytes fro
 gather   the checksum is taken from the *source* (or a private copy of it) and never from the
          mapped slots: were another process to scribble over the slots, the block would not verify
 scatter  copy first, then checksum the mapped slots: what is checksummed is as new as what was
-         copied or newer, so a change of the slots during the copy shows in the checksum
+         copied or newer, so a change of the slots during the copy shows in the checksum; or
+         checksum a private copy, and copy that
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeGuard
 
 import numpy as np
 import xxhash
 
+from light_mem.engine.pieces import (
+    PIECE_BYTES,
+    SMALL_PAGE_BYTES,
+    has_short_regions,
+    is_one_piece,
+    is_scattered,
+    pieces_of,
+    straight_pieces,
+)
 from light_mem.engine.places import Bytes1D, Bytes2D, Place, Regions, RowNumbers, Rows
+from light_mem.engine.sinks import Sink
 from light_mem.index.keys import KEY_BYTES, key_bytes, put_key_bytes
 
-PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
-# Pages below this, and regions of less in the mean, go to the slots by way of a scratch piece:
-# together they are long enough for copies around the cache (see `program.COPY_TUNABLES`),
-# and one call stores them all. Not those that follow each other.
-SMALL_PAGE_BYTES = 32 * 1024
 _LINE = 64  # bytes of a cache line
 
 
@@ -36,72 +40,6 @@ class Stopped(Exception):
 def new_checksum(low: int, high: int) -> xxhash.xxh3_64:
     """A checksum that has seen the key; feed it the block's bytes in order."""
     return xxhash.xxh3_64(key_bytes(low, high))
-
-
-class Sink(Protocol):
-    """Where a gather puts a run of slots; `at` counts bytes from its start."""
-
-    by_calls: bool  # whether it is system calls that store
-
-    def put(self, at: int, piece: Bytes1D) -> None:
-        """Store a piece."""
-
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
-        """Store rows of the memory, one after the other."""
-
-
-class MappedSink:
-    """Slots that this process has mapped, or other memory: uint8 [bytes], contiguous."""
-
-    by_calls = False
-
-    def __init__(self, slots: Bytes1D) -> None:
-        self._slots = slots
-
-    def put(self, at: int, piece: Bytes1D) -> None:
-        self._slots[at : at + len(piece)] = piece
-
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
-        row_bytes = memory.shape[1]
-        out = self._slots[at : at + len(rows) * row_bytes].reshape(len(rows), row_bytes)
-        # "clip" writes straight to `out`; "raise" would go through a buffer. The rows were checked
-        # when the task was made.
-        memory.take(rows, 0, out, "clip")
-
-
-class FileSink:
-    """Slots of a file from byte `base` on, by system calls; raises OSError.
-
-    For slots that this process has not mapped yet: there a store to the mapping costs a page fault
-    every 4 KiB, four times the copy on a fresh file.
-
-    What is put had better be mapped: a page of the KV memory that this process has not touched yet
-    stops the kernel's copy, which then fills what it had meant to write with zeros and starts again
-    there: half of the time of a first fill (Linux 6.18; perf: zero_user_segments). Whoever writes
-    many blocks touches them before (`first_touch`, `is_put_straight`).
-    """
-
-    by_calls = True
-
-    def __init__(self, descriptor: int, base: int) -> None:
-        self._descriptor = descriptor
-        self._base = base
-
-    def put(self, at: int, piece: Bytes1D) -> None:
-        self._write([piece.data], at)
-
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
-        self._write([memory[row].data for row in rows.tolist()], at)
-
-    def _write(self, pieces: list[memoryview], at: int) -> None:
-        at += self._base
-        wanted = sum(map(len, pieces))
-        done = os.pwritev(self._descriptor, pieces, at)
-        if done < wanted:  # a signal, or the end of the room: the rest says which
-            rest = memoryview(b"".join(pieces))[done:]
-            while rest:
-                written = os.pwrite(self._descriptor, rest, at + done)
-                rest, done = rest[written:], done + written
 
 
 class Copier:
@@ -156,9 +94,9 @@ class Copier:
                 raise Stopped
             self._gather_rows(place.memory, place.numbers, sink, 0, checksum)
             return
-        if not _is_scattered(place):
-            gathered = self._gathered_pieces(place) if _has_short_regions(place) else None
-            for at, piece in gathered or _straight_pieces(place):
+        if not is_scattered(place):
+            gathered = self._gathered_pieces(place) if has_short_regions(place) else None
+            for at, piece in gathered or straight_pieces(place):
                 if stopped():
                     raise Stopped
                 sink.put(at, piece)
@@ -166,13 +104,13 @@ class Copier:
             return
         memory, rows = place
         row_bytes = memory.shape[1]
-        for a, b in _pieces(len(rows), max(1, PIECE_BYTES // row_bytes)):
+        for a, b in pieces_of(len(rows), max(1, PIECE_BYTES // row_bytes)):
             if stopped():
                 raise Stopped
             self._gather_rows(memory, rows[a:b], sink, a * row_bytes, checksum)
 
     def _gathered_pieces(self, place: Regions) -> Iterator[tuple[int, Bytes1D]]:
-        """`_straight_pieces` of short regions, by way of the scratch piece as short rows: each is
+        """`straight_pieces` of short regions, by way of the scratch piece as short rows: each is
         good until the next is asked for."""
         memory, scratch = place.memory.data, self._scratch.data
         at = filled = 0
@@ -257,12 +195,12 @@ class Copier:
             if checksum is not None:
                 checksum.update(source.data)
             return
-        if not _is_scattered(place):
+        if not is_scattered(place):
             self._scatter_straight(source, place, checksum, stopped)
             return
         memory, rows = place
         row_bytes = memory.shape[1]
-        for a, b in _pieces(len(rows), PIECE_BYTES // row_bytes):
+        for a, b in pieces_of(len(rows), PIECE_BYTES // row_bytes):
             if stopped():
                 raise Stopped
             piece = source[a * row_bytes : b * row_bytes]
@@ -278,7 +216,7 @@ class Copier:
         stopped: Callable[[], bool],
     ) -> None:
         summed = copied = 0
-        for at, target in _straight_pieces(place):
+        for at, target in straight_pieces(place):
             if copied == summed and stopped():
                 raise Stopped
             copied = at + len(target)
@@ -322,52 +260,3 @@ class Copier:
 def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None:
     for row in rows.tolist():
         checksum.update(memory[row].data)
-
-
-def is_one_piece(place: Place) -> TypeGuard[Rows]:
-    """Whether it is rows that one call copies well wherever they lie: to ask more of a block of
-    some 100 KB costs more than the answer saves."""
-    return type(place) is Rows and place.memory.shape[1] * len(place.numbers) <= PIECE_BYTES
-
-
-def has_small_rows(place: Place) -> TypeGuard[Rows]:
-    """Whether it is several small rows, and one piece."""
-    return (
-        is_one_piece(place) and len(place.numbers) > 1 and place.memory.shape[1] < SMALL_PAGE_BYTES
-    )
-
-
-def is_put_straight(place: Place) -> bool:
-    """Whether a sink is handed the memory itself rather than a gathered piece."""
-    if isinstance(place, Regions):
-        return not _has_short_regions(place)
-    if place.memory.shape[1] >= SMALL_PAGE_BYTES:
-        return True
-    return not (is_one_piece(place) or _is_scattered(place))
-
-
-def _has_short_regions(place: Place) -> TypeGuard[Regions]:
-    return isinstance(place, Regions) and place.nbytes < SMALL_PAGE_BYTES * len(place.regions)
-
-
-def _is_scattered(place: Place) -> TypeGuard[Rows]:
-    """Whether it is better copied by rows, several a call, than slice by slice."""
-    return (
-        isinstance(place, Rows)
-        and place.memory.shape[1] <= PIECE_BYTES
-        and place.first_if_contiguous() is None
-    )
-
-
-def _straight_pieces(place: Place) -> Iterator[tuple[int, Bytes1D]]:
-    """Views of the memory in the order of the block's bytes, and where in the block each begins."""
-    at = 0
-    for part in place.slices():
-        for a, b in _pieces(len(part), PIECE_BYTES):
-            yield at, part[a:b]
-            at += b - a
-
-
-def _pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
-    for at in range(0, total, size):
-        yield at, min(total, at + size)

@@ -22,11 +22,12 @@ import os
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from light_mem.engine.copy import PIECE_BYTES, MappedSink
 from light_mem.engine.device_threads import DeviceThreads
 from light_mem.engine.maps import private_buffers
+from light_mem.engine.pieces import PIECE_BYTES
 from light_mem.engine.places import Bytes1D, Bytes2D, RowNumbers
 from light_mem.engine.read_ahead import ALIGN, DEPTH, Span
+from light_mem.engine.sinks import MappedSink
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -138,7 +139,7 @@ class DirectWrites:
 
 class DirectSink:
     """Slots of a file that are filled in order and past the page cache, of one block or of several
-    that follow each other; a `copy.Sink`. Not thread-safe."""
+    that follow each other; a `sinks.Sink`. Not thread-safe."""
 
     by_calls = False
 

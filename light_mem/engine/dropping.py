@@ -23,9 +23,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from light_mem.engine import page_cache
-from light_mem.engine.copy import FileSink, Sink
 from light_mem.engine.direct_writes import DirectWrites, Group
 from light_mem.engine.read_ahead import Span
+from light_mem.engine.sinks import FileSink, Sink
 
 WINDOW_BYTES = 32 << 20
 

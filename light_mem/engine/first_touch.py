@@ -6,7 +6,7 @@ pages that are there already, and those of shared memory it maps for stores too 
 Linux's mm/memory.c). So rows are read at their ends before the first store to them: 245 MB of pages
 of 3,840 bytes that a new worker reads by `preadv` cost 8,400 faults instead of 92,900, and 0.10
 seconds of the kernel's time instead of 0.25 (Linux 6.18). A `pwrite` from pages that are not mapped
-is slow as well (`copy.FileSink`). No page comes into being by that but those of the rows, and a
+is slow as well (`sinks.FileSink`). No page comes into being by that but those of the rows, and a
 process has no more mapped than what lies around rows that it used.
 """
 

@@ -18,8 +18,8 @@ from typing import cast
 
 import numpy as np
 
-from light_mem.engine.copy import FileSink, MappedSink, Sink
 from light_mem.engine.dirty_pages import DirtyPages
+from light_mem.engine.sinks import FileSink, MappedSink, Sink
 
 if sys.platform == "linux":
     import resource

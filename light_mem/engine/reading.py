@@ -19,9 +19,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Copier, Stopped, is_one_piece, new_checksum
+from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.first_touch import FirstTouch
+from light_mem.engine.pieces import is_one_piece
 from light_mem.engine.read_job import ReadJob
 from light_mem.engine.removing import WRONG_SUM
 from light_mem.errors import StoreFormatError

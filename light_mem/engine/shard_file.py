@@ -22,15 +22,11 @@ import xxhash
 
 from light_mem.engine import page_cache
 from light_mem.engine.base import BlockIO, Stop, never
-from light_mem.engine.copy import (
-    Copier,
-    Stopped,
-    is_one_piece,
-    new_checksum,
-)
+from light_mem.engine.copy import Copier, Stopped, new_checksum
 from light_mem.engine.direct_writes import Group
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.mapped_writes import MappedWrites
+from light_mem.engine.pieces import is_one_piece
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
 from light_mem.engine.shard_header import data_path, slots_path

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from light_mem.engine.base import BlockIO
-from light_mem.engine.copy import Copier, has_small_rows, new_checksum
+from light_mem.engine.copy import Copier, new_checksum
 from light_mem.engine.in_server import InServer
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.pieces import has_small_rows
 from light_mem.engine.places import Bytes1D
 from light_mem.engine.table_layout import READ
 from light_mem.engine.task_table import TaskTable

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Copier, Stopped, is_put_straight
+from light_mem.engine.copy import Copier, Stopped
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.intents import PART_BLOCKS, Intents
+from light_mem.engine.pieces import is_put_straight
 from light_mem.engine.publishing import Publisher, is_present
 from light_mem.engine.write_job import Copied, Part, Taken, WriteJob
 from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError

@@ -13,15 +13,11 @@ from benchmark.plan import Plan
 from benchmark.rivals import BARE
 from benchmark.rivals.base import Pages, Rival
 from light_mem.engine import page_cache
-from light_mem.engine.copy import (
-    Copier,
-    is_one_piece,
-    is_put_straight,
-    new_checksum,
-)
+from light_mem.engine.copy import Copier, new_checksum
 from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.mapped_writes import MappedWrites
+from light_mem.engine.pieces import is_one_piece, is_put_straight
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
 from light_mem.engine.read_ahead import Span, open_direct
