@@ -282,6 +282,22 @@ def test_a_block_of_one_piece_is_summed_up_after_it_was_copied(
     assert memory[0, 100 - 64] == 100
 
 
+def test_blocks_of_as_many_rows_of_other_memory_are_copied_as_they_are() -> None:
+    copier, numbers = Copier(), np.array([3, 0, 2])
+    for turn, row_bytes in enumerate([64, 100, 64, 40, SMALL_PAGE_BYTES, 100]):
+        memory = np.full((4, row_bytes), turn, np.uint8) + np.arange(4, dtype=np.uint8)[:, None]
+        slots = np.zeros(3 * row_bytes, np.uint8)
+        found = copier.gather_whole(turn, 7, Rows(memory, numbers), MappedSink(slots))
+        wanted = memory[numbers].tobytes()
+        assert slots.tobytes() == wanted
+        assert found == xxhash.xxh3_64_intdigest(key_bytes(turn, 7) + wanted)
+        other = np.zeros_like(memory)
+        again = copier.scatter_whole(turn, 7, Rows(other, numbers), slots, verify=True)
+        assert again == found
+        assert np.array_equal(other[numbers], memory[numbers])
+        assert not other[1].any()
+
+
 def test_memory_that_was_copied_from_is_let_go_of() -> None:
     copier, memory = Copier(), np.zeros((9, 64), np.uint8)
     rows = Rows(memory, np.array([1, 2]))

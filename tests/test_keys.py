@@ -148,11 +148,20 @@ def test_scalar_and_vectorised_places_agree() -> None:
             assert keymath.shard_of(m, shards) == place
         batch = keymath.MixedKeys.of(keys.tolist())
         assert batch.mixed == mixed.tolist()
-        assert batch == keymath.MixedKeys.of(keys.tolist(), tuple(mixed.tolist()))
+        told = (mixed.tolist()[0], *range(1, len(mixed)))  # what is told is not worked out again
+        assert keymath.MixedKeys.of(keys.tolist(), told).mixed == list(told)
         wanted: dict[int, list[int]] = {}
         for at, place in enumerate(places):
             wanted.setdefault(place, []).append(at)
         assert batch.by_shard(shards) == wanted
+
+
+@pytest.mark.parametrize("mixed", [(), (0, 0), (0, 0, 0)], ids=["none", "too few", "others'"])
+def test_mixed_keys_of_others_are_refused(mixed: tuple[int, ...]) -> None:
+    pairs = [(1, 2), (3, 4), (5, 6)]
+    with pytest.raises(ValueError, match="3 keys"):
+        keymath.MixedKeys.of(pairs, mixed)
+    assert keymath.MixedKeys.of([], ()) == keymath.MixedKeys([], [])
 
 
 def test_mixing_leaves_the_keys_alone() -> None:

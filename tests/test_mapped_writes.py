@@ -91,6 +91,13 @@ def test_what_is_written_again_soon_goes_through_the_mapping(
     assert file.calls_before_the_mapping() == CALLS_BEFORE
 
 
+def test_who_wants_calls_gets_them_whatever_was_written_a_moment_ago(file: File) -> None:
+    file.calls_before_the_mapping()
+    assert not file.write()
+    assert not file.writes.sink(0, 1, file.now).by_calls
+    assert file.writes.sink(0, 1, file.now, by_calls=True).by_calls
+
+
 def test_what_is_written_again_late_goes_by_calls(file: File) -> None:
     for _ in range(10):
         assert file.write()

@@ -65,6 +65,7 @@ def test_lines_that_every_process_of_every_server_may_write_are_no_more_than_one
         # and a record, and the entry of the one that it evicts.
         assert of.lines["index: entries"] <= 2 * BLOCKS, what
         assert of.lines["index: chains"] + of.lines["records"] <= 3 * BLOCKS, what
+        assert of.lines["table: cells"] <= BLOCKS, what  # a block's cell is one line
     assert counts["look-up"].lines["index: control"] == 0
     assert not any(counts["read"].lines[part] for part in STORE), "readers would share lines"
     assert counts["poll"].lines == dict.fromkeys(counts["poll"].lines, 0)

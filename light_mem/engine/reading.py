@@ -201,13 +201,13 @@ class Reader:
         """Copy a block into its pages; the checksum of what was copied, if it is asked for. Raises
         Stopped, OSError, StoreFormatError."""
         low, high, place = job.batch[at]
-        file = self._files.get(where.shard) or self._open(job, where.shard)
         ways = job.ways.get(at)
         if ways is not None:
             self._judge(job)
-        elif len(where.runs) == 1 and is_one_piece(place):
-            if job.stop(at):
-                raise Stopped
+        elif job.stop(at):
+            raise Stopped
+        file = self._files.get(where.shard) or self._open(job, where.shard)
+        if ways is None and len(where.runs) == 1 and is_one_piece(place):
             source = file.first_bytes(where.slot, where.nbytes)
             return self._copier.scatter_whole(low, high, place, source, self._verify)
         checksum = new_checksum(low, high) if self._verify else None

@@ -126,9 +126,14 @@ class MixedKeys(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[tuple[int, int]], mixed: Sequence[int] | None = None) -> MixedKeys:
-        """Of (low, high) each; `mixed` where it is known."""
+        """Of (low, high) each; `mixed` where it is known. Raises ValueError when that is not of
+        these keys, as far as the first one says: a block would be stored where nobody finds it."""
         pairs = list(keys)
-        return cls(pairs, list(mixed or [mix_one(low, high) for low, high in pairs]))
+        if mixed is None:
+            return cls(pairs, [mix_one(low, high) for low, high in pairs])
+        if len(mixed) != len(pairs) or (pairs and mixed[0] != mix_one(*pairs[0])):
+            raise ValueError(f"{len(mixed)} mixed keys are not those of {len(pairs)} keys")
+        return cls(pairs, list(mixed))
 
     def by_shard(self, num_shards: int) -> dict[int, list[int]]:
         """The positions of the keys of each shard, in order; see `shards_of`."""

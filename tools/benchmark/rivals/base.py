@@ -86,15 +86,10 @@ class Rival(ABC):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         """Fill pages with the blocks of these hashes."""
 
-    def write_each(self, passes: list[list[Any]], pages: Pages) -> None:
-        """`write` of several passes, by the hashes of each. A service is given the next one while
-        it is at the last, as others' processes go on without waiting for each other."""
-        for hashes in passes:
-            self.write(hashes, pages)
-
-    def read_each(self, passes: list[list[Any]], pages: Pages) -> None:
-        """`read` of several passes, see `write_each`."""
-        for hashes in passes:
+    def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
+        """`read`, several times. A service is given the next pass while it is at the last one, as
+        others' processes go on without waiting for each other."""
+        for _ in range(passes):
             self.read(hashes, pages)
 
     def delete(self, hashes: list[Any]) -> None:  # noqa: B027 (nothing to do for most)
@@ -122,13 +117,11 @@ def gather(memory: Bytes, rows: Pages, out: Bytes) -> None:
     np.take(memory, rows, axis=0, out=out, mode="clip")
 
 
-def two_at_a_time(
-    passes: list[list[Any]], create: Callable[[list[Any]], T], finish: Callable[[T], None]
-) -> None:
+def two_at_a_time(passes: int, create: Callable[[], T], finish: Callable[[T], None]) -> None:
     """Have a service make the passes: each is queued before the one before it is waited for."""
     before: list[T] = []
-    for hashes in passes:
-        now = create(hashes)
+    for _ in range(passes):
+        now = create()
         for tasks in before:
             finish(tasks)
         before = [now]

@@ -30,10 +30,9 @@ class LightMem(Rival):
         self._shards = options.get("shards", 4)
         # Any server may have blocks of any shard.
         self._shard_of = np.random.default_rng(7).permutation(plan.blocks) % self._shards
-        # Two passes are under way at a time, and neither is to evict its own blocks for want of the
-        # other's. A shard must hold a full block of 64 pages.
+        # A pass evicts the one before. A shard must hold a full block of 64 pages.
         full = min(64, max(1, (64 << 20) // plan.shape.page_bytes)) * plan.shape.page_bytes
-        size = (2 * plan.blocks + self._shards) * plan.shape.block_bytes
+        size = (plan.blocks + self._shards) * plan.shape.block_bytes
         self.service = light_mem.LocalCacheService(
             self.directory / "store",
             max(options.get("storage", size), self._shards * full),
@@ -80,11 +79,8 @@ class LightMem(Rival):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         self._wait(self._create("read", hashes, pages))
 
-    def write_each(self, passes: list[list[Any]], pages: Pages) -> None:
-        two_at_a_time(passes, lambda hashes: self._create("write", hashes, pages), self._wait)
-
-    def read_each(self, passes: list[list[Any]], pages: Pages) -> None:
-        two_at_a_time(passes, lambda hashes: self._create("read", hashes, pages), self._wait)
+    def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
+        two_at_a_time(passes, lambda: self._create("read", hashes, pages), self._wait)
 
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
         self._wait(
