@@ -8,8 +8,8 @@ its answer, but begins to read what is not in the page cache, and then waits whi
 queue is full (Linux 6.18, a saturated disk: 9% of such calls, up to 38 ms). So it is asked only for
 what mincore(2) has seen there. The GIL is free while the kernel copies, and a file that somebody
 has cut short is a short read here, where a mapping would be SIGBUS. Blocks of small rows are read
-by one buffer, summed up by one call and copied to their rows by another: 64 rows of 3,840 bytes in
-half of the time that as many buffers take.
+into one buffer, summed up by one call and copied to their rows by another: 64 rows of 3,840 bytes
+take three quarters of the time that they take with a buffer and a sum for each.
 """
 
 from __future__ import annotations

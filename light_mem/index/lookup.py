@@ -40,9 +40,7 @@ _CONTROL64 = CONTROL.itemsize // 8
 # An ENTRY, field by field: to unpack one costs half of what its words do.
 _FIELDS = struct.Struct("<6Q4I")
 assert _FIELDS.size == ENTRY.itemsize
-assert ENTRY.names == (
-    *("low", "high", "tag", "checksum", "nbytes", "used", "run", "next_run", "next", "keep"),
-)
+assert ENTRY.names == tuple("low high tag checksum nbytes used run next_run next keep".split())
 LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
 CHECKSUM, NBYTES = _W64["checksum"], _W64["nbytes"]
 RUNS = _W64["run"]  # `run` in the low half of this word, `next_run` in the high half

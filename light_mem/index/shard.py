@@ -252,12 +252,8 @@ class ShardIndex:
         keeps: list[int] | None = None,
     ) -> None:
         """`publish` for blocks of different keys, none of which is stored; by first slots."""
-        words, first, keep_of, chains = (
-            self._f.words64,
-            self._first_word,
-            self._keeps,
-            self._chains,
-        )
+        words, first = self._f.words64, self._first_word
+        keep_of, chains = self._keeps, self._chains
         for slot, (low, high), mixed, checksum, size, keep in zip(
             firsts,
             keys.pairs,
