@@ -98,15 +98,14 @@ def test_without_the_call_it_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None
     assert not dirty.need_no_fault(0, 0, 1, 0.0, 0.1)  # never
 
 
-def test_what_is_sure_needs_no_fault_and_what_the_kernel_has_written_is_not(written: int) -> None:
+def test_what_the_kernel_was_seen_to_have_written_is_not_sure_any_more(written: int) -> None:
     dirty = DirtyPages()
     for now in (1.0, 1.4, 1.6, 6.5, 32.0):
-        assert dirty.surely_need_no_fault(1.0, now) == (now < 1.5)
         assert dirty.need_no_fault(written, 0, PAGE, 1.0, now) == (now < 31.0)
     os.fsync(written)
     assert not dirty.need_no_fault(written, 0, PAGE, 1.0, 2.0)
-    assert not dirty.surely_need_no_fault(1.9, 2.1)  # before the kernel was seen to have written
-    assert dirty.surely_need_no_fault(2.0, 2.1)
+    assert not dirty.need_no_fault(written, 0, PAGE, 1.9, 2.1)  # before it was seen
+    assert dirty.need_no_fault(written, 0, PAGE, 2.0, 2.1)
 
 
 def test_what_was_written_by_a_call_is_as_old(written: int) -> None:

@@ -53,15 +53,23 @@ class Copier:
         self._key = room[start - KEY_BYTES : start].data
         self._keyed = room[start - KEY_BYTES : start + PIECE_BYTES].data
         self._memory: Bytes2D | None = None
+        self._rows = -1  # of the piece at hand; -1: there is none for this memory
         self.forget()
 
-    def _use_pieces_of(self, rows: int) -> None:
-        """Have a scratch piece of so many rows at hand: most blocks are alike."""
-        row_bytes = self._element.itemsize
-        self._rows = rows
-        self._piece = self._scratch[: rows * row_bytes]
-        self._table = self._piece.reshape(rows, row_bytes)
-        self._keyed_piece = self._keyed[: KEY_BYTES + rows * row_bytes]
+    def _use_piece_of(self, memory: Bytes2D, rows: int) -> None:
+        """Have a scratch piece of so many rows of the memory at hand: most blocks are alike."""
+        self._use_memory(memory)
+        if rows != self._rows:
+            row_bytes = memory.shape[1]
+            self._rows = rows
+            self._piece = self._scratch[: rows * row_bytes]
+            self._table = self._piece.reshape(rows, row_bytes)
+            self._keyed_piece = self._keyed[: KEY_BYTES + rows * row_bytes]
+
+    def _sum_of_piece(self, low: int, high: int) -> int:
+        """The checksum of a whole block that lies in the scratch piece."""
+        put_key_bytes(self._key, low, high)
+        return xxhash.xxh3_64_intdigest(self._keyed_piece)
 
     def gather_whole(self, low: int, high: int, place: Rows, sink: Sink) -> int:
         """Copy a block that `is_one_piece` into `sink`; returns its checksum. Raises OSError of the
@@ -71,19 +79,15 @@ class Copier:
         the copies have pushed the interpreter out of the caches.
         """
         memory, rows = place
-        if memory is not self._memory:
-            self._use_memory(memory)
+        self._use_piece_of(memory, len(rows))
         if not self._is_small:
             checksum = new_checksum(low, high)
             self._gather_rows(memory, rows, sink, 0, checksum)
             return checksum.intdigest()
-        if len(rows) != self._rows:
-            self._use_pieces_of(len(rows))
         self._firsts[rows]
         memory.take(rows, 0, self._table, "clip")
         sink.put(0, self._piece)
-        put_key_bytes(self._key, low, high)
-        return xxhash.xxh3_64_intdigest(self._keyed_piece)
+        return self._sum_of_piece(low, high)
 
     def gather(
         self, place: Place, sink: Sink, checksum: xxhash.xxh3_64, stopped: Callable[[], bool]
@@ -132,8 +136,7 @@ class Copier:
         self, memory: Bytes2D, rows: RowNumbers, sink: Sink, at: int, checksum: xxhash.xxh3_64
     ) -> None:
         """Copy the rows of one piece."""
-        if memory is not self._memory:
-            self._use_memory(memory)
+        self._use_memory(memory)
         if self._is_small:
             piece = self._scratch[: len(rows) * memory.shape[1]]
             self._firsts[rows]
@@ -167,16 +170,11 @@ class Copier:
         """Have `fill` put a block that `has_small_rows` into private memory, and copy it to its
         rows if it says so and the sum is `checksum` (None: any); whether it was copied."""
         memory, rows = place
-        if memory is not self._memory:
-            self._use_memory(memory)
-        if len(rows) != self._rows:
-            self._use_pieces_of(len(rows))
+        self._use_piece_of(memory, len(rows))
         if not fill(self._piece):
             return False
-        if checksum is not None:
-            put_key_bytes(self._key, low, high)
-            if xxhash.xxh3_64_intdigest(self._keyed_piece) != checksum:
-                return False
+        if checksum is not None and self._sum_of_piece(low, high) != checksum:
+            return False
         self._put(memory, rows, self._piece)
         return True
 
@@ -231,8 +229,7 @@ class Copier:
 
     def _put(self, memory: Bytes2D, rows: RowNumbers, source: Bytes1D) -> None:
         """Copy `source` to rows of the memory."""
-        if memory is not self._memory:
-            self._use_memory(memory)
+        self._use_memory(memory)
         if self._is_small:
             self._firsts[rows]
         self._elements.put(rows, source.view(self._element))
@@ -243,6 +240,8 @@ class Copier:
 
     def _use_memory(self, memory: Bytes2D) -> None:
         """Have views of the memory at hand: most blocks are of the same."""
+        if memory is self._memory:
+            return
         self._memory = memory
         self._is_small = memory.shape[1] < SMALL_PAGE_BYTES
         # To be loaded before small rows are copied: the processor then looks up the addresses of
@@ -254,7 +253,7 @@ class Copier:
         # to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us).
         self._element = np.dtype((np.void, memory.shape[1]))
         self._elements = memory.view(self._element).reshape(-1)
-        self._use_pieces_of(0)
+        self._rows = -1
 
 
 def _update(checksum: xxhash.xxh3_64, memory: Bytes2D, rows: RowNumbers) -> None:

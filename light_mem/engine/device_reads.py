@@ -144,8 +144,6 @@ class DeviceReads:
         if self._drops:
             return there
         held = page_cache.hold_each(middles)
-        if False not in held:
-            return []
         return [block for block, is_held in zip(there, held, strict=True) if not is_held]
 
     def _middle(self, where: Location, file: ShardFile) -> int:

@@ -43,11 +43,6 @@ class DirtyPages:
         # protected, also where others have made it dirty since.
         self._protected = 0.0
 
-    def surely_need_no_fault(self, written: float, now: float) -> bool:
-        """`need_no_fault` of what was written through the mapping, as far as that is known without
-        asking the kernel. False: it may be so all the same."""
-        return now - written < SURELY_SECONDS and written >= self._protected
-
     def need_no_fault(
         self, descriptor: int, at: int, nbytes: int, written: float, now: float
     ) -> bool:

@@ -55,9 +55,11 @@ class FirstTouch:
 
     def _is_done(self, places: Sequence[Place]) -> bool:
         """Whether they all lie in one memory of which everything has been touched."""
-        known = self._memories.get(type(places[0])) if places else None
+        if not places:
+            return True
+        known = self._memories.get(type(places[0]))
         if known is None or known.left:
-            return not places
+            return False
         return {id(place.memory) for place in places} == {id(known.array)}
 
     def forget(self) -> None:

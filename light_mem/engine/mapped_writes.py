@@ -67,13 +67,11 @@ class MappedWrites:
         """How a run of slots is written now; `was_put` follows, unless it fails. `by_calls`: not
         through the mapping in any case."""
         self._taken_out = 0
-        at, nbytes = self._base + start * self._slot_bytes, length * self._slot_bytes
         # The ends stand for the run: where slots between them are older, some faults are all.
         last, other = self._written[start], self._written[start + length - 1]
         if other != last:
             last = min(last, other, key=abs)
-        if last > 0 and not by_calls and self._dirty.surely_need_no_fault(last, now):
-            return MappedSink(self._bytes[at : at + nbytes])
+        at, nbytes = self._base + start * self._slot_bytes, length * self._slot_bytes
         first_stores = last <= 0
         if (
             by_calls

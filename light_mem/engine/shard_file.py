@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +161,7 @@ class ShardFile:
         if self._dropper is not None and group is not None:
             self._dropper.land(group)
 
-    def expect(self, runs: Sequence[tuple[int, int]]) -> None:
+    def expect(self, runs: Iterable[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""
         if self._dropper is not None and self.page_bytes % mmap.PAGESIZE:
             for run in runs:

@@ -39,7 +39,7 @@ class WriteJob:
         self.report = report
         self.stop = stop
         self.open = set(range(len(batch)))
-        self.keys = MixedKeys.of([block[:2] for block in batch], mixed)
+        self.keys = MixedKeys.of((block[:2] for block in batch), mixed)
         self.nbytes = [block.place.nbytes for block in batch]
         slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
         self.slots = [slots_of[nbytes] for nbytes in self.nbytes]

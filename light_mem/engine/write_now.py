@@ -47,9 +47,10 @@ class WriteNow:
         engine = self._engine
         low, high, place = block
         nbytes = place.nbytes
-        if engine.lookup.find_one(low, high) >= 0:
+        mixed = mix_one(low, high)
+        if engine.lookup.find_one(low, high, mixed=mixed) >= 0:
             return Outcome.PRESENT if engine.is_stored(low, high, nbytes) else None
-        shard = shard_of(mix_one(low, high), self._geometry.shards)
+        shard = shard_of(mixed, self._geometry.shards)
         if not engine.is_at_hand(shard):
             return None
         slots = self._geometry.slots_of(nbytes)

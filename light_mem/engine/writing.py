@@ -254,7 +254,7 @@ class Writer:
         file, copier = self._engine.file(shard), self._copier
         batch, stop, report = job.batch, job.stop, job.report
         copied: list[Copied] = []
-        file.expect([run for _, (_, runs) in taken for run in runs])
+        file.expect(run for _, (_, runs) in taken for run in runs)
         self._touch.before_copies([batch[at].place for at, _ in taken], is_put_straight)
         try:
             for at, (_, runs) in taken:

@@ -136,14 +136,10 @@ class MixedKeys(NamedTuple):
         return cls(pairs, list(mixed))
 
     def by_shard(self, num_shards: int) -> dict[int, list[int]]:
-        """The positions of the keys of each shard, in order; see `shards_of`."""
+        """The positions of the keys of each shard, in order; see `shard_of`."""
         found: dict[int, list[int]] = {}
         for at, mixed in enumerate(self.mixed):
-            shard = (mixed >> 32) % num_shards
-            if shard in found:
-                found[shard].append(at)
-            else:
-                found[shard] = [at]
+            found.setdefault(shard_of(mixed, num_shards), []).append(at)
         return found
 
     def at(self, positions: Sequence[int]) -> MixedKeys:

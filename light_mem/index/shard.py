@@ -160,7 +160,9 @@ class ShardIndex:
         # Where blocks are of many pages most chains are empty.
         return self._slots_of(
             [
-                find(low, high, False, True, mixed) if chains.is_begun(mixed) else -1
+                find(low, high, touch=False, expired=True, mixed=mixed)
+                if chains.is_begun(mixed)
+                else -1
                 for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True)
             ]
         )

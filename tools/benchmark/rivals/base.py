@@ -118,15 +118,14 @@ def gather(memory: Bytes, rows: Pages, out: Bytes) -> None:
 
 
 def two_at_a_time(passes: int, create: Callable[[], T], finish: Callable[[T], None]) -> None:
-    """Have a service make the passes: each is queued before the one before it is waited for."""
-    before: list[T] = []
-    for _ in range(passes):
+    """Have a service make the passes, at least one: each is queued before the one before it is
+    waited for."""
+    before = create()
+    for _ in range(passes - 1):
         now = create()
-        for tasks in before:
-            finish(tasks)
-        before = [now]
-    for tasks in before:
-        finish(tasks)
+        finish(before)
+        before = now
+    finish(before)
 
 
 def page_aligned(nbytes: int) -> Bytes:
