@@ -15,10 +15,9 @@ import pytest
 
 from light_mem import State
 from light_mem.engine import bring_in as bringing
-from light_mem.engine import page_cache, read_ahead, shard_file
+from light_mem.engine import copy_loops, page_cache, read_ahead, shard_file
 from light_mem.engine.base import BlockIO, Outcome, never
 from light_mem.engine.bring_in import BringIn
-from light_mem.engine.copy import Copier
 from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions, Rows
@@ -246,18 +245,20 @@ def test_who_writes_to_the_pages_meanwhile_makes_no_block_look_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "s", [Block(1, 4)], 4096)
-    put, calls = Copier._put, 0
+    memory, calls = np.zeros((8, 4096), np.uint8), 0
 
-    def scribble(self: Copier, memory: Any, rows: Any, source: Any) -> None:
+    def scribble(steps: copy_loops.Steps) -> None:
         nonlocal calls
-        put(self, memory, rows, source)
-        calls += 1
-        memory[rows[0], 7] ^= 1
+        for _, put, rows, elements, piece, update in steps:
+            put(rows, elements)
+            memory[rows[0], 7] ^= 1
+            update(piece)
+            calls += 1
 
-    monkeypatch.setattr(Copier, "_put", scribble)
+    monkeypatch.setattr(copy_loops, "scatter_small_rows", scribble)
     outcomes: list[Outcome] = []
     with opened(tmp_path / "s", 4096) as r:
-        place = Rows(np.zeros((8, 4096), np.uint8), np.arange(0, 8, 2))
+        place = Rows(memory, np.arange(0, 8, 2))
         r.engine.read([BlockIO(*keymath.as_key(1), place)], collect(outcomes))
         assert calls
         assert outcomes == [Outcome.LOADED]

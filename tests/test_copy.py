@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import xxhash
 
-from light_mem.engine.base import never
-from light_mem.engine.copy import Copier, Stopped, new_checksum
-from light_mem.engine.pieces import PIECE_BYTES, SMALL_PAGE_BYTES, is_one_piece, is_put_straight
+from light_mem.engine.copy import ROUND_BYTES, Stopped, new_checksum
+from light_mem.engine.gather import Gatherer
+from light_mem.engine.pieces import PIECE_BYTES, SMALL_PAGE_BYTES, is_put_straight
 from light_mem.engine.places import Place, Regions, Rows
+from light_mem.engine.scatter import Scatterer
 from light_mem.engine.sinks import FileSink, MappedSink
 from light_mem.index.keys import key_bytes
 from tests.deaths import interleave
@@ -32,29 +35,28 @@ ROWS = {
 
 
 def gather(
-    copier: Copier,
+    gatherer: Gatherer,
     memory: np.ndarray,
     rows: np.ndarray,
     slots: np.ndarray,
-    checksum: xxhash.xxh3_64,
-    stopped: Callable[[], bool],
-) -> None:
-    copier.gather(Rows(memory, rows), MappedSink(slots.reshape(-1)), checksum, stopped)
+    stopped: Callable[[], bool] | None = None,
+) -> int:
+    """Gather a block of KEY; its checksum."""
+    parts = [(Rows(memory, rows), MappedSink(slots.reshape(-1).data))]
+    [found] = gatherer.gather([(*KEY, parts)], stopped)
+    return found
 
 
 def scatter(
-    copier: Copier,
     slots: np.ndarray,
     memory: np.ndarray,
     rows: np.ndarray,
-    checksum: xxhash.xxh3_64 | None,
-    stopped: Callable[[], bool],
-) -> None:
-    copier.scatter(slots.reshape(-1), Rows(memory, rows), checksum, stopped)
-
-
-def not_stopped() -> bool:
-    return never(0)
+    stopped: Callable[[], bool] | None = None,
+) -> int:
+    """Scatter a block of KEY; its checksum."""
+    checksum = new_checksum(*KEY)
+    Scatterer().scatter([(Rows(memory, rows), slots.reshape(-1), checksum)], stopped)
+    return checksum.intdigest()
 
 
 def memory_of(page_bytes: int, rows: int = 9) -> np.ndarray:
@@ -84,25 +86,23 @@ def test_gather_and_scatter_move_every_byte_and_sum_it_with_the_key(
     memory, rows = layout(kind, page_bytes)
     original = memory.copy()
     slots = np.full((len(rows) + 2, page_bytes), 0xEE, np.uint8)
-    copier, checksum = Copier(), new_checksum(*KEY)
-    gather(copier, memory, rows, slots[1:-1], checksum, not_stopped)
+    found = gather(Gatherer(), memory, rows, slots[1:-1])
     wanted = original[rows]
     assert np.array_equal(slots[1:-1], wanted)
     assert (slots[[0, -1]] == 0xEE).all()
     assert np.array_equal(memory, original)
-    assert checksum.intdigest() == expected_sum(wanted)
+    assert found == expected_sum(wanted)
 
     back = np.full_like(memory, 0xEE)
-    checksum = new_checksum(*KEY)
-    scatter(copier, slots[1:-1], back, rows, checksum, not_stopped)
+    found = scatter(slots[1:-1], back, rows)
     assert np.array_equal(back[rows], wanted)
     untouched = np.setdiff1d(np.arange(len(memory)), rows)
     assert (back[untouched] == 0xEE).all()
     assert np.array_equal(slots[1:-1], wanted)
-    assert checksum.intdigest() == expected_sum(wanted)
+    assert found == expected_sum(wanted)
 
     back[:] = 0xEE
-    scatter(copier, slots[1:-1], back, rows, None, not_stopped)
+    Scatterer().scatter([(Rows(back, rows), slots[1:-1].reshape(-1), None)])
     assert np.array_equal(back[rows], wanted)
 
 
@@ -113,23 +113,70 @@ def test_a_gather_into_a_file_leaves_what_one_into_memory_leaves(
 ) -> None:
     memory, rows = layout(kind, page_bytes)
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    checksum = new_checksum(*KEY)
-    Copier().gather(Rows(memory, rows), FileSink(descriptor, 4096), checksum, not_stopped)
+    [found] = Gatherer().gather([(*KEY, [(Rows(memory, rows), FileSink(descriptor, 4096))])])
     os.close(descriptor)
     raw = (tmp_path / "file").read_bytes()
     assert not any(raw[:4096])
     assert raw[4096:] == memory[rows].tobytes()
-    assert checksum.intdigest() == expected_sum(memory[rows])
+    assert found == expected_sum(memory[rows])
 
 
-def test_a_block_in_several_runs_has_the_sum_of_its_bytes_in_order() -> None:
-    memory = memory_of(100)
-    rows = np.array([7, 2, 3, 0], np.intp)
-    slots = np.zeros((10, 100), np.uint8)
-    copier, checksum = Copier(), new_checksum(*KEY)
-    gather(copier, memory, rows[:1], slots[5:6], checksum, not_stopped)
-    gather(copier, memory, rows[1:], slots[1:4], checksum, not_stopped)
-    assert checksum.intdigest() == expected_sum(memory[rows])
+@pytest.mark.parametrize("page_bytes", [100, SMALL_PAGE_BYTES + 1])
+def test_a_block_in_several_runs_has_the_sum_of_its_bytes_in_order(page_bytes: int) -> None:
+    """Also where the parts are copied in different ways."""
+    count = 2 * PIECE_BYTES // page_bytes + 8
+    memory = memory_of(page_bytes, count + 1)
+    rows = np.random.default_rng(3).permutation(count).astype(np.intp)
+    rows[1 : count - 2] = np.arange(1, count - 2)
+    slots = np.zeros((count + 2, page_bytes), np.uint8)
+    bounds = [0, 1, count - 2, count]
+    parts = []
+    for start, end in pairwise(bounds):
+        target = slots[start + 1 : end + 1].reshape(-1).data
+        parts.append((Rows(memory, rows[start:end]), MappedSink(target)))
+    [found] = Gatherer().gather([(*KEY, parts)])
+    assert found == expected_sum(memory[rows])
+    assert np.array_equal(slots[1:-1], memory[rows])
+    checksum, back = new_checksum(*KEY), np.zeros_like(memory)
+    moves = [
+        (Rows(back, rows[start:end]), slots[start + 1 : end + 1].reshape(-1), checksum)
+        for start, end in pairwise(bounds)
+    ]
+    Scatterer().scatter(moves)
+    assert checksum.intdigest() == found
+    assert np.array_equal(back[rows], memory[rows])
+
+
+def test_blocks_of_every_kind_are_copied_by_one_call() -> None:
+    """In the order in which they come, each with its own sum."""
+    gatherer, blocks, wanted, targets, moves = Gatherer(), [], [], [], []
+    for n, page_bytes in enumerate(PAGE_SIZES * 2):
+        memory, rows = layout(list(ROWS)[n % len(ROWS)], page_bytes)
+        places: list[Place] = [Rows(memory, rows)]
+        flat = memory.reshape(-1)
+        if memory.nbytes > 100:
+            places.append(Regions(flat, [(90, 7), (3, 80)]))
+        if n % 2:
+            places.reverse()
+        for place in places:
+            expected = b"".join(part.tobytes() for part in place.slices())
+            slots = np.zeros(len(expected), np.uint8)
+            blocks.append((n, len(expected), [(place, MappedSink(slots.data))]))
+            wanted.append(xxhash.xxh3_64_intdigest(key_bytes(n, len(expected)) + expected))
+            checksum = new_checksum(n, len(expected))
+            target = np.zeros_like(memory)
+            if isinstance(place, Rows):
+                back: Place = Rows(target, place.numbers)
+            else:
+                back = Regions(target.reshape(-1), place.regions)
+            moves.append((back, slots, checksum))
+            targets.append((slots, expected))
+    assert gatherer.gather(blocks) == wanted
+    assert [slots.tobytes() for slots, _ in targets] == [expected for _, expected in targets]
+    Scatterer().scatter(moves)
+    assert [checksum.intdigest() for _, _, checksum in moves] == wanted
+    for (back, _, _), (_, expected) in zip(moves, targets, strict=True):
+        assert b"".join(part.tobytes() for part in back.slices()) == expected
 
 
 def test_the_sum_depends_on_the_key() -> None:
@@ -152,17 +199,15 @@ def test_the_sum_of_a_gather_is_never_of_what_others_do_to_the_slots(
     """A process gone wild writes to the slots at any moment: the block must not verify then."""
     memory, rows = memory_of(page_bytes, len(order)), np.array(order, np.intp)
     wanted = expected_sum(memory[rows])
-    copier = Copier()
-
-    def summed_gather() -> int:
-        checksum = new_checksum(*KEY)
-        gather(copier, memory, rows, slots, checksum, not_stopped)
-        return checksum.intdigest()
-
+    gatherer = Gatherer()
     at, reached = 1, True
     while reached:
         slots = np.zeros((len(rows), page_bytes), np.uint8)
-        digest, reached = interleave(summed_gather, lambda: slots.fill(0xEE), at)  # noqa: B023
+        digest, reached = interleave(
+            lambda: gather(gatherer, memory, rows, slots),  # noqa: B023
+            lambda: slots.fill(0xEE),  # noqa: B023
+            at,
+        )
         assert digest == wanted
         at += 1
     assert at > 30
@@ -175,18 +220,15 @@ def test_a_scatter_whose_sum_fits_has_copied_the_bytes_of_that_sum(
     """Whatever happens to the slots during the copy: wrong bytes never come with a right sum."""
     original, rows = memory_of(page_bytes, len(order)), np.array(order, np.intp)
     wanted = expected_sum(original)
-    copier = Copier()
-
-    def summed_scatter() -> int:
-        checksum = new_checksum(*KEY)
-        scatter(copier, slots, memory, rows, checksum, not_stopped)
-        return checksum.intdigest()
-
     fitted = []
     at, reached = 1, True
     while reached:
         slots, memory = original.copy(), np.zeros_like(original)
-        digest, reached = interleave(summed_scatter, lambda: slots.fill(0xEE), at)  # noqa: B023
+        digest, reached = interleave(
+            lambda: scatter(slots, memory, rows),  # noqa: B023
+            lambda: slots.fill(0xEE),  # noqa: B023
+            at,
+        )
         fitted.append(digest == wanted)
         if fitted[-1]:
             assert np.array_equal(memory[rows], original)
@@ -196,15 +238,23 @@ def test_a_scatter_whose_sum_fits_has_copied_the_bytes_of_that_sum(
 
 @pytest.mark.parametrize("page_bytes", [100, SMALL_PAGE_BYTES + 1, 600 * 1024])
 @pytest.mark.parametrize("straight", [True, False])
-def test_a_copy_stops_between_two_pieces(page_bytes: int, straight: bool) -> None:
-    count = max(4, 3 * PIECE_BYTES // page_bytes)
-    memory = memory_of(page_bytes, count)
+def test_a_copy_stops_between_two_rounds(page_bytes: int, straight: bool) -> None:
+    count = 3 * ROUND_BYTES // page_bytes
+    memory = np.resize(memory_of(1 << 16, 1), (count, page_bytes))
+    memory += np.arange(count, dtype=np.uint8)[:, None] | 1
     rows = np.arange(count, dtype=np.intp)
     if not straight:
         rows = rows[::-1].copy()
     slots = np.zeros((count, page_bytes), np.uint8)
+    target = np.zeros_like(memory)
 
-    for move in (gather, scatter):
+    def copy(stopped: Callable[[], bool]) -> None:
+        gather(Gatherer(), memory, rows, slots, stopped)
+
+    def copy_back(stopped: Callable[[], bool]) -> None:
+        scatter(memory, target, rows, stopped)
+
+    for move in (copy, copy_back):
         asked = 0
 
         def stopped() -> bool:
@@ -212,100 +262,103 @@ def test_a_copy_stops_between_two_pieces(page_bytes: int, straight: bool) -> Non
             asked += 1
             return asked == 3
 
-        target = np.zeros_like(memory)
-        arguments = (memory, rows, slots) if move is gather else (memory, target, rows)
         with pytest.raises(Stopped):
-            move(Copier(), *arguments, new_checksum(*KEY), stopped)
+            move(stopped)
         assert asked == 3
-        moved = slots if move is gather else target[rows]
-        wanted = memory[rows] if move is gather else memory
+        moved, wanted = (slots, memory[rows]) if move is copy else (target[rows], memory)
         done = int((moved == wanted).reshape(-1).cumprod().sum())
-        assert PIECE_BYTES < done <= 2 * PIECE_BYTES + 2 * page_bytes
+        assert ROUND_BYTES < done <= 2 * ROUND_BYTES + 2 * page_bytes
 
 
 @pytest.mark.parametrize("page_bytes", [4096, SMALL_PAGE_BYTES])
 @pytest.mark.parametrize("more", [0, 1, 60 * 1024])
 def test_a_block_longer_than_a_piece_is_no_single_piece(page_bytes: int, more: int) -> None:
-    """`more` bytes than a piece, in rows that lie anyhow: asked whether to stop before each."""
+    """`more` bytes than a piece, in rows that lie anyhow."""
     count = PIECE_BYTES // page_bytes + -(-more // page_bytes)
     memory, rows = memory_of(page_bytes, count), np.arange(count, dtype=np.intp)[::-1].copy()
-    asked: list[None] = []
-
-    def stopped() -> bool:
-        asked.append(None)
-        return False
-
-    slots, checksum = np.zeros((count, page_bytes), np.uint8), new_checksum(*KEY)
-    gather(Copier(), memory, rows, slots, checksum, stopped)
-    assert np.array_equal(slots, memory[rows])
-    assert checksum.intdigest() == expected_sum(memory[rows])
+    sink = Puts(count * page_bytes, memory)
+    [found] = Gatherer().gather([(*KEY, [(Rows(memory, rows), sink)])])
+    assert np.array_equal(sink.slots.reshape(count, -1), memory[rows])
+    assert found == expected_sum(memory[rows])
+    assert len(sink.straight) == 1 + (more > 0)
     back = np.zeros_like(memory)
-    scatter(Copier(), slots, back, rows, None, stopped)
+    assert scatter(sink.slots, back, rows) == found
     assert np.array_equal(back, memory)
-    assert len(asked) == 2 * (1 + (more > 0))
 
 
-def test_large_rows_are_summed_up_after_they_were_put() -> None:
-    memory, rows = memory_of(SMALL_PAGE_BYTES, 4), np.array([2, 0, 1], np.intp)
+@pytest.mark.parametrize("page_bytes", [100, SMALL_PAGE_BYTES, PIECE_BYTES + 1])
+def test_pages_are_summed_up_after_they_were_put(page_bytes: int) -> None:
+    """From the cache then; and the kernel finds them mapped."""
+    memory, rows = memory_of(page_bytes, 4), np.array([2, 0, 1], np.intp)
     checksum, seen = new_checksum(*KEY), []
 
-    class Spy:
-        by_calls = True
+    class Spy(MappedSink):
+        def storing(self, at: int, nbytes: int) -> tuple[Callable[..., object], object]:
+            store, first = super().storing(at, nbytes)
+            return lambda *arguments: spied(store, *arguments), first
 
-        def put(self, at: int, piece: np.ndarray) -> None:
-            raise AssertionError
+        def storing_rows(self, *of: Any) -> tuple[Callable[..., object], tuple[object, ...]]:
+            store, arguments = super().storing_rows(*of)
+            return lambda *arguments: spied(store, *arguments), arguments
 
-        def put_rows(self, at: int, *_: object) -> None:
-            seen.append(checksum.intdigest())
+    def spied(store: Callable[..., object], *arguments: object) -> None:
+        seen.append(checksum.intdigest())
+        store(*arguments)
 
-    Copier().gather(Rows(memory, rows), Spy(), checksum, not_stopped)
-    assert seen == [expected_sum(memory[:0])]
+    slots = np.zeros(3 * page_bytes, np.uint8)
+    Gatherer().gather_part(Rows(memory, rows), Spy(slots.data), checksum)
+    assert seen[0] == expected_sum(memory[:0])
     assert checksum.intdigest() == expected_sum(memory[rows])
 
 
-def test_a_block_of_one_piece_is_summed_up_after_it_was_copied(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("page_bytes", [64, SMALL_PAGE_BYTES, PIECE_BYTES + 1])
+def test_slots_are_summed_up_after_they_were_copied(page_bytes: int) -> None:
     """What is checksummed must be as new as what was copied, or newer."""
-    memory, source = np.zeros((9, 64), np.uint8), np.arange(256, dtype=np.uint8)
-    put = Copier._put
+    memory, source = np.zeros((9, page_bytes), np.uint8), memory_of(page_bytes, 4).reshape(-1)
+    was = source.copy()
 
-    def put_and_change(self: Copier, *arguments: np.ndarray) -> None:
-        put(self, *arguments)
-        source[100] ^= 1
+    class Changes:
+        """A checksum before which the slots change."""
 
-    monkeypatch.setattr(Copier, "_put", put_and_change)
-    found = Copier().scatter_whole(5, 6, Rows(memory, np.array([8, 0, 5, 1])), source, True)
-    checksum = new_checksum(5, 6)
-    checksum.update(source.data)
-    assert found == checksum.intdigest()
-    assert memory[0, 100 - 64] == 100
+        def __init__(self) -> None:
+            self.seen = b""
+
+        def update(self, piece: memoryview) -> None:
+            source[:] ^= 1
+            self.seen += bytes(piece)
+
+    checksum = Changes()
+    rows = np.array([8, 0, 5, 1])
+    Scatterer().scatter([(Rows(memory, rows), source, cast("xxhash.xxh3_64", checksum))])
+    first = min(PIECE_BYTES // page_bytes, 4) * page_bytes or PIECE_BYTES
+    assert memory[rows].reshape(-1)[:first].tobytes() == was[:first].tobytes()
+    assert checksum.seen[:first] == (was[:first] ^ 1).tobytes()
 
 
 def test_blocks_of_as_many_rows_of_other_memory_are_copied_as_they_are() -> None:
-    copier, numbers = Copier(), np.array([3, 0, 2])
+    gatherer, numbers = Gatherer(), np.array([3, 0, 2])
     for turn, row_bytes in enumerate([64, 100, 64, 40, SMALL_PAGE_BYTES, 100]):
         memory = np.full((4, row_bytes), turn, np.uint8) + np.arange(4, dtype=np.uint8)[:, None]
         slots = np.zeros(3 * row_bytes, np.uint8)
-        found = copier.gather_whole(turn, 7, Rows(memory, numbers), MappedSink(slots))
-        wanted = memory[numbers].tobytes()
-        assert slots.tobytes() == wanted
-        assert found == xxhash.xxh3_64_intdigest(key_bytes(turn, 7) + wanted)
+        assert gather(gatherer, memory, numbers, slots) == expected_sum(memory[numbers])
+        assert slots.tobytes() == memory[numbers].tobytes()
         other = np.zeros_like(memory)
-        again = copier.scatter_whole(turn, 7, Rows(other, numbers), slots, verify=True)
-        assert again == found
+        assert scatter(slots, other, numbers) == expected_sum(memory[numbers])
         assert np.array_equal(other[numbers], memory[numbers])
         assert not other[1].any()
 
 
-def test_memory_that_was_copied_from_is_let_go_of() -> None:
-    copier, memory = Copier(), np.zeros((9, 64), np.uint8)
-    rows = Rows(memory, np.array([1, 2]))
-    copier.gather_whole(1, 2, rows, MappedSink(np.zeros(128, np.uint8)))
+def test_memory_that_was_copied_is_let_go_of() -> None:
+    gatherer, scatterer, memory = Gatherer(), Scatterer(), np.zeros((9, 64), np.uint8)
+    rows, slots = Rows(memory, np.array([1, 2])), np.zeros(128, np.uint8)
+    gatherer.gather([(*KEY, [(rows, MappedSink(slots.data))])])
+    scatterer.scatter([(rows, slots, None)])
     gone = weakref.ref(memory)
     del memory, rows
     assert gone() is not None
-    copier.forget()
+    gatherer.forget()
+    assert gone() is not None
+    scatterer.forget()
     assert gone() is None
 
 
@@ -333,19 +386,18 @@ def regions(kind: str) -> tuple[Regions, bytes]:
 @pytest.mark.parametrize("kind", REGIONS)
 def test_regions_are_gathered_in_order(tmp_path: Path, kind: str, by_calls: bool) -> None:
     place, wanted = regions(kind)
-    checksum = new_checksum(*KEY)
     if by_calls:
         descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-        Copier().gather(place, FileSink(descriptor, 0), checksum, not_stopped)
+        sums = Gatherer().gather([(*KEY, [(place, FileSink(descriptor, 0))])])
         os.close(descriptor)
         found = (tmp_path / "file").read_bytes()
     else:
         slots = np.full(len(wanted) + 1, 0xEE, np.uint8)
-        Copier().gather(place, MappedSink(slots), checksum, not_stopped)
+        sums = Gatherer().gather([(*KEY, [(place, MappedSink(slots.data[:-1]))])])
         found = slots[:-1].tobytes()
         assert slots[-1] == 0xEE
     assert found == wanted
-    assert checksum.intdigest() == xxhash.xxh3_64_intdigest(key_bytes(*KEY) + wanted)
+    assert sums == [xxhash.xxh3_64_intdigest(key_bytes(*KEY) + wanted)]
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -356,7 +408,7 @@ def test_regions_are_scattered_in_order(kind: str, verify: bool) -> None:
     place.memory[:] = ~original
     checksum = new_checksum(*KEY)
     source = np.frombuffer(wanted, np.uint8)
-    Copier().scatter(source, place, checksum if verify else None, not_stopped)
+    Scatterer().scatter([(place, source, checksum if verify else None)])
     assert b"".join(part.tobytes() for part in place.slices()) == wanted
     expected = ~original
     for offset, length in place.regions:
@@ -370,24 +422,31 @@ class Puts(MappedSink):
     """Keeps what it is handed."""
 
     def __init__(self, nbytes: int, memory: np.ndarray) -> None:
-        super().__init__(np.zeros(nbytes, np.uint8))
+        self.slots = np.zeros(nbytes, np.uint8)
+        super().__init__(self.slots.data)
         self.memory = memory
         self.straight: list[bool] = []
 
-    def put(self, at: int, piece: np.ndarray) -> None:
-        self.straight.append(bool(np.shares_memory(piece, self.memory)))
-        super().put(at, piece)
+    def storing(self, at: int, nbytes: int) -> tuple[Callable[..., object], object]:
+        return self._put, super().storing(at, nbytes)
 
-    def put_rows(self, at: int, memory: np.ndarray, rows: np.ndarray) -> None:
+    def _put(self, store: tuple[Callable[..., object], object], piece: memoryview) -> None:
+        view = np.frombuffer(piece, np.uint8)
+        self.straight.append(bool(np.shares_memory(view, self.memory)))
+        store[0](store[1], piece)
+
+    def storing_rows(
+        self, at: int, memory: np.ndarray, rows: np.ndarray, views: Sequence[memoryview]
+    ) -> tuple[Callable[..., object], tuple[object, ...]]:
         self.straight.append(memory is self.memory)
-        super().put_rows(at, memory, rows)
+        return super().storing_rows(at, memory, rows, views)
 
 
 @pytest.mark.parametrize("kind", REGIONS)
 def test_short_regions_are_stored_by_one_call_a_piece(kind: str) -> None:
     place, wanted = regions(kind)
     sink = Puts(len(wanted), place.memory)
-    Copier().gather(place, sink, new_checksum(*KEY), not_stopped)
+    Gatherer().gather([(*KEY, [(place, sink)])])
     short = len(wanted) / len(place.regions) < SMALL_PAGE_BYTES
     assert is_put_straight(place) == (not short)
     assert sink.straight == [not short] * len(sink.straight)
@@ -405,27 +464,24 @@ def test_who_is_handed_the_memory_itself_is_known_beforehand(
     memory = np.zeros((count, page_bytes), np.uint8)
     place: Place = Rows(memory, rows)
     sink = Puts(count * page_bytes, memory)
-    if is_one_piece(place):
-        Copier().gather_whole(*KEY, place, sink)
-    else:
-        Copier().gather(place, sink, new_checksum(*KEY), not_stopped)
+    Gatherer().gather([(*KEY, [(place, sink)])])
     assert sink.straight == [is_put_straight(place)] * len(sink.straight)
 
 
-@pytest.mark.parametrize("kind", ["short", "long", "longer than a piece"])
-def test_regions_are_stopped_between_two_pieces(kind: str) -> None:
-    place, wanted = regions(kind)
+@pytest.mark.parametrize("length", [1000, SMALL_PAGE_BYTES, PIECE_BYTES + 9])
+def test_regions_are_stopped_between_two_rounds(length: int) -> None:
+    count = 2 * ROUND_BYTES // length
+    memory = np.arange(count * length, dtype=np.uint8)
+    place = Regions(memory, [(n * length, length) for n in range(count)][::-1])
+    wanted = np.concatenate(place.slices())
     looks = iter([False, True])
-    sink = Puts(len(wanted), place.memory)
+    sink = Puts(len(wanted), memory)
     with pytest.raises(Stopped):
-        Copier().gather(place, sink, new_checksum(*KEY), lambda: next(looks))
-    assert len(sink.straight) == 1
-    original = place.memory.copy()
-    place.memory[:] = ~original
+        Gatherer().gather([(*KEY, [(place, sink)])], lambda: next(looks))
+    assert len(sink.straight) == ROUND_BYTES // PIECE_BYTES
     looks = iter([False, True])
+    back = Regions(np.zeros_like(memory), place.regions)
     with pytest.raises(Stopped):
-        Copier().scatter(np.frombuffer(wanted, np.uint8), place, None, lambda: next(looks))
-    left = sum(
-        int((place.memory[o : o + n] != original[o : o + n]).any()) for o, n in place.regions
-    )
-    assert 0 < left < len(place.regions) or kind == "longer than a piece"
+        Scatterer().scatter([(back, wanted, None)], lambda: next(looks))
+    done = int((np.concatenate(back.slices()) == wanted).cumprod().sum())
+    assert ROUND_BYTES // 2 <= done <= ROUND_BYTES + length

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from light_mem.engine import direct_writes, page_cache
+from light_mem.engine import copy, direct_writes, page_cache
 from light_mem.engine.base import Outcome
-from light_mem.engine.copy import Copier, new_checksum
+from light_mem.engine.copy import new_checksum
 from light_mem.engine.direct_writes import LEAST_BYTES, DirectWrites
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.gather import Gatherer
 from light_mem.engine.pieces import PIECE_BYTES
 from light_mem.engine.places import Rows
 from light_mem.engine.read_ahead import ALIGN, Span, open_direct
@@ -76,7 +77,7 @@ def put(dropper: Dropper, file: File, at: int, row_bytes: int, rows: int, seed: 
     file.wanted[at : at + rows * row_bytes] = memory[numbers].reshape(-1)
     checksum = new_checksum(1, 2)
     with dropper.sink(file.span(at, rows * row_bytes), file.direct) as sink:
-        Copier().gather(Rows(memory, numbers), sink, checksum, lambda: False)
+        Gatherer().gather_part(Rows(memory, numbers), sink, checksum)
     wanted = new_checksum(1, 2)
     wanted.update(memory[numbers].tobytes())
     assert checksum.digest() == wanted.digest()
@@ -288,7 +289,10 @@ def test_without_memory_to_write_from_blocks_fail_and_are_written_later(
     r.engine.close()
 
 
-def test_a_stopped_block_takes_no_neighbour_along(tmp_path: Path) -> None:
+def test_a_stopped_block_takes_no_neighbour_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "_ROUND_STEPS", 1)
     r = open_dropping(tmp_path / "store", 96, 3840 * 64)
     blocks = [Block(n, 8) for n in range(12)]  # each of four pieces
     asked = [0] * 12
@@ -470,7 +474,8 @@ def test_what_is_under_way_is_waited_for_whatever_fails(
     writes = DirectWrites()
     sink = writes.sink(file.span(0, 8 * MIB), file.direct)
     for _ in range(16):
-        sink.put(0, np.zeros(PIECE_BYTES, np.uint8))
+        put, first = sink.storing(0, PIECE_BYTES)
+        put(first, np.zeros(PIECE_BYTES, np.uint8).data)
     with pytest.raises(OSError, match="the first"):
         writes.land(writes.cut())
     assert sorted(ended) == [n * MIB for n in range(8)]

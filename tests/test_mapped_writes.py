@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from light_mem.engine import mapped_writes
@@ -47,9 +46,11 @@ class File:
         self.now = 1.0
 
     def write(self, start: int = 0, length: int = 1, byte: int = 1) -> bool:
-        sink = self.writes.sink(start, length, self.now)
-        sink.put(0, np.full(length * self.slot_bytes, byte, np.uint8))
-        self.writes.was_put(start, length, self.now, sink)
+        self.writes.begin(self.now)
+        sink = self.writes.sink(start, length)
+        store, first = sink.storing(0, length * self.slot_bytes)
+        store(first, memoryview(bytes([byte]) * (length * self.slot_bytes)))
+        self.writes.was_put(start, length, sink)
         return sink.by_calls
 
     def calls_before_the_mapping(self, **run: int) -> int:
@@ -94,8 +95,8 @@ def test_what_is_written_again_soon_goes_through_the_mapping(
 def test_who_wants_calls_gets_them_whatever_was_written_a_moment_ago(file: File) -> None:
     file.calls_before_the_mapping()
     assert not file.write()
-    assert not file.writes.sink(0, 1, file.now).by_calls
-    assert file.writes.sink(0, 1, file.now, by_calls=True).by_calls
+    assert not file.writes.sink(0, 1).by_calls
+    assert file.writes.sink(0, 1, by_calls=True).by_calls
 
 
 def test_what_is_written_again_late_goes_by_calls(file: File) -> None:
@@ -154,7 +155,7 @@ def test_slots_are_taken_out_of_the_page_table_before_their_first_stores(file: F
     faults()
     assert not faults()  # all of it is mapped
     assert file.write(start=1)
-    assert not file.writes.sink(1, 1, file.now).by_calls
+    assert not file.writes.sink(1, 1).by_calls
     assert faults()
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from light_mem.engine import shard_file, writing
+from light_mem.engine import shard_file, slot_records, writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.index import file as index_file
@@ -49,18 +50,18 @@ class Power:
         ends: list[int] = []
         pending: list[tuple[str, Files]] = []
 
-        def note(function: str, name: str) -> None:
-            sync = getattr(shard_file, function)
+        def note(module: ModuleType, function: str, name: str) -> None:
+            sync = getattr(module, function)
 
             def noted(what: object) -> None:
                 sync(what)
                 content = (self._directory / name).read_bytes()
                 pending.append((name, {name: content}))
 
-            self._patch.setattr(shard_file, function, noted)
+            self._patch.setattr(module, function, noted)
 
-        note("_sync", "shard-000.data")
-        note("_sync_map", "shard-000.slots")
+        note(shard_file, "_sync", "shard-000.data")
+        note(slot_records, "_sync_map", "shard-000.slots")
         for call in calls:
             seen = moments(self._directory, call)
             start = len(self.history)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine.shard_file import ShardFile, Written
+from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.slot_records import Written
 from light_mem.index import description
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath

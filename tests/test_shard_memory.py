@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from light_mem.engine.shard_file import ShardFile, data_path, slots_path
+from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.shard_header import data_path, slots_path
 from light_mem.index import format as fmt
 from tests.engine_helpers import geometry_of
 

@@ -440,8 +440,8 @@ def test_no_store_goes_to_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> None:
         pytest.fail("a store to a mapping")
 
-    monkeypatch.setattr(MappedSink, "put", fail)
-    monkeypatch.setattr(MappedSink, "put_rows", fail)
+    monkeypatch.setattr(MappedSink, "storing", fail)
+    monkeypatch.setattr(MappedSink, "storing_rows", fail)
     assert now(r, Block(1, 3)) is Outcome.STORED
     assert now(r, Block(2)) is Outcome.STORED
     assert r.read(Block(1, 3), Block(2)) == [Outcome.LOADED] * 2

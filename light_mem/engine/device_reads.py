@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from light_mem.engine import page_cache
 from light_mem.engine.base import Stop
 from light_mem.engine.bring_in import BringIn
-from light_mem.engine.copy import Copier
+from light_mem.engine.copy import Stopping
 from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.places import Place
 from light_mem.engine.read_ahead import Span
+from light_mem.engine.scatter import Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index.lookup import Location
 from light_mem.index.replica import Run
@@ -90,15 +91,15 @@ class DeviceReads:
     def read(
         self,
         way: Way,
-        copier: Copier,
+        scatterer: Scatterer,
         place: Place,
         checksum: xxhash.xxh3_64 | None,
-        stopped: Callable[[], bool],
+        stopped: Stopping,
     ) -> None:
         """Copy the bytes of a run of slots, as long as `place`; raises Stopped, OSError."""
         span, later = way
         try:
-            self._direct.read(span, copier, place, checksum, stopped)
+            self._direct.read(span, scatterer, place, checksum, stopped)
         finally:
             if self._drops:  # some of it may be in the page cache all the same
                 page_cache.drop(*span)

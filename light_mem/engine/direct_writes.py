@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.device_threads import DeviceThreads
@@ -27,12 +28,12 @@ from light_mem.engine.maps import private_buffers
 from light_mem.engine.pieces import PIECE_BYTES
 from light_mem.engine.places import Bytes1D, Bytes2D, RowNumbers
 from light_mem.engine.read_ahead import ALIGN, DEPTH, Span
-from light_mem.engine.sinks import MappedSink
+from light_mem.engine.sinks import Store, StoreRows
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-# Two pieces of the copier, and what is left of a page from before.
+# Two pieces of a copy, and what is left of a page from before.
 _BUFFER_BYTES = 2 * PIECE_BYTES + ALIGN
 # Less that follows each other goes through the page cache: a request costs the device some 100 us
 # whatever its length, and the kernel writes out many of them together.
@@ -157,13 +158,20 @@ class DirectSink:
         """The descriptor, and where in the file goes what is put next."""
         return self._cached, self._at + self._filled
 
-    def put(self, at: int, piece: Bytes1D) -> None:
-        """Store a piece."""
-        self._room(len(piece))[:] = piece
+    def storing(self, at: int, nbytes: int) -> Store:
+        return self._put, None
 
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
-        """Store rows of the memory, one after the other."""
-        MappedSink(self._room(len(rows) * memory.shape[1])).put_rows(0, memory, rows)
+    def storing_rows(
+        self, at: int, memory: Bytes2D, rows: RowNumbers, views: Sequence[memoryview]
+    ) -> StoreRows:
+        return self._put_rows, (memory, rows)
+
+    def _put(self, _: None, piece: memoryview) -> None:
+        self._room(len(piece)).data[:] = piece
+
+    def _put_rows(self, memory: Bytes2D, rows: RowNumbers) -> None:
+        room = self._room(len(rows) * memory.shape[1])
+        memory.take(rows, 0, room.reshape(len(rows), -1), "clip")
 
     def end(self) -> None:
         """All was put: hand the rest to the device. Raises OSError."""
@@ -176,7 +184,7 @@ class DirectSink:
             self._writes.give_back(self._buffer)
 
     def _room(self, nbytes: int) -> Bytes1D:
-        """Where the next `nbytes`, a piece of the copier at most, go."""
+        """Where the next `nbytes`, a piece of a copy at most, go."""
         if self._filled + nbytes > len(self._buffer):
             self._send()
         filled = self._filled

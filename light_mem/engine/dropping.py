@@ -20,8 +20,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from light_mem.engine import page_cache
 from light_mem.engine.direct_writes import DirectWrites, Group
 from light_mem.engine.read_ahead import Span
@@ -67,7 +65,7 @@ class Dropper:
         that failed. Whatever comes, none of it is under way then."""
         self._direct.land(group)
         for piece, span in group.edges:
-            FileSink(span.descriptor, span.at).put(0, np.frombuffer(piece, np.uint8))
+            FileSink(span.descriptor, span.at).put(0, piece)
             self.wrote(span)
         for span in group.cached:
             self.wrote(span)

@@ -19,14 +19,15 @@ from light_mem.engine.base import (
     check_places,
     never,
 )
-from light_mem.engine.copy import Copier
 from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.first_touch import FirstTouch
+from light_mem.engine.gather import Gatherer
 from light_mem.engine.intents import Intents
 from light_mem.engine.open_store import OpenStore
 from light_mem.engine.publishing import Publisher
 from light_mem.engine.reading import Reader
+from light_mem.engine.scatter import Scatterer
 from light_mem.engine.write_now import WriteNow
 from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreFormatError
@@ -59,7 +60,7 @@ class LocalStorageEngine(OpenStore, StorageEngine):
 
         `time_to_live`: seconds after which what this engine writes counts as absent.
         """
-        self._copier = Copier()
+        self._gatherer, self._scatterer = Gatherer(), Scatterer()
         self._dropper = Dropper() if page_cache == "drop" else None
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
         super().__init__(
@@ -74,11 +75,11 @@ class LocalStorageEngine(OpenStore, StorageEngine):
             drops=self.drops,
         )
         self._touch = touch = FirstTouch()
-        self._reader = Reader(self, self._open.files, self._copier, verify, self._device, touch)
+        self._reader = Reader(self, self._open.files, self._scatterer, verify, self._device, touch)
         intents = Intents(self._owner)
         publisher = Publisher(self, self._owner, intents, flush=durability == "flush")
-        self._writer = Writer(self, self._owner, intents, self._copier, publisher, touch)
-        self._write_now = WriteNow(self, self._owner, intents, self._copier)
+        self._writer = Writer(self, self._owner, intents, self._gatherer, publisher, touch)
+        self._write_now = WriteNow(self, self._owner, intents, self._gatherer)
 
     @classmethod
     def open_store(
@@ -243,7 +244,8 @@ class LocalStorageEngine(OpenStore, StorageEngine):
 
     def _let_go(self) -> None:
         self._device.close()
-        self._copier.forget()
+        self._gatherer.forget()
+        self._scatterer.forget()
         self._touch.forget()
         if self._dropper is not None:
             self._drop(self._dropper.finish)

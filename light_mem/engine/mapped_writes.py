@@ -46,7 +46,7 @@ class MappedWrites:
         """The slots lie one after the other, from byte `base` of the file on."""
         self._mapping, self._descriptor = mapping, descriptor
         self._base, self._slot_bytes = base, slot_bytes
-        self._bytes = np.frombuffer(mapping, np.uint8)
+        self._bytes = memoryview(mapping)
         self._dirty = DirtyPages()
         # When this process last wrote a slot that was an end of a run, s (monotonic), negative
         # where it was by a call; 0: never. And how many calls there were in a row, each soon after
@@ -56,17 +56,22 @@ class MappedWrites:
         self._written = cast("memoryview[float]", self._written_at.data)
         self._calls = np.zeros(slots, np.uint8).data
         self.calls_before = CALLS_BEFORE
-        self._taken_out = 0  # bytes, of the slots that are stored to next
-        self._faults = 0
+        self.begin(0.0)
 
     def close(self) -> None:
         """The descriptor is closed, and may be another file's: writes by calls fail (EBADF)."""
         self._descriptor = -1
 
-    def sink(self, start: int, length: int, now: float, by_calls: bool = False) -> Sink:
-        """How a run of slots is written now; `was_put` follows, unless it fails. `by_calls`: not
-        through the mapping in any case."""
-        self._taken_out = 0
+    def begin(self, now: float) -> None:
+        """Runs of slots are written now, s (monotonic): `sink` is asked for each, and when all were
+        put `was_put` is told of each, unless it fails."""
+        self._now = now
+        self._taken_out = 0  # bytes, of the slots that are stored to
+        self._faults = 0  # of this thread before that
+
+    def sink(self, start: int, length: int, by_calls: bool = False) -> Sink:
+        """How a run of slots is written. `by_calls`: not through the mapping in any case."""
+        now = self._now
         # The ends stand for the run: where slots between them are older, some faults are all.
         last, other = self._written[start], self._written[start + length - 1]
         if other != last:
@@ -83,9 +88,9 @@ class MappedWrites:
             self._take_out(at, nbytes)
         return MappedSink(self._bytes[at : at + nbytes])
 
-    def was_put(self, start: int, length: int, now: float, sink: Sink) -> None:
+    def was_put(self, start: int, length: int, sink: Sink) -> None:
         """A run of slots was written."""
-        written = self._written
+        written, now = self._written, self._now
         if sink.by_calls:
             in_a_row = self._calls[start] + 1 if _is_soon(written[start], now) else 1
             self._calls[start] = min(in_a_row, CALLS_BEFORE_FAULTS)
@@ -108,8 +113,9 @@ class MappedWrites:
             except OSError:  # this process has it locked, mlock(2): each page faults
                 self.calls_before = CALLS_BEFORE_FAULTS
                 return
-            self._taken_out = nbytes
-            self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            if not self._taken_out:
+                self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            self._taken_out += nbytes
 
     def _learn(self) -> None:
         """Whether the first stores were a fault each page."""

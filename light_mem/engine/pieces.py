@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeGuard
 
-from light_mem.engine.places import Bytes1D, Place, Regions, Rows
+from light_mem.engine.places import Extent, Place, Regions, Rows
 
 PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
 # Pages below this, and regions of less in the mean, go to the slots by way of a scratch piece:
@@ -21,10 +21,11 @@ def is_one_piece(place: Place) -> TypeGuard[Rows]:
 
 
 def has_small_rows(place: Place) -> TypeGuard[Rows]:
-    """Whether it is several small rows, and one piece."""
-    return (
-        is_one_piece(place) and len(place.numbers) > 1 and place.memory.shape[1] < SMALL_PAGE_BYTES
-    )
+    """Whether it is small rows, and one piece."""
+    if type(place) is not Rows:
+        return False
+    row_bytes: int = place.memory.shape[1]
+    return row_bytes < SMALL_PAGE_BYTES and row_bytes * len(place.numbers) <= PIECE_BYTES
 
 
 def is_put_straight(place: Place) -> bool:
@@ -33,7 +34,7 @@ def is_put_straight(place: Place) -> bool:
         return not has_short_regions(place)
     if place.memory.shape[1] >= SMALL_PAGE_BYTES:
         return True
-    return not (is_one_piece(place) or is_scattered(place))
+    return not is_by_rows(place)
 
 
 def has_short_regions(place: Place) -> TypeGuard[Regions]:
@@ -41,22 +42,36 @@ def has_short_regions(place: Place) -> TypeGuard[Regions]:
     return isinstance(place, Regions) and place.nbytes < SMALL_PAGE_BYTES * len(place.regions)
 
 
-def is_scattered(place: Place) -> TypeGuard[Rows]:
-    """Whether it is better copied by rows, several a call, than slice by slice."""
-    return (
+def is_by_rows(place: Place) -> TypeGuard[Rows]:
+    """Whether it is better copied by rows, several a call, than extent by extent."""
+    return is_one_piece(place) or (
         isinstance(place, Rows)
         and place.memory.shape[1] <= PIECE_BYTES
         and place.first_if_contiguous() is None
     )
 
 
-def straight_pieces(place: Place) -> Iterator[tuple[int, Bytes1D]]:
-    """Views of the memory in the order of the block's bytes, and where in the block each begins."""
-    at = 0
-    for part in place.slices():
-        for a, b in pieces_of(len(part), PIECE_BYTES):
-            yield at, part[a:b]
-            at += b - a
+def straight_pieces(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Extents, cut into pieces."""
+    for offset, length in extents:
+        for a, b in pieces_of(length, PIECE_BYTES):
+            yield offset + a, b - a
+
+
+def joined_pieces(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+    """Extents, cut, that are a piece together: all but the last as long as it goes."""
+    joined: list[Extent] = []
+    room = PIECE_BYTES
+    for offset, length in extents:
+        while length:
+            count = min(length, room)
+            joined.append((offset, count))
+            offset, length, room = offset + count, length - count, room - count
+            if not room:
+                yield joined
+                joined, room = [], PIECE_BYTES
+    if joined:
+        yield joined
 
 
 def pieces_of(total: int, size: int) -> Iterator[tuple[int, int]]:

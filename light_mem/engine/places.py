@@ -12,6 +12,7 @@ from light_mem.errors import InvalidArgumentError
 Bytes2D = npt.NDArray[np.uint8]
 Bytes1D = npt.NDArray[np.uint8]
 RowNumbers = npt.NDArray[np.intp]
+Extent = tuple[int, int]  # of a memory: offset and length in bytes
 
 
 class Rows(NamedTuple):
@@ -44,12 +45,16 @@ class Rows(NamedTuple):
             return first
         return None
 
+    def extents(self) -> list[Extent]:
+        """Where the block's bytes lie in the memory, in order, as few as it goes."""
+        row_bytes, first = int(self.memory.shape[1]), self.first_if_contiguous()
+        if first is not None:
+            return [(first * row_bytes, len(self.numbers) * row_bytes)]
+        return [(row * row_bytes, row_bytes) for row in self.numbers.tolist()]
+
     def slices(self) -> list[Bytes1D]:
         """The block's bytes in order, as few views of the memory as it goes."""
-        first = self.first_if_contiguous()
-        if first is not None:
-            return [self.memory[first : first + len(self.numbers)].reshape(-1)]
-        return [self.memory[row] for row in self.numbers.tolist()]
+        return _slices(self)
 
     def require_pages(self, page_bytes: int) -> None:
         """Raise InvalidArgumentError unless each row is a page: a longer one would reach into the
@@ -71,7 +76,7 @@ class Regions(NamedTuple):
     """
 
     memory: Bytes1D
-    regions: list[tuple[int, int]]
+    regions: list[Extent]
 
     @property
     def nbytes(self) -> int:
@@ -89,12 +94,21 @@ class Regions(NamedTuple):
             at += length
         return Regions(self.memory, inside)
 
+    def extents(self) -> list[Extent]:
+        """Where the block's bytes lie in the memory, in order."""
+        return self.regions
+
     def slices(self) -> list[Bytes1D]:
         """The block's bytes in order, as views of the memory."""
-        return [self.memory[offset : offset + length] for offset, length in self.regions]
+        return _slices(self)
 
     def require_pages(self, page_bytes: int) -> None:
         """Nothing to check: regions are bytes, whatever a page is."""
 
 
 Place: TypeAlias = "Rows | Regions"
+
+
+def _slices(place: Place) -> list[Bytes1D]:
+    flat = place.memory.reshape(-1)
+    return [flat[offset : offset + length] for offset, length in place.extents()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from light_mem.engine.base import Outcome
 from light_mem.engine.intents import Intents
-from light_mem.engine.shard_file import Written
+from light_mem.engine.slot_records import Written
 from light_mem.engine.write_job import Part
 from light_mem.index.owners import Owner
 

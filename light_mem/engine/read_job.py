@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import xxhash
+
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.device_reads import Ways
 from light_mem.index.lookup import Location, Lookup
 
-Copied = tuple[int, Location, "int | None"]  # position, where it lay, checksum
+# A block whose bytes lie in their pages and that nobody has been told of: position, where it lay,
+# and the checksum of what was copied (None: it is not asked for).
+Copied = tuple[int, Location, "xxhash.xxh3_64 | None"]
 
 
 class ReadJob:
@@ -20,9 +24,6 @@ class ReadJob:
     order     positions in the batch, in the order of the files: how a device reads ahead
     ahead     the blocks to read, in the order in which they are read: position, and where
     ways      how those are read that wait for a device
-    copied    blocks whose bytes lie in their pages and that nobody has been told of: position,
-              where they lay, and the checksum of what was copied (None: it is not asked for)
-    untold    the bytes of those
     """
 
     def __init__(
@@ -42,22 +43,16 @@ class ReadJob:
         self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
         self.ahead: list[tuple[int, Location]] = []
         self.ways: Ways = {}
-        self.copied: list[Copied] = []
-        self.untold = 0
 
     def there(self) -> list[tuple[int, Location]]:
         """The blocks that are there, in the order of the files: position, and where."""
         return [(at, where) for at in self.order if (where := self.located[at]) is not None]
 
-    def has_copied(self, at: int, where: Location, checksum: int | None) -> None:
-        """A block's bytes lie in its pages."""
-        self.copied.append((at, where, checksum))
-        self.untold += self.nbytes[at]
-
-    def take_copied(self) -> list[Copied]:
-        """What was copied and not told of; it is the caller's to tell now."""
-        copied, self.copied, self.untold = self.copied, [], 0
-        return copied
+    def where(self, at: int) -> Location:
+        """Where a block lies that is there."""
+        where = self.located[at]
+        assert where is not None
+        return where
 
     def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell the outcome of blocks, if there are any."""

@@ -4,9 +4,8 @@ A batch for which a device must be waited is read when the next one has been beg
 device is not idle between them.
 
 No lock is held, so a block may go while it is copied; the tag and the checksum, asked for after the
-copy, tell. Only a block found damaged is taken out under the lock. Blocks are looked at again some
-at a time: between two copies each step more is slow, for a copy pushes the interpreter out of the
-caches.
+copy, tell. Only a block found damaged is taken out under the lock. Blocks are copied, looked at
+again and told of some at a time (`groups.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +18,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Copier, Stopped, new_checksum
+from light_mem.engine.copy import ROUND_BYTES, Stopped, new_checksum
 from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.first_touch import FirstTouch
-from light_mem.engine.pieces import is_one_piece
-from light_mem.engine.read_job import ReadJob
+from light_mem.engine.groups import GROUP_BYTES, groups, stop_of
+from light_mem.engine.places import Place
+from light_mem.engine.read_job import Copied, ReadJob
 from light_mem.engine.removing import WRONG_SUM
+from light_mem.engine.scatter import Scatter, Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
+from light_mem.index.replica import Run
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("light_mem")
 
-# Short blocks are looked at again, and told of, so many bytes at a time, 1 to 2 ms; at once where
-# what comes next may wait.
-_TELL_BYTES = 8 << 20
 # What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
 # the page cache, and one whose protection information does not fit.
 _UNREADABLE = (errno.EIO, errno.ENODATA, errno.EILSEQ)
@@ -50,7 +49,7 @@ class Reader:
         self,
         engine: LocalStorageEngine,
         files: Mapping[int, ShardFile],
-        copier: Copier,
+        scatterer: Scatterer,
         verify: bool,
         device: DeviceReads,
         touch: FirstTouch,
@@ -59,7 +58,7 @@ class Reader:
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._lookup = engine.lookup
-        self._copier = copier
+        self._scatterer = scatterer
         self._verify = verify
         self._files = files
         self._touch = touch
@@ -94,11 +93,21 @@ class Reader:
         if job is None:
             return False
         self._touch.before_copies([job.batch[at].place for at, _ in job.ahead])
-        for at, where in job.ahead:
-            if job.untold + job.nbytes[at] > _TELL_BYTES:
-                self._judge(job)
-            self._load(job, at, where)
-        self._judge(job)
+        to_open = {where.shard for _, where in job.ahead}.difference(self._files)
+        # Beside blocks for which a device is waited those that wait for nothing come first, a
+        # few at a time: meanwhile the device reads ahead, and then it is idle.
+        least = ROUND_BYTES if job.ways else GROUP_BYTES
+        for group in groups([at for at, _ in job.ahead], job.nbytes, least):
+            waiting = [at for at in group if at in job.ways] if job.ways else []
+            here = [at for at in group if at not in job.ways] if waiting else group
+            if to_open:
+                late = [at for at in here if job.where(at).shard in to_open]
+                here = [at for at in here if at not in late]
+                self._judge(job, self._load_mapped(job, here))
+                here = late
+            self._judge(job, self._load_mapped(job, here))
+            for at in waiting:
+                self._judge(job, self._load_waiting(job, at))
         if None in job.located:
             self._settle_absent(job)
         return True
@@ -114,19 +123,18 @@ class Reader:
                 self._settle_other_length(job, at, where)
         return wanted
 
-    def _judge(self, job: ReadJob) -> None:
+    def _judge(self, job: ReadJob, copied: list[Copied]) -> None:
         """Look again at what was copied, and tell: before anything that may wait for a device or a
         lock."""
         loaded: list[int] = []
         lost: list[int] = []
         damaged: list[int] = []
-        copied = job.take_copied()
         unchanged = self._lookup.are_unchanged([where for _, where, _ in copied])
         for (at, where, checksum), is_same in zip(copied, unchanged, strict=True):
             # First the tag, then the sum: after an eviction the sum says nothing about damage.
             if not is_same:
                 lost.append(at)
-            elif checksum is not None and checksum != where.checksum:
+            elif checksum is not None and checksum.intdigest() != where.checksum:
                 damaged.append(at)
             else:
                 loaded.append(at)
@@ -148,8 +156,7 @@ class Reader:
 
     def _settle_damaged(self, job: ReadJob, at: int, problem: str) -> None:
         """Drop a block whose bytes are not what was written, unless it is gone, and tell."""
-        where, (low, high, _) = job.located[at], job.batch[at]
-        assert where is not None
+        where, (low, high, _) = job.where(at), job.batch[at]
         outcome = Outcome.DAMAGED
         try:
             self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high, problem)
@@ -183,49 +190,66 @@ class Reader:
         engine.limited.warning("read from %s failed: %s", engine.directory, str(error))
         return Outcome.FAILED
 
-    def _load(self, job: ReadJob, at: int, where: Location) -> None:
-        """Copy a block, to be judged; what it cannot copy it tells at once."""
+    def _load_mapped(self, job: ReadJob, group: Sequence[int]) -> list[Copied]:
+        """Copy blocks that lie in the page cache; what it cannot copy it tells at once."""
+        files, located = self._files, job.located
+        moves: list[Scatter] = []
+        begun: list[Copied] = []
+        for at in group:
+            if job.stop(at):
+                job.report((at,), Outcome.STOPPED)
+                continue
+            (low, high, place), where = job.batch[at], located[at]
+            assert where is not None
+            try:
+                file = files.get(where.shard) or self._engine.file(where.shard)
+            except (OSError, StoreFormatError) as error:  # LockTimeoutError is an OSError
+                job.report((at,), self._failed(error))
+                continue
+            checksum = new_checksum(low, high) if self._verify else None
+            if len(where.runs) == 1:
+                moves.append((place, file.first_bytes(where.slot, where.nbytes), checksum))
+            else:
+                for run, nbytes, part in self._parts(where, place):
+                    moves.append((part, file.first_bytes(run[0], nbytes), checksum))
+            begun.append((at, where, checksum))
         try:
-            checksum = self._copy(job, at, where)
+            self._scatterer.scatter(moves, stop_of([at for at, _, _ in begun], job.stop))
+        except Stopped:
+            job.settle([at for at, _, _ in begun], Outcome.STOPPED)
+            return []
+        return begun
+
+    def _load_waiting(self, job: ReadJob, at: int) -> list[Copied]:
+        """The same of a block for which a device is waited."""
+        (low, high, place), where = job.batch[at], job.where(at)
+        checksum = new_checksum(low, high) if self._verify else None
+        parts = self._parts(where, place)
+        stopped = partial(job.stop, at)
+        try:
+            for way, (_, _, part) in zip(job.ways[at], parts, strict=True):
+                self._device.read(way, self._scatterer, part, checksum, stopped)
         except Stopped:
             job.report((at,), Outcome.STOPPED)
-        except (OSError, StoreFormatError) as error:  # LockTimeoutError is an OSError
+        except (OSError, StoreFormatError) as error:
             if getattr(error, "errno", None) in _UNREADABLE:
                 self._settle_unreadable(job, at, where, error)
             else:
                 job.report((at,), self._failed(error))
         else:
-            job.has_copied(at, where, checksum)
+            return [(at, where, checksum)]
+        return []
 
-    def _copy(self, job: ReadJob, at: int, where: Location) -> int | None:
-        """Copy a block into its pages; the checksum of what was copied, if it is asked for. Raises
-        Stopped, OSError, StoreFormatError."""
-        low, high, place = job.batch[at]
-        ways = job.ways.get(at)
-        if ways is not None:
-            self._judge(job)
-        elif job.stop(at):
-            raise Stopped
-        file = self._files.get(where.shard) or self._open(job, where.shard)
-        if ways is None and len(where.runs) == 1 and is_one_piece(place):
-            source = file.first_bytes(where.slot, where.nbytes)
-            return self._copier.scatter_whole(low, high, place, source, self._verify)
-        checksum = new_checksum(low, high) if self._verify else None
-        stopped = partial(job.stop, at)
-        done = 0
-        for n, (run, nbytes) in enumerate(self._device.runs(where)):
-            part = place if nbytes == where.nbytes else place.part(done, done + nbytes)
-            if ways is not None:
-                self._device.read(ways[n], self._copier, part, checksum, stopped)
-            else:
-                source = file.first_bytes(run[0], nbytes)
-                self._copier.scatter(source, part, checksum, stopped)
+    def _parts(self, where: Location, place: Place) -> list[tuple[Run, int, Place]]:
+        """The runs of a block, how many bytes of it lie in each, and where they go."""
+        runs = self._device.runs(where)
+        if len(runs) == 1:
+            return [(*runs[0], place)]
+        parts, done = [], 0
+        for run, nbytes in runs:
+            parts.append((run, nbytes, place.part(done, done + nbytes)))
             done += nbytes
-        return None if checksum is None else checksum.intdigest()
-
-    def _open(self, job: ReadJob, shard: int) -> ShardFile:
-        self._judge(job)
-        return self._engine.file(shard)
+        return parts
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -82,3 +83,24 @@ def is_foreign(path: Path) -> bool:
         return error.errno != errno.ENXIO  # the end
     finally:
         os.close(descriptor)
+
+
+def map_whole(path: Path, size: int) -> tuple[mmap.mmap, int]:
+    """Map a shard's file; with its descriptor. Raises OSError; StoreFormatError when it is shorter
+    than its description says."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor).st_size
+        if found < size:
+            # Mapped all the same, the missing part would be SIGBUS at the first touch.
+            raise StoreFormatError(
+                f"{path} has {found} bytes, its description says {size}",
+                path=str(path),
+                field="size",
+                found=found,
+                expected=size,
+            )
+        return mmap.mmap(descriptor, size), descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from light_mem.engine.places import Bytes1D, Bytes2D, RowNumbers
+import numpy as np
+
+from light_mem.engine.places import Bytes2D, RowNumbers
+
+# What stores: `call(first, piece)` a piece, uint8, contiguous; `call(*arguments)` rows.
+Store = tuple[Callable[[Any, memoryview], object], object]
+StoreRows = tuple[Callable[..., object], tuple[object, ...]]
 
 
 class Sink(Protocol):
-    """Where a gather puts a run of slots; `at` counts bytes from its start."""
+    """Where a gather puts a run of slots. It says beforehand what stores a piece, so that between
+    two copies there is only the call; `at` counts bytes from the run's start."""
 
     by_calls: bool  # whether it is system calls that store
 
-    def put(self, at: int, piece: Bytes1D) -> None:
-        """Store a piece."""
+    def storing(self, at: int, nbytes: int) -> Store:
+        """What stores a piece of so many bytes."""
 
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
-        """Store rows of the memory, one after the other."""
+    def storing_rows(
+        self, at: int, memory: Bytes2D, rows: RowNumbers, views: Sequence[memoryview]
+    ) -> StoreRows:
+        """What stores rows of the memory, one after the other; `views`: the same rows."""
 
 
 class MappedSink:
@@ -25,18 +35,23 @@ class MappedSink:
 
     by_calls = False
 
-    def __init__(self, slots: Bytes1D) -> None:
+    def __init__(self, slots: memoryview) -> None:
         self._slots = slots
 
-    def put(self, at: int, piece: Bytes1D) -> None:
-        self._slots[at : at + len(piece)] = piece
+    def storing(self, at: int, nbytes: int) -> Store:
+        return self._slots[at : at + nbytes].__setitem__, _ALL
 
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
+    def storing_rows(
+        self, at: int, memory: Bytes2D, rows: RowNumbers, views: Sequence[memoryview]
+    ) -> StoreRows:
         row_bytes = memory.shape[1]
-        out = self._slots[at : at + len(rows) * row_bytes].reshape(len(rows), row_bytes)
+        slots = np.frombuffer(self._slots, np.uint8, len(rows) * row_bytes, at)
         # "clip" writes straight to `out`; "raise" would go through a buffer. The rows were checked
         # when the task was made.
-        memory.take(rows, 0, out, "clip")
+        return memory.take, (rows, 0, slots.reshape(len(rows), row_bytes), "clip")
+
+
+_ALL = slice(None)
 
 
 class FileSink:
@@ -57,13 +72,20 @@ class FileSink:
         self._descriptor = descriptor
         self._base = base
 
-    def put(self, at: int, piece: Bytes1D) -> None:
-        self._write([piece.data], at)
+    def storing(self, at: int, nbytes: int) -> Store:
+        return self.put, at
 
-    def put_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> None:
-        self._write([memory[row].data for row in rows.tolist()], at)
+    def storing_rows(
+        self, at: int, memory: Bytes2D, rows: RowNumbers, views: Sequence[memoryview]
+    ) -> StoreRows:
+        return self.put_each, (at, views)
 
-    def _write(self, pieces: list[memoryview], at: int) -> None:
+    def put(self, at: int, piece: memoryview | bytes) -> None:
+        """Store a piece."""
+        self.put_each(at, [piece])
+
+    def put_each(self, at: int, pieces: Sequence[memoryview | bytes]) -> None:
+        """Store pieces, one after the other."""
         at += self._base
         wanted = sum(map(len, pieces))
         done = os.pwritev(self._descriptor, pieces, at)

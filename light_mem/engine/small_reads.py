@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from light_mem.engine.base import BlockIO
-from light_mem.engine.copy import Copier, new_checksum
+from light_mem.engine.copy import new_checksum
 from light_mem.engine.in_server import InServer
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.pieces import has_small_rows
 from light_mem.engine.places import Bytes1D
+from light_mem.engine.scatter import Scatterer
 from light_mem.engine.table_layout import READ
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import StoreFormatError
@@ -44,7 +45,7 @@ class SmallReads(InServer):
         super().__init__(engine, table, READ)
         self._lookup = engine.lookup
         self._verify = engine.verify
-        self._copier = Copier()
+        self._scatterer = Scatterer()
         self._closed = not SUPPORTED
 
     def read(self, blocks: Sequence[BlockIO]) -> bool:
@@ -83,7 +84,7 @@ class SmallReads(InServer):
         nbytes = place.nbytes
         if where is None or where.nbytes != nbytes:
             return False
-        if len(where.runs) == 1 and has_small_rows(place):
+        if len(where.runs) == 1 and has_small_rows(place) and len(place.numbers) > 1:
 
             def fill(piece: Bytes1D) -> bool:
                 # The tag after the bytes: then a wrong sum is damage, and nothing else.
@@ -91,7 +92,7 @@ class SmallReads(InServer):
                 return self._read_run(where, run, [piece], nbytes) and lookup.is_unchanged(where)
 
             wanted = where.checksum if self._verify else None
-            return self._copier.scatter_checked(low, high, place, fill, wanted)
+            return self._scatterer.scatter_checked(low, high, place, fill, wanted)
         parts = place.slices()
         if len(where.runs) == 1:
             if not self._read_run(where, where.runs[0], parts, nbytes):
@@ -126,4 +127,4 @@ class SmallReads(InServer):
     def close(self) -> None:
         super().close()
         if not self._busy:  # nor by this very thread, which is in the middle of a block
-            self._copier.forget()
+            self._scatterer.forget()

@@ -11,10 +11,10 @@ import weakref
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.copy import Copier
+from light_mem.engine.gather import Gatherer
 from light_mem.engine.intents import Intents
 from light_mem.engine.publishing import is_present
-from light_mem.engine.shard_file import Written
+from light_mem.engine.slot_records import Written
 from light_mem.index.keys import mix_one, shard_of
 from light_mem.index.owners import Owner
 
@@ -26,13 +26,13 @@ class WriteNow:
     """Writes single blocks for one engine. Not thread-safe, nor beside its Writer."""
 
     def __init__(
-        self, engine: LocalStorageEngine, owner: Owner, intents: Intents, copier: Copier
+        self, engine: LocalStorageEngine, owner: Owner, intents: Intents, gatherer: Gatherer
     ) -> None:
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
         self._intents = intents
-        self._copier = copier
+        self._gatherer = gatherer
         self._geometry = engine.geometry
 
     def write(self, block: BlockIO) -> Outcome | None:
@@ -72,7 +72,7 @@ class WriteNow:
                 return None
             index.mark(where.runs, self._owner.number)
             try:
-                checksum = file.gather(self._copier, where.runs, block, by_calls=True)
+                [checksum] = file.gather(self._gatherer, [(where.runs, block)], by_calls=True)
             except OSError as error:  # passed on after the hold: in it, it would count as a death
                 failure = error
                 index.give_back(where.slot)

@@ -20,8 +20,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Copier, Stopped
+from light_mem.engine.copy import Stopped
 from light_mem.engine.first_touch import FirstTouch
+from light_mem.engine.gather import Gatherer
+from light_mem.engine.groups import GROUP_BYTES, groups, stop_of
 from light_mem.engine.intents import PART_BLOCKS, Intents
 from light_mem.engine.pieces import is_put_straight
 from light_mem.engine.publishing import Publisher, is_present
@@ -53,7 +55,7 @@ class Writer:
         engine: LocalStorageEngine,
         owner: Owner,
         intents: Intents,
-        copier: Copier,
+        gatherer: Gatherer,
         publisher: Publisher,
         touch: FirstTouch,
     ) -> None:
@@ -61,10 +63,12 @@ class Writer:
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
         self._intents = intents
-        self._copier = copier
+        self._gatherer = gatherer
         self._geometry = engine.geometry
         self._publisher = publisher
         self._touch = touch
+        # Where each block may wait for the device it is asked for each whether it was aborted.
+        self._group_bytes = 1 if engine.drops else GROUP_BYTES
         self._last: Part | None = None  # to be published
 
     @property
@@ -251,19 +255,23 @@ class Writer:
         self, shard: int, taken: list[Taken], job: WriteJob
     ) -> tuple[list[Copied], Group | None]:
         """Copy into the slots; which blocks were, and what of them is under way."""
-        file, copier = self._engine.file(shard), self._copier
+        file = self._engine.file(shard)
         batch, stop, report = job.batch, job.stop, job.report
+        room = {at: runs for at, (_, runs) in taken}
         copied: list[Copied] = []
         file.expect(run for _, (_, runs) in taken for run in runs)
         self._touch.before_copies([batch[at].place for at, _ in taken], is_put_straight)
         try:
-            for at, (_, runs) in taken:
+            for group in groups([at for at, _ in taken], job.nbytes, self._group_bytes):
+                wanted = [at for at in group if not stop(at)]
+                blocks = [(room[at], batch[at]) for at in wanted]
                 try:
-                    checksum = file.gather(copier, runs, batch[at], stop, at)
+                    sums = file.gather(self._gatherer, blocks, stop_of(wanted, stop))
                 except Stopped:
                     continue
-                report((at,), Outcome.COPIED)
-                copied.append((at, runs, checksum))
+                if wanted:
+                    report(wanted, Outcome.COPIED)
+                copied += zip(wanted, (runs for runs, _ in blocks), sums, strict=True)
         except BaseException:
             file.land(file.cut())  # before the slots are given back
             raise

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.shard_file import ShardFile, Written
+from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.slot_records import Written
 from light_mem.index import format as fmt
 from light_mem.index import recovery, retention
 from light_mem.index.owners import Owner, Owners

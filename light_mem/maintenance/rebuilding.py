@@ -22,7 +22,7 @@ from itertools import groupby
 
 import numpy as np
 
-from light_mem.engine import reindex, shard_file, shard_header
+from light_mem.engine import reindex, shard_file, shard_header, slot_records
 from light_mem.engine.opening import drop_unfinished, prepare
 from light_mem.index import description, recovery
 from light_mem.index import file as index_file
@@ -187,7 +187,7 @@ def _complete(store: Store, sums: _Sums) -> None:
                 names = ("low", "high", "checksum", "nbytes", "used", "keep")
                 low, high, checksum, nbytes, used, keep = (int(entry[n][0]) for n in names)
                 file.write_records(
-                    [shard_file.Written(low, high, checksum, nbytes, runs, used, keep)]
+                    [slot_records.Written(low, high, checksum, nbytes, runs, used, keep)]
                 )
             file.sync()
         finally:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.shard_file import ShardFile, Written
+from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.shard_header import data_path
+from light_mem.engine.slot_records import Written
 from light_mem.errors import LightMemError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,17 @@ from benchmark.plan import Plan
 from benchmark.rivals import BARE
 from benchmark.rivals.base import Pages, Rival
 from light_mem.engine import page_cache
-from light_mem.engine.copy import Copier, new_checksum
+from light_mem.engine.copy import new_checksum
 from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.first_touch import FirstTouch
+from light_mem.engine.gather import Gatherer
+from light_mem.engine.groups import groups
 from light_mem.engine.mapped_writes import MappedWrites
-from light_mem.engine.pieces import is_one_piece, is_put_straight
+from light_mem.engine.pieces import is_put_straight
 from light_mem.engine.places import Rows
 from light_mem.engine.program import environment
 from light_mem.engine.read_ahead import Span, open_direct
-
-
-def _never() -> bool:
-    return False
+from light_mem.engine.scatter import Scatterer
 
 
 class Bare(Rival):
@@ -52,7 +52,7 @@ class Bare(Rival):
         self._bytes = np.frombuffer(mapping, np.uint8)
         self._address = self._bytes.ctypes.data
         self._direct = open_direct(self.directory / "file", self._file)
-        self._copier, self._touch = Copier(), FirstTouch()
+        self._gatherer, self._scatterer, self._touch = Gatherer(), Scatterer(), FirstTouch()
         self._past = DirectReads(plan.shape.page_bytes)
         blocks = plan.nbytes // self._block
         self._writes = MappedWrites(mapping, self._file, 0, blocks, self._block)
@@ -60,35 +60,48 @@ class Bare(Rival):
         self._sums: dict[str, int] = {}
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
-        for name, rows in zip(hashes, pages, strict=True):
-            at = self._start_of(name)
-            place, now = Rows(self.memory, rows), time.monotonic()
-            sink = self._writes.sink(at // self._block, 1, now)
-            if is_put_straight(place):
-                self._touch.before_copies([place])
-            if is_one_piece(place):
-                self._sums[name] = self._copier.gather_whole(at, 0, place, sink)
-            else:
-                checksum = new_checksum(at, 0)
-                self._copier.gather(place, sink, checksum, _never)
-                self._sums[name] = checksum.intdigest()
-            self._writes.was_put(at // self._block, 1, now, sink)
+        writes = self._writes
+        places = [Rows(self.memory, rows) for rows in pages]
+        for group in self._groups(len(hashes)):
+            self._touch.before_copies([places[n] for n in group], is_put_straight)
+            numbers = [self._start_of(hashes[n]) // self._block for n in group]
+            writes.begin(time.monotonic())
+            sinks = [writes.sink(number, 1) for number in numbers]
+            sums = self._gatherer.gather(
+                [
+                    (number, 0, [(places[n], sink)])
+                    for n, number, sink in zip(group, numbers, sinks, strict=True)
+                ]
+            )
+            for n, number, sink, found in zip(group, numbers, sinks, sums, strict=True):
+                writes.was_put(number, 1, sink)
+                self._sums[hashes[n]] = found
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
         cold = self._cold(hashes)
         self._past.plan(list(cold.values()))
-        for name, rows in zip(hashes, pages, strict=True):
-            at = self._start_of(name)
-            checksum, place = new_checksum(at, 0), Rows(self.memory, rows)
-            if name in cold:
-                self._touch.before_copies([place])
-                self._past.read(cold[name], self._copier, place, checksum, _never)
-            else:
-                slots = self._bytes[at : at + self._block]
-                self._copier.scatter(slots, place, checksum, _never)
-            found, wanted = checksum.intdigest(), self._sums.get(name)
-            if wanted is not None and found != wanted:  # None: written before the last open
-                raise OSError("another checksum than that of what was written")
+        places = [Rows(self.memory, rows) for rows in pages]
+        for group in self._groups(len(hashes)):
+            names = [hashes[n] for n in group]
+            starts = [self._start_of(name) for name in names]
+            checksums = [new_checksum(at // self._block, 0) for at in starts]
+            moves = []
+            for n, name, at, checksum in zip(group, names, starts, checksums, strict=True):
+                if name in cold:
+                    self._touch.before_copies([places[n]])
+                    self._past.read(cold[name], self._scatterer, places[n], checksum, None)
+                else:
+                    slots = self._bytes[at : at + self._block]
+                    moves.append((places[n], slots, checksum))
+            self._scatterer.scatter(moves)
+            for name, checksum in zip(names, checksums, strict=True):
+                wanted = self._sums.get(name)
+                if wanted is not None and checksum.intdigest() != wanted:
+                    # None: written before the last open
+                    raise OSError("another checksum than that of what was written")
+
+    def _groups(self, count: int) -> Iterator[Sequence[int]]:
+        return groups(range(count), [self._block] * count)
 
     def _start_of(self, name: str) -> int:
         return int(name[16:], 16) * self._block

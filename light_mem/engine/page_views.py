@@ -1,0 +1,37 @@
+"""The KV memory, seen in the ways in which its pages are copied."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from light_mem.engine.pieces import SMALL_PAGE_BYTES
+from light_mem.engine.places import Bytes1D, Place, RowNumbers
+
+
+class PageViews:
+    """Views of one memory of rows, or of bytes: they are made once, for most blocks are of the
+    same."""
+
+    def __init__(self, place: Place) -> None:
+        memory = self.memory = place.memory
+        self.flat = memory.reshape(-1).data  # uint8 [bytes]
+        if memory.ndim == 1:
+            return
+        self.row_bytes = int(memory.shape[1])
+        # To be loaded before small rows are copied: the processor then looks up the addresses of
+        # all of them, and fetches, side by side. While rows are copied it gets to one after the
+        # other, and begins each with a wait: a fifth of the time of rows of 1 KiB, a tenth of those
+        # of 4 KiB, nothing of those of 32 KiB.
+        self.firsts: Bytes1D | None = None
+        if self.row_bytes < SMALL_PAGE_BYTES:
+            self.firsts = memory[:, 0]
+        self.take = memory.take
+        # An array of one element a row: `put` copies an element by one call, where an assignment
+        # to rows walks an iterator (64 rows of 3,840 bytes: 7.5 against 10.8 us).
+        self.element = np.dtype((np.void, self.row_bytes))
+        self.put = memory.view(self.element).reshape(-1).put
+
+    def each(self, rows: RowNumbers) -> list[memoryview]:
+        """These rows, uint8 [row_bytes] each."""
+        flat, row_bytes = self.flat, self.row_bytes
+        return [flat[at : at + row_bytes] for at in (rows * row_bytes).tolist()]
