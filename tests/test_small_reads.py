@@ -209,9 +209,9 @@ def test_a_block_of_small_pages_is_believed_before_its_pages_are_touched(
         assert damaged.wait(WAIT)
         assert damaged.state() == [State.Aborted if verify else State.Finished]
         assert r.service.stats()["damaged"] == verify
-        copier = r.service._small_reads._copier
-    assert copier._memory is not None
-    assert not copier._memory.size  # a closed service lets go of the KV memory
+        scatterer = r.service._small_reads._scatterer
+        assert scatterer._views is not None
+    assert scatterer._views is None  # a closed service lets go of the KV memory
     let_go(r)
 
 
