@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from light_mem.layouts import Regions
 
 DEFAULT_CREATE_TIMEOUT = 10.0
-# An abort waits for copies in hand: a piece each, some 100 us, or ms where it comes from a device.
+# An abort waits for copies in hand: of 4 MiB each, some 700 us, or ms where it comes from a device.
 # Longer means a stopped worker.
 _ABORT_SECONDS = 10.0
 
@@ -153,8 +153,8 @@ class CacheService(StoredBlocks):
         """Stop a task. When this returns, its blocks are Finished or Aborted and no worker
         touches its pages any more.
 
-        Blocks nobody has begun are Aborted at once; a worker that copies one stops at the next
-        piece (some 100 us, or what the device takes for 4 MiB that are not in the page cache) and
+        Blocks nobody has begun are Aborted at once; a worker that copies one stops within 4 MiB
+        (some 700 us, or what the device takes for them where they are not in the page cache) and
         says so when it is through with its batch: this waits for it, with durability "flush" for a
         sync. Blocks that are Finished stay so. Raises LockTimeoutError when a worker does not
         answer for `timeout` seconds (SIGSTOP, a sync, a device that hangs): its pages are not safe

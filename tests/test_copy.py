@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from light_mem.engine.gather import Gatherer
 from light_mem.engine.pieces import PIECE_BYTES, SMALL_PAGE_BYTES, is_put_straight
 from light_mem.engine.places import Place, Regions, Rows
 from light_mem.engine.scatter import Scatterer
-from light_mem.engine.sinks import FileSink, MappedSink
+from light_mem.engine.sinks import FileSink, MappedSink, OpenFile
 from light_mem.index.keys import key_bytes
 from tests.deaths import interleave
 
@@ -42,7 +42,7 @@ def gather(
     stopped: Callable[[], bool] | None = None,
 ) -> int:
     """Gather a block of KEY; its checksum."""
-    parts = [(Rows(memory, rows), MappedSink(slots.reshape(-1).data))]
+    parts = [(Rows(memory, rows), MappedSink(slots.reshape(-1)))]
     [found] = gatherer.gather([(*KEY, parts)], stopped)
     return found
 
@@ -113,7 +113,9 @@ def test_a_gather_into_a_file_leaves_what_one_into_memory_leaves(
 ) -> None:
     memory, rows = layout(kind, page_bytes)
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    [found] = Gatherer().gather([(*KEY, [(Rows(memory, rows), FileSink(descriptor, 4096))])])
+    [found] = Gatherer().gather(
+        [(*KEY, [(Rows(memory, rows), FileSink(OpenFile(descriptor), 4096))])]
+    )
     os.close(descriptor)
     raw = (tmp_path / "file").read_bytes()
     assert not any(raw[:4096])
@@ -132,7 +134,7 @@ def test_a_block_in_several_runs_has_the_sum_of_its_bytes_in_order(page_bytes: i
     bounds = [0, 1, count - 2, count]
     parts = []
     for start, end in pairwise(bounds):
-        target = slots[start + 1 : end + 1].reshape(-1).data
+        target = slots[start + 1 : end + 1].reshape(-1)
         parts.append((Rows(memory, rows[start:end]), MappedSink(target)))
     [found] = Gatherer().gather([(*KEY, parts)])
     assert found == expected_sum(memory[rows])
@@ -161,7 +163,7 @@ def test_blocks_of_every_kind_are_copied_by_one_call() -> None:
         for place in places:
             expected = b"".join(part.tobytes() for part in place.slices())
             slots = np.zeros(len(expected), np.uint8)
-            blocks.append((n, len(expected), [(place, MappedSink(slots.data))]))
+            blocks.append((n, len(expected), [(place, MappedSink(slots))]))
             wanted.append(xxhash.xxh3_64_intdigest(key_bytes(n, len(expected)) + expected))
             checksum = new_checksum(n, len(expected))
             target = np.zeros_like(memory)
@@ -306,7 +308,7 @@ def test_pages_are_summed_up_after_they_were_put(page_bytes: int) -> None:
         store(*arguments)
 
     slots = np.zeros(3 * page_bytes, np.uint8)
-    Gatherer().gather_part(Rows(memory, rows), Spy(slots.data), checksum)
+    Gatherer().gather_part(Rows(memory, rows), Spy(slots), checksum)
     assert seen[0] == expected_sum(memory[:0])
     assert checksum.intdigest() == expected_sum(memory[rows])
 
@@ -323,7 +325,7 @@ def test_slots_are_summed_up_after_they_were_copied(page_bytes: int) -> None:
         def __init__(self) -> None:
             self.seen = b""
 
-        def update(self, piece: memoryview) -> None:
+        def update(self, piece: np.ndarray) -> None:
             source[:] ^= 1
             self.seen += bytes(piece)
 
@@ -333,6 +335,23 @@ def test_slots_are_summed_up_after_they_were_copied(page_bytes: int) -> None:
     first = min(PIECE_BYTES // page_bytes, 4) * page_bytes or PIECE_BYTES
     assert memory[rows].reshape(-1)[:first].tobytes() == was[:first].tobytes()
     assert checksum.seen[:first] == (was[:first] ^ 1).tobytes()
+
+
+@pytest.mark.parametrize("length", [1000, 100_000])
+def test_joined_regions_are_summed_up_after_they_were_copied(length: int) -> None:
+    source = np.random.default_rng(1).integers(0, 256, 6 * length, np.uint8)
+    was, memory, seen = source.copy(), np.zeros(20 * length, np.uint8), []
+
+    class Changes:
+        def update(self, piece: np.ndarray) -> None:
+            source[:] ^= 1
+            seen.append(bytes(piece))
+
+    place = Regions(memory, [(n * 2 * length, length) for n in (5, 0, 3, 1, 4, 2)])
+    Scatterer().scatter([(place, source, cast("xxhash.xxh3_64", Changes()))])
+    first = len(seen[0])
+    assert np.concatenate(place.slices())[:first].tobytes() == was[:first].tobytes()
+    assert seen[0] == (was[:first] ^ 1).tobytes()
 
 
 def test_blocks_of_as_many_rows_of_other_memory_are_copied_as_they_are() -> None:
@@ -351,7 +370,7 @@ def test_blocks_of_as_many_rows_of_other_memory_are_copied_as_they_are() -> None
 def test_memory_that_was_copied_is_let_go_of() -> None:
     gatherer, scatterer, memory = Gatherer(), Scatterer(), np.zeros((9, 64), np.uint8)
     rows, slots = Rows(memory, np.array([1, 2])), np.zeros(128, np.uint8)
-    gatherer.gather([(*KEY, [(rows, MappedSink(slots.data))])])
+    gatherer.gather([(*KEY, [(rows, MappedSink(slots))])])
     scatterer.scatter([(rows, slots, None)])
     gone = weakref.ref(memory)
     del memory, rows
@@ -388,12 +407,12 @@ def test_regions_are_gathered_in_order(tmp_path: Path, kind: str, by_calls: bool
     place, wanted = regions(kind)
     if by_calls:
         descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-        sums = Gatherer().gather([(*KEY, [(place, FileSink(descriptor, 0))])])
+        sums = Gatherer().gather([(*KEY, [(place, FileSink(OpenFile(descriptor), 0))])])
         os.close(descriptor)
         found = (tmp_path / "file").read_bytes()
     else:
         slots = np.full(len(wanted) + 1, 0xEE, np.uint8)
-        sums = Gatherer().gather([(*KEY, [(place, MappedSink(slots.data[:-1]))])])
+        sums = Gatherer().gather([(*KEY, [(place, MappedSink(slots[:-1]))])])
         found = slots[:-1].tobytes()
         assert slots[-1] == 0xEE
     assert found == wanted
@@ -423,23 +442,22 @@ class Puts(MappedSink):
 
     def __init__(self, nbytes: int, memory: np.ndarray) -> None:
         self.slots = np.zeros(nbytes, np.uint8)
-        super().__init__(self.slots.data)
+        super().__init__(self.slots)
         self.memory = memory
         self.straight: list[bool] = []
 
     def storing(self, at: int, nbytes: int) -> tuple[Callable[..., object], object]:
         return self._put, super().storing(at, nbytes)
 
-    def _put(self, store: tuple[Callable[..., object], object], piece: memoryview) -> None:
-        view = np.frombuffer(piece, np.uint8)
-        self.straight.append(bool(np.shares_memory(view, self.memory)))
+    def _put(self, store: tuple[Callable[..., object], object], piece: np.ndarray) -> None:
+        self.straight.append(bool(np.shares_memory(piece, self.memory)))
         store[0](store[1], piece)
 
     def storing_rows(
-        self, at: int, memory: np.ndarray, rows: np.ndarray, views: Sequence[memoryview]
+        self, at: int, memory: np.ndarray, rows: np.ndarray
     ) -> tuple[Callable[..., object], tuple[object, ...]]:
         self.straight.append(memory is self.memory)
-        return super().storing_rows(at, memory, rows, views)
+        return super().storing_rows(at, memory, rows)
 
 
 @pytest.mark.parametrize("kind", REGIONS)

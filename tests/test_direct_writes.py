@@ -299,7 +299,7 @@ def test_a_stopped_block_takes_no_neighbour_along(
 
     def stop(at: int) -> bool:
         asked[at] += 1
-        return at in (3, 7) and asked[at] == 3
+        return at in (3, 7) and asked[at] >= 3
 
     outcomes = r.write(*blocks, stop=stop)
     assert [o for o in outcomes if o != COPIED_AND_STORED] == [(Outcome.STOPPED,)] * 2
@@ -475,7 +475,7 @@ def test_what_is_under_way_is_waited_for_whatever_fails(
     sink = writes.sink(file.span(0, 8 * MIB), file.direct)
     for _ in range(16):
         put, first = sink.storing(0, PIECE_BYTES)
-        put(first, np.zeros(PIECE_BYTES, np.uint8).data)
+        put(first, np.zeros(PIECE_BYTES, np.uint8))
     with pytest.raises(OSError, match="the first"):
         writes.land(writes.cut())
     assert sorted(ended) == [n * MIB for n in range(8)]

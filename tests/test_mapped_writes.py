@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from light_mem.engine import mapped_writes
@@ -49,7 +50,7 @@ class File:
         self.writes.begin(self.now)
         sink = self.writes.sink(start, length)
         store, first = sink.storing(0, length * self.slot_bytes)
-        store(first, memoryview(bytes([byte]) * (length * self.slot_bytes)))
+        store(first, np.full(length * self.slot_bytes, byte, np.uint8))
         self.writes.was_put(start, length, sink)
         return sink.by_calls
 

@@ -434,14 +434,25 @@ def test_a_shard_that_is_not_open_yet_is_left_alone(tmp_path: Path) -> None:
 def test_no_store_goes_to_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It could be SIGBUS, which ends the server."""
     r = EngineRig(open_local(tmp_path / "s", 8, block_pages=8))
-    r.write(Block(0, 8))
-    r.delete(Block(0))  # the slots were written a moment ago
+    stored: list[int] = []
+    storing = MappedSink.storing
+
+    def note(sink: MappedSink, at: int, nbytes: int) -> Any:
+        stored.append(nbytes)
+        return storing(sink, at, nbytes)
 
     def fail(*_: object) -> None:
         pytest.fail("a store to a mapping")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(MappedSink, "storing", note)
+        while not stored:  # until these slots go through the mapping
+            r.write(Block(0, 8))
+            r.delete(Block(0))
     monkeypatch.setattr(MappedSink, "storing", fail)
     monkeypatch.setattr(MappedSink, "storing_rows", fail)
+    assert now(r, Block(0, 8)) is Outcome.STORED
+    r.delete(Block(0))
     assert now(r, Block(1, 3)) is Outcome.STORED
     assert now(r, Block(2)) is Outcome.STORED
     assert r.read(Block(1, 3), Block(2)) == [Outcome.LOADED] * 2

@@ -17,9 +17,11 @@ the engine
   reindex.py       a store's index made anew from its slots files, order of use included
 bytes
   shard_header.py  where a shard's files lie, and whose they are
-  shard_file.py    one shard's data and slot records, mapped
+  shard_file.py    one shard's data, mapped; slot_records.py: whose it is
   places.py        where in the KV memory a block lies: rows, or regions
-  copy.py          copies between the KV memory and slots, with the checksum
+  copy.py          what copies between the KV memory and slots have in common, with the checksum:
+                   gather.py, scatter.py, both planned; copy_loops.py: made; groups.py: together
+  sinks.py         where a gather puts bytes; pieces.py: how a block is cut; scratch.py, page_views.py
   device_reads.py  reads for which a device is waited: direct_reads.py, past the page cache;
                    bring_in.py: into it, later
   first_touch.py   pages of the KV memory that a worker copies for the first time

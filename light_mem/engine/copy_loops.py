@@ -46,9 +46,12 @@ def gather_rows(steps: Steps) -> None:
 
 def gather_short(steps: Steps) -> None:
     """Short regions to scratch memory, and that to the sink."""
-    for pairs, piece, store, first, update in steps:
-        for target, source in pairs:
-            target[:] = source
+    for memory, regions, piece, store, first, update in steps:
+        at = 0
+        for offset, length in regions:
+            end = at + length
+            piece[at:end] = memory[offset : offset + length]
+            at = end
         store(first, piece)
         update(piece)
 
@@ -77,9 +80,12 @@ def scatter_rows(steps: Steps) -> None:
 
 def scatter_joined(steps: Steps) -> None:
     """A piece of the slots to several regions."""
-    for pairs, piece, update in steps:
-        for target, source in pairs:
-            target[:] = source
+    for memory, regions, piece, update in steps:
+        at = 0
+        for offset, length in regions:
+            end = at + length
+            memory[offset : offset + length] = piece[at:end]
+            at = end
         update(piece)
 
 

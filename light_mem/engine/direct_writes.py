@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem.engine.device_threads import DeviceThreads
@@ -161,13 +160,11 @@ class DirectSink:
     def storing(self, at: int, nbytes: int) -> Store:
         return self._put, None
 
-    def storing_rows(
-        self, at: int, memory: Bytes2D, rows: RowNumbers, views: Sequence[memoryview]
-    ) -> StoreRows:
+    def storing_rows(self, at: int, memory: Bytes2D, rows: RowNumbers) -> StoreRows:
         return self._put_rows, (memory, rows)
 
-    def _put(self, _: None, piece: memoryview) -> None:
-        self._room(len(piece)).data[:] = piece
+    def _put(self, _: None, piece: Bytes1D) -> None:
+        self._room(len(piece))[:] = piece
 
     def _put_rows(self, memory: Bytes2D, rows: RowNumbers) -> None:
         room = self._room(len(rows) * memory.shape[1])

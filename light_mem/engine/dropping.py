@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from light_mem.engine import page_cache
 from light_mem.engine.direct_writes import DirectWrites, Group
 from light_mem.engine.read_ahead import Span
-from light_mem.engine.sinks import FileSink, Sink
+from light_mem.engine.sinks import FileSink, OpenFile, Sink
 
 WINDOW_BYTES = 32 << 20
 
@@ -49,7 +49,7 @@ class Dropper:
         """
         if direct < 0:
             try:
-                yield FileSink(span.descriptor, span.at)
+                yield FileSink(OpenFile(span.descriptor), span.at)
             finally:
                 self.wrote(span)
             return
@@ -65,7 +65,7 @@ class Dropper:
         that failed. Whatever comes, none of it is under way then."""
         self._direct.land(group)
         for piece, span in group.edges:
-            FileSink(span.descriptor, span.at).put(0, piece)
+            FileSink(OpenFile(span.descriptor), span.at).put(0, piece)
             self.wrote(span)
         for span in group.cached:
             self.wrote(span)

@@ -16,7 +16,7 @@ from light_mem.engine.pieces import (
     joined_pieces,
     straight_pieces,
 )
-from light_mem.engine.places import Place, Regions, RowNumbers
+from light_mem.engine.places import Place, Regions, Rows
 from light_mem.engine.scratch import Scratch, Table
 from light_mem.engine.sinks import Sink
 from light_mem.index.keys import key_bytes
@@ -93,7 +93,7 @@ class Gatherer:
         elif not is_by_rows(place):
             _plan_straight(plan, views, place, sink, update)
         elif views.firsts is None:
-            _plan_rows(plan, views, place.numbers, sink, update)
+            _plan_rows(plan, place, sink, update)
         else:
             steps = plan.steps(loops.gather_small_rows)
             for rows, at in pieces_of_rows(place.numbers, views.row_bytes):
@@ -104,24 +104,18 @@ class Gatherer:
     def _plan_short(
         self, plan: Plan, views: PageViews, place: Regions, sink: Sink, update: Update
     ) -> None:
-        scratch, steps, at = self._scratch.bytes.data, plan.steps(loops.gather_short), 0
-        for joined in joined_pieces(place.regions):
-            pairs, filled = [], 0
-            for offset, length in joined:
-                end = filled + length
-                pairs.append((scratch[filled:end], views.flat[offset : offset + length]))
-                filled = end
-            steps.append((pairs, scratch[:filled], *sink.storing(at, filled), update))
-            at += filled
+        steps, at = plan.steps(loops.gather_short), 0
+        for joined, nbytes in joined_pieces(place.regions):
+            piece = self._scratch.bytes[:nbytes]
+            steps.append((views.flat, joined, piece, *sink.storing(at, nbytes), update))
+            at += nbytes
 
 
-def _plan_rows(
-    plan: Plan, views: PageViews, numbers: RowNumbers, sink: Sink, update: Update
-) -> None:
-    steps = plan.steps(loops.gather_rows)
-    for rows, at in pieces_of_rows(numbers, views.row_bytes):
-        each = views.each(rows)
-        steps.append((*sink.storing_rows(at, views.memory, rows, each), each, update))
+def _plan_rows(plan: Plan, place: Rows, sink: Sink, update: Update) -> None:
+    steps, memory = plan.steps(loops.gather_rows), place.memory
+    for rows, at in pieces_of_rows(place.numbers, memory.shape[1]):
+        each = [memory[row] for row in rows.tolist()]
+        steps.append((*sink.storing_rows(at, memory, rows), each, update))
 
 
 def _plan_straight(plan: Plan, views: PageViews, place: Place, sink: Sink, update: Update) -> None:

@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from light_mem.engine.dirty_pages import DirtyPages
-from light_mem.engine.sinks import FileSink, MappedSink, Sink
+from light_mem.engine.sinks import FileSink, MappedSink, OpenFile, Sink
 
 if sys.platform == "linux":
     import resource
@@ -44,9 +44,9 @@ class MappedWrites:
         self, mapping: mmap.mmap, descriptor: int, base: int, slots: int, slot_bytes: int
     ) -> None:
         """The slots lie one after the other, from byte `base` of the file on."""
-        self._mapping, self._descriptor = mapping, descriptor
+        self._mapping, self._file = mapping, OpenFile(descriptor)
         self._base, self._slot_bytes = base, slot_bytes
-        self._bytes = memoryview(mapping)
+        self._bytes = np.frombuffer(mapping, np.uint8)
         self._dirty = DirtyPages()
         # When this process last wrote a slot that was an end of a run, s (monotonic), negative
         # where it was by a call; 0: never. And how many calls there were in a row, each soon after
@@ -59,14 +59,16 @@ class MappedWrites:
         self.begin(0.0)
 
     def close(self) -> None:
-        """The descriptor is closed, and may be another file's: writes by calls fail (EBADF)."""
-        self._descriptor = -1
+        """The descriptor is closed, and may be another file's: writes by calls fail (EBADF), of
+        sinks that were given out before as well."""
+        self._file.descriptor = -1
 
     def begin(self, now: float) -> None:
         """Runs of slots are written now, s (monotonic): `sink` is asked for each, and when all were
         put `was_put` is told of each, unless it fails."""
         self._now = now
-        self._taken_out = 0  # bytes, of the slots that are stored to
+        self._wanted = 0  # bytes of those runs
+        self._taken_out = 0  # ... of which so many are taken out of the page table
         self._faults = 0  # of this thread before that
 
     def sink(self, start: int, length: int, by_calls: bool = False) -> Sink:
@@ -77,13 +79,14 @@ class MappedWrites:
         if other != last:
             last = min(last, other, key=abs)
         at, nbytes = self._base + start * self._slot_bytes, length * self._slot_bytes
+        self._wanted += nbytes
         first_stores = last <= 0
         if (
             by_calls
             or (first_stores and not self._may_pay(nbytes, last, self._calls[start], now))
-            or not self._dirty.need_no_fault(self._descriptor, at, nbytes, last, now)
+            or not self._dirty.need_no_fault(self._file.descriptor, at, nbytes, last, now)
         ):
-            return FileSink(self._descriptor, at)
+            return FileSink(self._file, at)
         if first_stores and nbytes >= LEAST_BYTES:
             self._take_out(at, nbytes)
         return MappedSink(self._bytes[at : at + nbytes])
@@ -118,8 +121,9 @@ class MappedWrites:
             self._taken_out += nbytes
 
     def _learn(self) -> None:
-        """Whether the first stores were a fault each page."""
-        if sys.platform == "linux":
+        """Whether the first stores were a fault each page, if they were nearly all there was: the
+        others' faults count as well."""
+        if sys.platform == "linux" and self._taken_out * 10 >= self._wanted * 9:
             faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - self._faults
             few = faults * _PAGE * 2 <= self._taken_out
             self.calls_before = CALLS_BEFORE if few else CALLS_BEFORE_FAULTS

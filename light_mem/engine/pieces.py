@@ -58,20 +58,22 @@ def straight_pieces(extents: Iterable[Extent]) -> Iterator[Extent]:
             yield offset + a, b - a
 
 
-def joined_pieces(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
-    """Extents, cut, that are a piece together: all but the last as long as it goes."""
+def joined_pieces(extents: Iterable[Extent]) -> Iterator[tuple[list[Extent], int]]:
+    """Extents, cut, that are a piece together, and its length: all but the last PIECE_BYTES."""
     joined: list[Extent] = []
     room = PIECE_BYTES
-    for offset, length in extents:
-        while length:
-            count = min(length, room)
-            joined.append((offset, count))
-            offset, length, room = offset + count, length - count, room - count
-            if not room:
-                yield joined
-                joined, room = [], PIECE_BYTES
+    for extent in extents:
+        while extent[1] >= room:
+            offset, length = extent
+            joined.append((offset, room))
+            yield joined, PIECE_BYTES
+            extent = offset + room, length - room
+            joined, room = [], PIECE_BYTES
+        if extent[1]:
+            joined.append(extent)  # the very tuple: there may be very many
+            room -= extent[1]
     if joined:
-        yield joined
+        yield joined, PIECE_BYTES - room
 
 
 def pieces_of(total: int, size: int) -> Iterator[tuple[int, int]]:

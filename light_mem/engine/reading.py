@@ -94,18 +94,19 @@ class Reader:
             return False
         self._touch.before_copies([job.batch[at].place for at, _ in job.ahead])
         to_open = {where.shard for _, where in job.ahead}.difference(self._files)
-        # Beside blocks for which a device is waited those that wait for nothing come first, a
-        # few at a time: meanwhile the device reads ahead, and then it is idle.
+        # Of each group those that wait for nothing come first. The device reads ahead meanwhile,
+        # but not for long: where it is waited for, groups are small.
         least = ROUND_BYTES if job.ways else GROUP_BYTES
         for group in groups([at for at, _ in job.ahead], job.nbytes, least):
             waiting = [at for at in group if at in job.ways] if job.ways else []
             here = [at for at in group if at not in job.ways] if waiting else group
-            if to_open:
-                late = [at for at in here if job.where(at).shard in to_open]
+            late = [at for at in here if job.where(at).shard in to_open] if to_open else []
+            if late:
                 here = [at for at in here if at not in late]
-                self._judge(job, self._load_mapped(job, here))
-                here = late
             self._judge(job, self._load_mapped(job, here))
+            for shard in to_open:  # each may be waited for
+                part = [at for at in late if job.where(at).shard == shard]
+                self._judge(job, self._load_mapped(job, part))
             for at in waiting:
                 self._judge(job, self._load_waiting(job, at))
         if None in job.located:
@@ -192,7 +193,19 @@ class Reader:
 
     def _load_mapped(self, job: ReadJob, group: Sequence[int]) -> list[Copied]:
         """Copy blocks that lie in the page cache; what it cannot copy it tells at once."""
-        files, located = self._files, job.located
+        while True:
+            moves, begun = self._plan(job, group)
+            group = [at for at, _, _ in begun]
+            try:
+                self._scatterer.scatter(moves, stop_of(group, job.stop))
+            except Stopped:
+                continue  # without those that were aborted
+            return begun
+
+    def _plan(self, job: ReadJob, group: Sequence[int]) -> tuple[list[Scatter], list[Copied]]:
+        """What is to be copied for blocks that lie in the page cache, and what they are then; tells
+        of the others."""
+        files, located, verify = self._files, job.located, self._verify
         moves: list[Scatter] = []
         begun: list[Copied] = []
         for at in group:
@@ -206,19 +219,14 @@ class Reader:
             except (OSError, StoreFormatError) as error:  # LockTimeoutError is an OSError
                 job.report((at,), self._failed(error))
                 continue
-            checksum = new_checksum(low, high) if self._verify else None
+            checksum = new_checksum(low, high) if verify else None
             if len(where.runs) == 1:
                 moves.append((place, file.first_bytes(where.slot, where.nbytes), checksum))
             else:
                 for run, nbytes, part in self._parts(where, place):
                     moves.append((part, file.first_bytes(run[0], nbytes), checksum))
             begun.append((at, where, checksum))
-        try:
-            self._scatterer.scatter(moves, stop_of([at for at, _, _ in begun], job.stop))
-        except Stopped:
-            job.settle([at for at, _, _ in begun], Outcome.STOPPED)
-            return []
-        return begun
+        return moves, begun
 
     def _load_waiting(self, job: ReadJob, at: int) -> list[Copied]:
         """The same of a block for which a device is waited."""

@@ -91,30 +91,27 @@ def _plan_rows(
     """Rows that are a piece."""
     loop = loops.scatter_rows if views.firsts is None else loops.scatter_small_rows
     plan.steps(loop).append(
-        (views.firsts, views.put, rows, piece.view(views.element), piece.data, update)
+        (views.firsts, views.put, rows, piece.view(views.element), piece, update)
     )
 
 
 def _plan_joined(
     plan: Plan, views: PageViews, place: Regions, slots: Bytes1D, update: Update
 ) -> None:
-    source, steps, at = slots.data, plan.steps(loops.scatter_joined), 0
-    for joined in joined_pieces(place.regions):
-        pairs, begin = [], at
-        for offset, length in joined:
-            pairs.append((views.flat[offset : offset + length], source[at : at + length]))
-            at += length
-        steps.append((pairs, source[begin:at], update))
+    steps, at = plan.steps(loops.scatter_joined), 0
+    for joined, nbytes in joined_pieces(place.regions):
+        steps.append((views.flat, joined, slots[at : at + nbytes], update))
+        at += nbytes
 
 
 def _plan_straight(
     plan: Plan, views: PageViews, place: Place, slots: Bytes1D, update: Update
 ) -> None:
-    flat, source, steps, at = views.flat, slots.data, plan.steps(loops.scatter_straight), 0
+    flat, steps, at = views.flat, plan.steps(loops.scatter_straight), 0
     for offset, length in straight_pieces(place.extents()):
-        steps.append((flat[offset : offset + length], source[at : at + length], update))
+        steps.append((flat[offset : offset + length], slots[at : at + length], update))
         at += length
 
 
-def _no_sum(piece: memoryview) -> None:
+def _no_sum(piece: Bytes1D) -> None:
     pass

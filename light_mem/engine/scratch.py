@@ -18,7 +18,7 @@ class Table(NamedTuple):
     """Scratch memory that a block of small rows, or a piece of one, is gathered in."""
 
     rows: Bytes2D
-    piece: memoryview  # the same
+    piece: Bytes1D  # the same
     key: memoryview
     keyed: memoryview  # the key and the piece
 
@@ -47,4 +47,4 @@ class Scratch:
         """So many rows of it."""
         nbytes = rows * row_bytes
         piece = self.bytes[:nbytes]
-        return Table(piece.reshape(rows, row_bytes), piece.data, self.key, self.keyed(nbytes))
+        return Table(piece.reshape(rows, row_bytes), piece, self.key, self.keyed(nbytes))

@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,11 +115,7 @@ class Worker:
         records = table.read(cells)
         batch = self._blocks(records)
         report = BatchReport(table, self._number, cells, records, self._stopwatch)
-        rows = records.row
-
-        def stop(at: int) -> bool:
-            return table.aborted(rows[at])
-
+        stop = Aborted(table, records.row)
         if records.mode[0] == READ:
             engine.begin_read(batch, report, stop, [listed - 1 for listed in records.listed])
             engine.finish_writes()
@@ -149,6 +145,23 @@ class Worker:
         table = words.view(np.uint64)
         pairs = zip(table[::2].tolist(), table[1::2].tolist(), strict=True)
         return Regions(self._flat, list(pairs))
+
+
+class Aborted:
+    """Whether blocks of a batch were aborted, by their positions: as the tasks of their rows are.
+    Any thread."""
+
+    def __init__(self, table: TaskTable, rows: Sequence[int]) -> None:
+        self._table, self._rows = table, rows
+
+    def __call__(self, at: int) -> bool:
+        return self._table.aborted(self._rows[at])
+
+    def any_of(self, positions: Sequence[int]) -> Callable[[], bool]:
+        """Whether any of them was, by now."""
+        aborted, rows = self._table.aborted, self._rows
+        tasks = {rows[at] for at in positions}
+        return lambda: any(map(aborted, tasks))
 
 
 def _allow_descriptors() -> None:

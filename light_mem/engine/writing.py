@@ -67,7 +67,8 @@ class Writer:
         self._geometry = engine.geometry
         self._publisher = publisher
         self._touch = touch
-        # Where each block may wait for the device it is asked for each whether it was aborted.
+        # Past the page cache a copy may wait for the device: there each block is a group, so that
+        # an abort is seen before the next one.
         self._group_bytes = 1 if engine.drops else GROUP_BYTES
         self._last: Part | None = None  # to be published
 
@@ -263,15 +264,15 @@ class Writer:
         self._touch.before_copies([batch[at].place for at, _ in taken], is_put_straight)
         try:
             for group in groups([at for at, _ in taken], job.nbytes, self._group_bytes):
-                wanted = [at for at in group if not stop(at)]
-                blocks = [(room[at], batch[at]) for at in wanted]
-                try:
-                    sums = file.gather(self._gatherer, blocks, stop_of(wanted, stop))
-                except Stopped:
-                    continue
-                if wanted:
+                while wanted := [at for at in group if not stop(at)]:
+                    blocks = [(room[at], batch[at]) for at in wanted]
+                    try:
+                        sums = file.gather(self._gatherer, blocks, stop_of(wanted, stop))
+                    except Stopped:
+                        continue
                     report(wanted, Outcome.COPIED)
-                copied += zip(wanted, (runs for runs, _ in blocks), sums, strict=True)
+                    copied += zip(wanted, (runs for runs, _ in blocks), sums, strict=True)
+                    break
         except BaseException:
             file.land(file.cut())  # before the slots are given back
             raise

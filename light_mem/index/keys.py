@@ -160,11 +160,6 @@ def key_bytes(low: int, high: int) -> bytes:
     return _PAIR.pack(low, high)
 
 
-def put_key_bytes(buffer: memoryview, low: int, high: int) -> None:
-    """Store `key_bytes` at the start of a buffer."""
-    _PAIR.pack_into(buffer, 0, low, high)
-
-
 def key_text(low: int, high: int) -> str:
     """32 hex digits, for messages and tools."""
     return f"{high:016x}{low:016x}"
