@@ -21,7 +21,8 @@ bytes
   places.py        where in the KV memory a block lies: rows, or regions
   copy.py          what copies between the KV memory and slots have in common, with the checksum:
                    gather.py, scatter.py, both planned; copy_loops.py: made; groups.py: together
-  sinks.py         where a gather puts bytes; pieces.py: how a block is cut; scratch.py, page_views.py
+  sinks.py         where a gather puts bytes; pieces.py: how a block is cut
+  page_views.py    the KV memory as it is copied; scratch.py: private memory on the way
   device_reads.py  reads for which a device is waited: direct_reads.py, past the page cache;
                    bring_in.py: into it, later
   first_touch.py   pages of the KV memory that a worker copies for the first time
