@@ -355,7 +355,7 @@ def test_pages_that_blocks_share_wait_for_the_requests_of_other_groups_too(
     go, ended = threading.Event(), threading.Event()
 
     def wait(data: Any, span: Span, direct: int) -> bool:
-        if span.at >= 8 * MIB:  # of the second group
+        if span.at >= 8 * MIB:  # of the second cut
             assert go.wait(30)
             ended.set()
         return store(data, span, direct)

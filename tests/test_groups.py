@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -282,6 +284,31 @@ def test_a_closed_engine_has_let_go_of_the_memory(tmp_path: Path) -> None:
     gone = weakref.ref(memory)
     del memory
     assert gone() is None
+
+
+def test_neither_does_a_write_keep_it_that_failed_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_local(tmp_path / "s", 8, page_bytes=PAGE).close()
+    engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache="drop")
+    memory = np.zeros((4, PAGE), np.uint8)
+    outcomes: list[Outcome] = []
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "no device")
+
+    gc.disable()  # which would break a cycle sooner or later
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", fail)
+            engine.write(blocks_of(memory, 4), collect(outcomes))
+        assert outcomes[-1] is Outcome.FAILED
+        engine.close()
+        gone = weakref.ref(memory)
+        del memory
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_blocks_of_several_shards_wait_for_no_shard_but_their_own(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 Through the page cache the kernel makes a page for each 4 KiB, copies, and writes out from there:
 several times the processor time of a write by O_DIRECT from huge pages, and the device waits for
 it. Here a block is copied into buffers, as it would be into slots, and threads write them while the
-next ones are filled. What was put is cut into groups, of the blocks that are published together: a
-group lands while the next one is put, so that the device is not idle between them.
+next ones are filled. What was put is divided into *cuts*, of blocks that are published together:
+one lands while the next one is put, so that the device is not idle between them.
 
 O_DIRECT writes whole pages of the kernel. Of the first and last one, which blocks share with their
 neighbours, each writes its part through the page cache: the *edges*.
@@ -41,7 +41,7 @@ LEAST_BYTES = 64 * 1024
 Edge = tuple[bytes, Span]  # what is written through the page cache, and where
 
 
-class Group:
+class Cut:
     """What was put between two calls of `DirectWrites.cut`."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class _Request(NamedTuple):
     buffer: Bytes1D
     span: Span  # with the descriptor for the page cache
     written: Future[bool]  # whether past the page cache
-    group: Group
+    cut: Cut
 
 
 class DirectWrites:
@@ -66,7 +66,7 @@ class DirectWrites:
         self._free: list[Bytes1D] = []
         self._under_way: deque[_Request] = deque()
         self._run: DirectSink | None = None
-        self._group = Group()
+        self._cut = Cut()
 
     def sink(self, span: Span, direct: int) -> DirectSink:
         """Where the bytes for `span` are put, `direct` the descriptor for O_DIRECT; what follows
@@ -91,30 +91,34 @@ class DirectWrites:
     def send(self, buffer: Bytes1D, first: int, end: int, span: Span, direct: int) -> None:
         """Write bytes `[first, end)` of a buffer to a span; the buffer is ours again."""
         written = self._threads.submit(_store, buffer[first:end], span, direct)
-        self._under_way.append(_Request(buffer, span, written, self._group))
-        self._group.under_way += 1
+        self._under_way.append(_Request(buffer, span, written, self._cut))
+        self._cut.under_way += 1
 
     def put_edge(self, piece: Bytes1D, span: Span) -> None:
         """Keep a copy of bytes that are to go through the page cache."""
-        self._group.edges.append((piece.tobytes(), span))
+        self._cut.edges.append((piece.tobytes(), span))
 
-    def cut(self) -> Group:
-        """All that was put since the last cut; what is put from now on is another group's."""
+    def cut(self) -> Cut:
+        """All that was put since the last cut; what is put from now on is another cut's."""
         try:
             self._end_run()
         except OSError as error:
-            self._group.failed = self._group.failed or error
-        group, self._group = self._group, Group()
-        return group
+            self._cut.failed = self._cut.failed or error
+        cut, self._cut = self._cut, Cut()
+        return cut
 
-    def land(self, group: Group) -> None:
-        """Return when what a group holds is on the device, but for its edges: if there are any,
+    def land(self, cut: Cut) -> None:
+        """Return when what a cut holds is on the device, but for its edges: if there are any,
         nothing at all is under way then. Raises what failed first of it, an OSError: then its edges
         are nobody's, and none of it is under way all the same."""
-        while group.under_way or (group.edges and self._under_way):
+        while cut.under_way or (cut.edges and self._under_way):
             self._take_back()
-        if group.failed is not None:
-            raise group.failed
+        failed, cut.failed = cut.failed, None
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed  # in a cycle, the memory that was copied from would stay
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it, and end the threads."""
@@ -127,13 +131,13 @@ class DirectWrites:
             run.end()
 
     def _take_back(self) -> None:
-        buffer, span, written, group = self._under_way.popleft()
+        buffer, span, written, cut = self._under_way.popleft()
         error = written.exception()  # waits, also where another one has failed
-        group.under_way -= 1
+        cut.under_way -= 1
         if error is not None:
-            group.failed = group.failed or error
+            cut.failed = cut.failed or error
         elif not written.result():
-            group.cached.append(span)
+            cut.cached.append(span)
         self._free.append(buffer)
 
 

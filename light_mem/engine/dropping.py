@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from light_mem.engine import page_cache
-from light_mem.engine.direct_writes import DirectWrites, Group
+from light_mem.engine.direct_writes import Cut, DirectWrites
 from light_mem.engine.read_ahead import Span
 from light_mem.engine.sinks import FileSink, OpenFile, Sink
 
@@ -43,7 +43,7 @@ class Dropper:
     @contextmanager
     def sink(self, span: Span, direct: int) -> Iterator[Sink]:
         """Where a block's bytes for `span` are put, in order; raises OSError. They are there after
-        `land` of the group that `cut` returns.
+        `land` of the cut that `cut` returns.
 
         `direct`: a descriptor of the file for O_DIRECT, -1: there is none.
         """
@@ -56,18 +56,18 @@ class Dropper:
         # Of a block that is stopped in the middle the next one does not follow what was put.
         yield self._direct.sink(span, direct)
 
-    def cut(self) -> Group:
+    def cut(self) -> Cut:
         """What was put since the last cut."""
         return self._direct.cut()
 
-    def land(self, group: Group) -> None:
-        """Return when a group is written, as far as the device tells; raises OSError, of the first
+    def land(self, cut: Cut) -> None:
+        """Return when a cut is written, as far as the device tells; raises OSError, of the first
         that failed. Whatever comes, none of it is under way then."""
-        self._direct.land(group)
-        for piece, span in group.edges:
+        self._direct.land(cut)
+        for piece, span in cut.edges:
             FileSink(OpenFile(span.descriptor), span.at).put(0, piece)
             self.wrote(span)
-        for span in group.cached:
+        for span in cut.cached:
             self.wrote(span)
 
     def wrote(self, span: Span) -> None:

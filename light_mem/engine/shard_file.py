@@ -17,7 +17,7 @@ import numpy as np
 from light_mem.engine import page_cache
 from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import Stopping, new_checksum
-from light_mem.engine.direct_writes import Group
+from light_mem.engine.direct_writes import Cut
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.gather import Gather, Gatherer
 from light_mem.engine.mapped_writes import MappedWrites
@@ -126,15 +126,15 @@ class ShardFile(SlotRecords):
             done = end
         return parts
 
-    def cut(self) -> Group | None:
+    def cut(self) -> Cut | None:
         """What `gather` has copied since the last cut and does not lie in its slots yet."""
         return None if self._dropper is None else self._dropper.cut()
 
-    def land(self, group: Group | None) -> None:
-        """Return when a group lies in its slots; raises OSError, of the first that does not.
+    def land(self, cut: Cut | None) -> None:
+        """Return when a cut lies in its slots; raises OSError, of the first that does not.
         Whatever comes, none of it is under way then."""
-        if self._dropper is not None and group is not None:
-            self._dropper.land(group)
+        if self._dropper is not None and cut is not None:
+            self._dropper.land(cut)
 
     def expect(self, runs: Iterable[tuple[int, int]]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""

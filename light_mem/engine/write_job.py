@@ -11,7 +11,7 @@ from light_mem.index.description import Geometry
 from light_mem.index.keys import MixedKeys
 
 if TYPE_CHECKING:
-    from light_mem.engine.direct_writes import Group
+    from light_mem.engine.direct_writes import Cut
     from light_mem.index.allocation import Allocation
     from light_mem.index.replica import Run
 
@@ -72,7 +72,7 @@ class Part(NamedTuple):
     job: WriteJob
     taken: list[Taken]
     copied: list[Copied]
-    under_way: Group | None  # what does not lie in its slots yet
+    under_way: Cut | None  # what does not lie in its slots yet
     all_new: tuple[int, int] | None  # the shard's stamp when none of the keys was stored
 
     @property

@@ -34,7 +34,7 @@ from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
-    from light_mem.engine.direct_writes import Group
+    from light_mem.engine.direct_writes import Cut
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.index.shard import ShardIndex
 
@@ -254,7 +254,7 @@ class Writer:
 
     def _copy_in(
         self, shard: int, taken: list[Taken], job: WriteJob
-    ) -> tuple[list[Copied], Group | None]:
+    ) -> tuple[list[Copied], Cut | None]:
         """Copy into the slots; which blocks were, and what of them is under way."""
         file = self._engine.file(shard)
         batch, stop, report = job.batch, job.stop, job.report
