@@ -90,7 +90,7 @@ class ShardFile(SlotRecords):
         wanted: list[Gather] = []
         for runs, (low, high, place) in blocks:
             parts = []
-            for run, part in [(runs[0], place)] if len(runs) == 1 else self._parts(runs, place):
+            for run, part in self._parts(runs, place):
                 sink = writes.sink(run[0], run[1], by_calls)
                 put.append((run, sink))
                 parts.append((part, sink))
