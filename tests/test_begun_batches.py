@@ -176,7 +176,8 @@ def test_what_fails_beside_a_begun_batch_leaves_its_slots_alone(
     stores.open.clear()
     fourth = Begun(dropping, [Block(4, 4)], fill=True)
     with monkeypatch.context() as patch:
-        patch.setattr(dropping.engine.file(0), "gather", _raise(broken, stores.open))
+        failing = _raise(broken, stores.open)
+        patch.setattr(dropping.engine.file(0), "plan", lambda *_: failing)
         dropping.engine.begin_write(fourth.io, fourth.report)
     assert fourth.told == [[Outcome.FAILED]]
     fifth = begin_write(dropping, Block(5, 4))

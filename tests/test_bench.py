@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench.py"
-PARTS = ["copies", "entries", "servers", "process"]  # the others work like these
+PARTS = ["copies", "sizes", "entries", "servers", "process"]  # the others work like these
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -114,8 +114,11 @@ def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:
         assert row[name] > 0, name
     by_servers = results["servers"]["246 KB"]
     assert list(by_servers) == ["LightMem, 1", "LightMem, 2"]
-    for works in by_servers.values():
+    by_size = results["sizes"]["in turn"]
+    assert list(by_size) == ["LightMem, 3.93 MB", "LightMem, 983 KB, one page"]
+    for works in [*by_servers.values(), *by_size.values()]:
         assert works["write"]["GBps"] > 0 < works["read"]["GBps"]
+        assert works["write"]["samples"] == 2
 
 
 def test_what_growth_costs_is_a_share_of_the_smallest_number(results: dict[str, Any]) -> None:

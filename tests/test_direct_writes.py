@@ -418,7 +418,7 @@ def test_whatever_ends_a_batch_waits_for_its_requests(
 ) -> None:
     """Who has the slots next must not be written over."""
     r = open_dropping(tmp_path / "store", 64, 64 << 10)
-    store, gather = direct_writes._store, r.engine.file(0).gather
+    store, plan = direct_writes._store, r.engine.file(0).plan
     begun, ended = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> bool:
@@ -428,13 +428,13 @@ def test_whatever_ends_a_batch_waits_for_its_requests(
         ended.set()
         return result
 
-    def break_second(*args: Any, **options: Any) -> int:
+    def break_second(*args: Any, **options: Any) -> Any:
         if begun.is_set():
             raise RuntimeError("not an OSError")
-        return gather(*args, **options)
+        return plan(*args, **options)
 
     monkeypatch.setattr(direct_writes, "_store", slow)
-    monkeypatch.setattr(r.engine.file(0), "gather", break_second)
+    monkeypatch.setattr(r.engine.file(0), "plan", break_second)
     with pytest.raises(RuntimeError, match="not an OSError"):
         # Longer than a buffer: its first part is under way when the second block comes.
         r.write(Block(1, 40), Block(2, 4))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pytest
 
-from light_mem.engine import copy, copy_loops, groups, reading, writing
+from light_mem.engine import copy, copy_loops, groups, reading
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.groups import stop_of
 from light_mem.engine.local import LocalStorageEngine
@@ -214,6 +214,7 @@ def test_faults_of_others_in_a_group_say_nothing_of_those_taken_out(
     writes.begin(1.5)
     sinks = {run: writes.sink(*run) for run in [(0, 16), *((20 + n, 1) for n in range(beside))]}
     assert not sinks[0, 16].by_calls
+    writes.start()
     for run, sink in sinks.items():
         writes.was_put(*run, sink)
     # One block more is little beside sixteen.
@@ -239,6 +240,7 @@ def test_all_that_was_taken_out_is_learned_from_together(
     writes.begin(1.5)
     sinks = [writes.sink(*run) for run in runs]
     writes.calls_before = CALLS_BEFORE_FAULTS
+    writes.start()
     for run, sink in zip(runs, sinks, strict=True):
         writes.was_put(*run, sink)
     assert writes.calls_before == CALLS_BEFORE
@@ -379,4 +381,4 @@ def test_past_the_page_cache_each_block_is_a_group(tmp_path: Path) -> None:
     engine.write(blocks_of(memory, 4), lambda at, outcome: told.append((list(at), outcome)))
     assert [at for at, outcome in told if outcome is Outcome.COPIED] == [[0], [1], [2], [3]]
     engine.close()
-    assert writing.GROUP_BYTES > 4 * PAGE
+    assert groups.GROUP_BYTES > 4 * PAGE

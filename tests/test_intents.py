@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.intents import PART_BLOCKS
+from light_mem.engine.intents import MOST_BLOCKS
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Rows
 from light_mem.engine.shard_file import ShardFile
@@ -54,9 +54,9 @@ def count_changes(engine: LocalStorageEngine, monkeypatch: pytest.MonkeyPatch) -
 def test_as_many_blocks_as_a_worker_claims_take_two_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = Rig(open_local(tmp_path / "store", PART_BLOCKS))
+    rig = Rig(open_local(tmp_path / "store", MOST_BLOCKS))
     changes = count_changes(rig.engine, monkeypatch)  # type: ignore[arg-type]
-    assert rig.write(*map(Block, range(PART_BLOCKS))) == [COPIED_AND_STORED] * PART_BLOCKS
+    assert rig.write(*map(Block, range(MOST_BLOCKS))) == [COPIED_AND_STORED] * MOST_BLOCKS
     assert changes == [0, 0]
     rig.engine.close()
     let_go(rig.engine, rig)
@@ -68,7 +68,7 @@ def test_what_failed_stays_announced_whatever_is_written_next(
 ) -> None:
     """Of the first shards nothing can be published: their slots stay marked, and are announced
     while the blocks of the other shards are written, some at a time, as long as they can be."""
-    engine = open_local(tmp_path / "store", 2 * PART_BLOCKS, shards=shards_of_store)
+    engine = open_local(tmp_path / "store", 2 * MOST_BLOCKS, shards=shards_of_store)
     change = engine._open.change
     copied: set[int] = set()  # shards, in turn: the first copied to are the bad ones
 
@@ -77,7 +77,7 @@ def test_what_failed_stays_announced_whatever_is_written_next(
             raise LockTimeoutError("stopped", path=str(shard), timeout=timeout)
         return change(shard, timeout)
 
-    count = shards_of_store * PART_BLOCKS
+    count = shards_of_store * MOST_BLOCKS
     memory = np.concatenate([block_bytes_of(n, 1, PAGE) for n in range(count)])
     batch = [
         BlockIO(*keymath.as_key(n), Rows(memory, np.array([n], np.intp))) for n in range(count)
@@ -119,10 +119,10 @@ def test_what_failed_stays_announced_whatever_is_written_next(
 def of_shard(shard: int, first: int) -> list[Block]:
     """As many blocks as are written at a time."""
     blocks: list[Block] = []
-    for n in range(first, first + 100 * PART_BLOCKS):
+    for n in range(first, first + 100 * MOST_BLOCKS):
         if keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), SHARDS) == shard:
             blocks.append(Block(n))
-        if len(blocks) == PART_BLOCKS:
+        if len(blocks) == MOST_BLOCKS:
             break
     return blocks
 
@@ -130,7 +130,7 @@ def of_shard(shard: int, first: int) -> list[Block]:
 def test_one_failure_does_not_slow_what_is_written_to_other_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = open_local(tmp_path / "store", 2 * PART_BLOCKS, shards=SHARDS)
+    engine = open_local(tmp_path / "store", 2 * MOST_BLOCKS, shards=SHARDS)
     rig, change = Rig(engine), engine._open.change
     refused = [0, 0]
 
@@ -142,11 +142,11 @@ def test_one_failure_does_not_slow_what_is_written_to_other_shards(
 
     monkeypatch.setattr(engine._open, "change", refuse_to_publish)
     refused[1] = 2  # also when its slots are to be given back, right after
-    assert rig.write(*of_shard(0, 0)) == [(Outcome.COPIED, Outcome.FAILED)] * PART_BLOCKS
+    assert rig.write(*of_shard(0, 0)) == [(Outcome.COPIED, Outcome.FAILED)] * MOST_BLOCKS
     assert refused == [2, 2]
-    assert len(announced(engine)) == PART_BLOCKS
+    assert len(announced(engine)) == MOST_BLOCKS
     changes = count_changes(engine, monkeypatch)
-    assert rig.write(*of_shard(1, 10_000)) == [COPIED_AND_STORED] * PART_BLOCKS
+    assert rig.write(*of_shard(1, 10_000)) == [COPIED_AND_STORED] * MOST_BLOCKS
     assert changes == [0, 1, 1]
     assert not announced(engine)
     engine.close()
@@ -183,7 +183,7 @@ def test_what_fails_on_its_way_to_the_device_goes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
     """Of every shard but one; nobody is in the way, and the last one's blocks are stored."""
-    shards = 2 * PART_BLOCKS
+    shards = 2 * MOST_BLOCKS
     open_local(tmp_path / "store", 40, shards=shards).close()
     engine = LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop")
     land, good = ShardFile.land, shards - 1
@@ -197,7 +197,7 @@ def test_what_fails_on_its_way_to_the_device_goes_back(
     shard_of = {
         n: keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), shards) for n in range(4000)
     }
-    bad = [n for n, shard in shard_of.items() if shard != good][: 2 * PART_BLOCKS]
+    bad = [n for n, shard in shard_of.items() if shard != good][: 2 * MOST_BLOCKS]
     last = [n for n, shard in shard_of.items() if shard == good][:8]
     rig = Rig(engine)
     if begun:

@@ -49,6 +49,7 @@ class File:
     def write(self, start: int = 0, length: int = 1, byte: int = 1) -> bool:
         self.writes.begin(self.now)
         sink = self.writes.sink(start, length)
+        self.writes.start()
         store, first = sink.storing(0, length * self.slot_bytes)
         store(first, np.full(length * self.slot_bytes, byte, np.uint8))
         self.writes.was_put(start, length, sink)

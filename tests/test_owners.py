@@ -58,14 +58,15 @@ def test_an_owner_is_seen_by_others_until_it_leaves(pair: Pair) -> None:
 def test_the_intents_of_an_owner_are_those_it_named_last(pair: Pair) -> None:
     one, other = pair
     me = one.join("worker")
-    me.intend([(0, 5), (3, 2**31 - 3)])
-    me.intend([(3, 2**31 - 3), (1, 0)])
+    me.announce(0, (0, 5))
+    me.announce(1, (3, 2**31 - 3))
+    me.announce(0, (7, 0))
+    me.announce(fmt.MAX_INTENTS - 1, (1, 0))
+    me.withdraw(0)
     assert reclaimed(other) == []
     one.locks.close()  # as when the process dies
     assert reclaimed(other) == [(1, [(3, 2**31 - 3), (1, 0)])]
     assert reclaimed(other) == []
-    me.intend([(0, slot) for slot in range(fmt.MAX_INTENTS)])  # the most there may be
-    me.intend([])
 
 
 def test_a_process_killed_with_sigkill_is_reclaimed_once(pair: Pair, tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_process_killed_with_sigkill_is_reclaimed_once(pair: Pair, tmp_path: P
     code = (
         "from light_mem.index.owners import Owners\n"
         "owners = Owners(path)\n"
-        "owners.join('worker').intend([(2, 7)])\n"
+        "owners.join('worker').announce(0, (2, 7))\n"
         "say('joined')\n"
         "time.sleep(60)\n"
     )
@@ -92,7 +93,7 @@ def test_a_process_killed_with_sigkill_is_reclaimed_once(pair: Pair, tmp_path: P
 def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
     one, other = pair
     for number in range(1, 9):
-        one.join("worker").intend([(0, number)])
+        one.join("worker").announce(0, (0, number))
     one.locks.close()
     taken: list[int] = []
     second = threading.Event()
@@ -116,7 +117,7 @@ def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
 
 def test_what_could_not_be_taken_back_is_tried_again(pair: Pair) -> None:
     one, other = pair
-    one.join("worker").intend([(0, 3)])
+    one.join("worker").announce(0, (0, 3))
     one.locks.close()
 
     def fail(*_: object) -> None:

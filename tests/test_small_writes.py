@@ -533,7 +533,7 @@ def test_what_a_failed_batch_left_is_given_back(
     r = EngineRig(engine)
     r.write(Block(1))
     with monkeypatch.context() as patch:
-        patch.setattr(ShardFile, "gather", die)
+        patch.setattr(ShardFile, "plan", die)
         with pytest.raises(Killed):
             r.write(Block(2), Block(3))
     assert engine.stats()["used_slots"] == 3

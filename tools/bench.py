@@ -23,7 +23,7 @@ from benchmark.copies import bench_shape
 from benchmark.plan import SHAPES
 from benchmark.run import Run
 
-PARTS = ("copies", "latency", "entries", "workers", "shards", "servers", "process")
+PARTS = ("copies", "latency", "sizes", "entries", "workers", "shards", "servers", "process")
 
 
 def parse() -> argparse.Namespace:
@@ -99,6 +99,8 @@ def main() -> None:
                 run.results[part] = latency.bench_latency(run)
             elif part == "entries":
                 run.results[part] = queries.bench_entries(run)
+            elif part == "sizes":
+                run.results[part] = growth.bench_sizes(run)
             elif part == "process":
                 run.results[part] = process.bench_process(run)
             else:

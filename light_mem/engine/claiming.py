@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from light_mem.engine.intents import PART_BLOCKS
+from light_mem.engine.intents import MOST_BLOCKS
 from light_mem.engine.table_layout import INITIAL, READ, WRITE
 from light_mem.engine.task_table import TaskTable
 
@@ -20,7 +20,7 @@ from light_mem.engine.task_table import TaskTable
 BATCH_BYTES = 32 << 20
 # A few more to write would be two holds of the shard's lock for them alone. (Blocks of 246 KB:
 # twice as many are written no faster, half as many some 4% slower.)
-BATCH_BLOCKS = PART_BLOCKS
+BATCH_BLOCKS = MOST_BLOCKS
 # ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
 # 300 us for a read, 700 for a write), more than what the other half would wait for.
 LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}

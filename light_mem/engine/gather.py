@@ -25,6 +25,25 @@ from light_mem.index.keys import key_bytes
 Gather = tuple[int, int, Sequence[tuple[Place, Sink]]]
 
 
+class Gathering:
+    """Blocks to copy, as `Gatherer.plan` has planned it."""
+
+    def __init__(
+        self, plan: Plan, checksums: list[xxhash.xxh3_64 | None], whole: list[int]
+    ) -> None:
+        """`checksums` of the blocks; of those that are None there the plan adds them to `whole`."""
+        self._plan, self._checksums, self._whole = plan, checksums, whole
+
+    def run(self, stopped: Stopping = None) -> list[int]:
+        """Copy them; returns their checksums, raises as `Gatherer.gather`."""
+        self._plan.run(stopped)
+        whole = self._whole
+        if len(whole) == len(self._checksums):
+            return whole
+        left = iter(whole)
+        return [next(left) if each is None else each.intdigest() for each in self._checksums]
+
+
 class Gatherer:
     """Gathers for one worker. Not thread-safe."""
 
@@ -35,6 +54,10 @@ class Gatherer:
     def gather(self, blocks: Sequence[Gather], stopped: Stopping = None) -> list[int]:
         """Copy blocks to the sinks, in this order; returns their checksums. Raises Stopped, and
         OSError of the sinks."""
+        return self.plan(blocks).run(stopped)
+
+    def plan(self, blocks: Sequence[Gather]) -> Gathering:
+        """What `gather` does, to be done by its `run`, once, before `forget`."""
         plan = Plan()
         checksums: list[xxhash.xxh3_64 | None] = []
         whole: list[int] = []  # the checksums of those that are None there
@@ -53,11 +76,7 @@ class Gatherer:
             for place, sink in parts:
                 self._plan(plan, place, sink, checksum.update)
             checksums.append(checksum)
-        plan.run(stopped)
-        if len(whole) == len(checksums):
-            return whole
-        left = iter(whole)
-        return [next(left) if each is None else each.intdigest() for each in checksums]
+        return Gathering(plan, checksums, whole)
 
     def gather_part(
         self, place: Place, sink: Sink, checksum: xxhash.xxh3_64, stopped: Stopping = None

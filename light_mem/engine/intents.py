@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.index.format import MAX_INTENTS
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
 
 
-# Blocks of one shard that are written at a time at most. The other intents are for what follows
+# Blocks that are written at a time at most. The other intents are for what follows
 # when these have failed: it has to do with fewer until they are given back.
-PART_BLOCKS = MAX_INTENTS - 16
+MOST_BLOCKS = MAX_INTENTS - 16
 
 
 class Intents:
@@ -24,41 +24,47 @@ class Intents:
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._slots: dict[int, list[int]] = {}
+        self._words: dict[int, dict[int, int]] = {}  # by shard and slot: which of the record's
+        self._free = list(range(MAX_INTENTS))[::-1]
 
     @property
     def shards(self) -> list[int]:
         """Shards in which slots are ours."""
-        return [shard for shard, slots in self._slots.items() if slots]
+        return [shard for shard, words in self._words.items() if words]
 
     @property
     def count(self) -> int:
         """How many slots are announced."""
-        return sum(map(len, self._slots.values()))
+        return MAX_INTENTS - len(self._free)
 
-    def announce(self, shard: int, slots: list[int]) -> None:
-        """Announce the slots of one shard that are being filled, and keep announcing those that a
-        failed lock left behind in others: they go back when we next write, when we leave, or at our
-        death. All of them are MAX_INTENTS at most."""
-        self._slots[shard] = slots
-        intents = [(s, slot) for s, left in self._slots.items() for slot in left]
-        assert len(intents) <= MAX_INTENTS, f"{len(intents)} slots to announce"
-        self._owner.intend(intents)
+    def announce(self, shard: int, slots: Sequence[int]) -> None:
+        """Announce the slots of one shard that are being filled, these and no others, and keep
+        announcing those that a failed lock left behind in others: they go back when we next write,
+        when we leave, or at our death. All of them are MAX_INTENTS at most."""
+        words = self._words.setdefault(shard, {})
+        if words:
+            self.forget(shard, set(words).difference(slots))
+        new = [slot for slot in slots if slot not in words]
+        assert len(new) <= len(self._free), f"{self.count + len(new)} slots to announce"
+        for slot in new:
+            at = words[slot] = self._free.pop()
+            self._owner.announce(at, (shard, slot))
 
-    def forget(self, shard: int, slots: list[int]) -> None:
+    def forget(self, shard: int, slots: Iterable[int]) -> None:
         """These are published, or were given back."""
-        left: list[int] = []
-        if len(slots) < len(self._slots.get(shard, ())):  # nearly never: they are all
-            gone = set(slots)
-            left = [slot for slot in self._slots[shard] if slot not in gone]
-        self.announce(shard, left)
+        words = self._words.get(shard, {})
+        for slot in slots:
+            at = words.pop(slot, None)
+            if at is not None:
+                self._owner.withdraw(at)
+                self._free.append(at)
 
     def give_back(
         self, shard: int, index: ShardIndex, file: ShardFile, but: Sequence[int] = ()
     ) -> None:
         """Free what a failed batch left in a shard; under its lock. `announce` follows, of those
         that are in hand as well, `but`."""
-        for slot in self._slots.get(shard, []):
+        for slot in self._words.get(shard, ()):
             if slot not in but and index.is_marked(slot, self._owner.number):
                 file.clear_records([slot])
                 index.give_back(slot)

@@ -21,6 +21,7 @@ from light_mem.engine.base import (
 )
 from light_mem.engine.device_reads import DeviceReads
 from light_mem.engine.dropping import Dropper
+from light_mem.engine.filling import Filler
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.gather import Gatherer
 from light_mem.engine.intents import Intents
@@ -78,7 +79,8 @@ class LocalStorageEngine(OpenStore, StorageEngine):
         self._reader = Reader(self, self._open.files, self._scatterer, verify, self._device, touch)
         intents = Intents(self._owner)
         publisher = Publisher(self, self._owner, intents, flush=durability == "flush")
-        self._writer = Writer(self, self._owner, intents, self._gatherer, publisher, touch)
+        filler = Filler(self, self._gatherer, touch)
+        self._writer = Writer(self, self._owner, intents, filler, publisher)
         self._write_now = WriteNow(self, self._owner, intents, self._gatherer)
 
     @classmethod

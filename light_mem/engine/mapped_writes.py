@@ -64,12 +64,12 @@ class MappedWrites:
         self._file.descriptor = -1
 
     def begin(self, now: float) -> None:
-        """Runs of slots are written now, s (monotonic): `sink` is asked for each, and when all were
-        put `was_put` is told of each, unless it fails."""
+        """Runs of slots are written now, s (monotonic): `sink` is asked for each, then `start` is
+        called, and when all were put `was_put` is told of each, unless it fails."""
         self._now = now
         self._wanted = 0  # bytes of those runs
         self._taken_out = 0  # ... of which so many are taken out of the page table
-        self._faults = 0  # of this thread before that
+        self._faults = 0  # of this thread before they were put
 
     def sink(self, start: int, length: int, by_calls: bool = False) -> Sink:
         """How a run of slots is written. `by_calls`: not through the mapping in any case."""
@@ -90,6 +90,11 @@ class MappedWrites:
         if first_stores and nbytes >= LEAST_BYTES:
             self._take_out(at, nbytes)
         return MappedSink(self._bytes[at : at + nbytes])
+
+    def start(self) -> None:
+        """They are put from now on; other files' may have been since `begin`."""
+        if sys.platform == "linux" and self._taken_out:
+            self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
     def was_put(self, start: int, length: int, sink: Sink) -> None:
         """A run of slots was written."""
@@ -116,8 +121,6 @@ class MappedWrites:
             except OSError:  # this process has it locked, mlock(2): each page faults
                 self.calls_before = CALLS_BEFORE_FAULTS
                 return
-            if not self._taken_out:
-                self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
             self._taken_out += nbytes
 
     def _learn(self) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import Stopping, new_checksum
 from light_mem.engine.direct_writes import Cut
 from light_mem.engine.dropping import Dropper
-from light_mem.engine.gather import Gather, Gatherer
+from light_mem.engine.gather import Gather, Gatherer, Gathering
 from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
@@ -30,6 +31,9 @@ from light_mem.errors import ServiceClosedError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.replica import Run
+
+# Makes planned copies and returns the blocks' checksums; raises Stopped, OSError.
+Copies = Callable[[Stopping], list[int]]
 
 
 class ShardFile(SlotRecords):
@@ -67,23 +71,19 @@ class ShardFile(SlotRecords):
         self._geometry = geometry
         self._read_only: Bytes1D | None = None
 
-    def gather(
+    def plan(
         self,
         gatherer: Gatherer,
         blocks: Sequence[tuple[Sequence[Run], BlockIO]],
-        stopped: Stopping = None,
         by_calls: bool = False,
-    ) -> list[int]:
-        """Copy blocks into their runs of slots and return their checksums; raises Stopped, OSError.
-        Their bytes are there after `land` of what `cut` then returns.
+    ) -> Copies:
+        """Plan to copy blocks into their runs of slots; the next plan of this file comes after.
+        Their bytes are there after `land` of what `cut` returns once they were copied.
 
         `by_calls`: not through the mapping in any case.
         """
         if self._dropper is not None:
-            return [
-                self._gather_past(self._dropper, gatherer, runs, block, stopped)
-                for runs, block in blocks
-            ]
+            return partial(self._gather_past, self._dropper, gatherer, blocks)
         writes = self._writes
         writes.begin(time.monotonic())
         put: list[tuple[Run, Sink]] = []
@@ -95,7 +95,14 @@ class ShardFile(SlotRecords):
                 put.append((run, sink))
                 parts.append((part, sink))
             wanted.append((low, high, parts))
-        checksums = gatherer.gather(wanted, stopped)
+        return partial(self._copy, gatherer.plan(wanted), put)
+
+    def _copy(
+        self, gathering: Gathering, put: list[tuple[Run, Sink]], stopped: Stopping
+    ) -> list[int]:
+        writes = self._writes
+        writes.start()
+        checksums = gathering.run(stopped)
         for (start, length), sink in put:
             writes.was_put(start, length, sink)
         return checksums
@@ -104,16 +111,18 @@ class ShardFile(SlotRecords):
         self,
         dropper: Dropper,
         gatherer: Gatherer,
-        runs: Sequence[Run],
-        block: BlockIO,
+        blocks: Sequence[tuple[Sequence[Run], BlockIO]],
         stopped: Stopping,
-    ) -> int:
-        """`gather` of one block past the page cache."""
-        checksum = new_checksum(block.low, block.high)
-        for run, part in self._parts(runs, block.place):
-            with dropper.sink(self.span(run, part.nbytes), self._direct()) as sink:
-                gatherer.gather_part(part, sink, checksum, stopped)
-        return checksum.intdigest()
+    ) -> list[int]:
+        """Copy blocks past the page cache."""
+        checksums = []
+        for runs, block in blocks:
+            checksum = new_checksum(block.low, block.high)
+            for run, part in self._parts(runs, block.place):
+                with dropper.sink(self.span(run, part.nbytes), self._direct()) as sink:
+                    gatherer.gather_part(part, sink, checksum, stopped)
+            checksums.append(checksum.intdigest())
+        return checksums
 
     def _parts(self, runs: Sequence[Run], place: Place) -> list[tuple[Run, Place]]:
         """What of a block goes to each of its runs."""

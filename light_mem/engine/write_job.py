@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 class WriteJob:
     """A batch, and who is told of it.
 
-    open      positions without a final outcome
     keys      of the blocks
     nbytes    their lengths in bytes
     slots     ... and in slots
@@ -38,7 +37,6 @@ class WriteJob:
         self.batch = batch
         self.report = report
         self.stop = stop
-        self.open = set(range(len(batch)))
         self.keys = MixedKeys.of((block[:2] for block in batch), mixed)
         self.nbytes = [block.place.nbytes for block in batch]
         slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
@@ -47,10 +45,8 @@ class WriteJob:
 
     def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
         """Tell the final outcome of blocks, if there are any."""
-        if not positions:
-            return
-        self.open.difference_update(positions)
-        self.report(positions, outcome)
+        if positions:
+            self.report(positions, outcome)
 
     def settle_each(self, outcomes: list[tuple[int, Outcome]]) -> None:
         """Tell the final outcomes of blocks, by position."""
@@ -66,16 +62,21 @@ Copied = tuple[int, "list[Run]", int]  # position in the batch, runs, checksum
 
 
 class Part(NamedTuple):
-    """Blocks of one shard that were copied, or stopped, and are not published yet."""
+    """Blocks of one shard that were given room together; then they are copied, then published."""
 
     shard: int
     job: WriteJob
     taken: list[Taken]
-    copied: list[Copied]
-    under_way: Cut | None  # what does not lie in its slots yet
     all_new: tuple[int, int] | None  # the shard's stamp when none of the keys was stored
+    copied: Sequence[Copied] = ()  # the others were stopped
+    under_way: Cut | None = None  # what does not lie in its slots yet
 
     @property
     def slots(self) -> list[int]:
         """The blocks' first slots."""
         return [where.slot for _, where in self.taken]
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the blocks in the batch."""
+        return [at for at, _ in self.taken]

@@ -72,7 +72,7 @@ class WriteNow:
                 return None
             index.mark(where.runs, self._owner.number)
             try:
-                [checksum] = file.gather(self._gatherer, [(where.runs, block)], by_calls=True)
+                [checksum] = file.plan(self._gatherer, [(where.runs, block)], by_calls=True)(None)
             except OSError as error:  # passed on after the hold: in it, it would count as a death
                 failure = error
                 index.give_back(where.slot)

@@ -1,11 +1,16 @@
 """Writing batches of blocks: find room, copy, publish. A part of LocalStorageEngine.
 
-Two holds of the shard's lock a batch, none during the copies:
+The blocks of one shard are a *part* of the batch, and take two holds of that shard's lock, none
+during the copies:
 
 allocate  room for all, evicting where needed; intents, then the records of evicted blocks go, then
           marks
-copy      pages to slots with the checksum
+copy      pages to slots with the checksum (`filling.py`)
 publish   records, and all become visible (`publishing.py`)
+
+Each step is made for all parts before the next one, for copies push the interpreter out of the
+processor's caches. Nobody is waited for with slots in hand that others may want: what finds no
+room, or a lock taken, comes once more when what was given room is published.
 
 What goes past the page cache is on its way for some milliseconds after the copy. So `begin` may
 return without having published its last blocks; they follow when the next ones have been copied.
@@ -20,21 +25,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
-from light_mem.engine.copy import Stopped
-from light_mem.engine.first_touch import FirstTouch
-from light_mem.engine.gather import Gatherer
-from light_mem.engine.groups import GROUP_BYTES, groups, stop_of
-from light_mem.engine.intents import PART_BLOCKS, Intents
-from light_mem.engine.pieces import is_put_straight
+from light_mem.engine.filling import Filler
+from light_mem.engine.intents import MOST_BLOCKS, Intents
 from light_mem.engine.publishing import Publisher, is_present
-from light_mem.engine.write_job import Copied, Part, Taken, WriteJob
+from light_mem.engine.write_job import Part, WriteJob
 from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError
 from light_mem.index.format import MAX_INTENTS
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
-    from light_mem.engine.direct_writes import Cut
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.index.shard import ShardIndex
 
@@ -46,6 +46,8 @@ _SHORT_SECONDS = 0.1  # longer than a living holder needs
 
 log = logging.getLogger("light_mem")
 
+ByShard = dict[int, list[int]]  # positions in a batch
+
 
 class Writer:
     """Writes batches for one engine. Not thread-safe."""
@@ -55,27 +57,22 @@ class Writer:
         engine: LocalStorageEngine,
         owner: Owner,
         intents: Intents,
-        gatherer: Gatherer,
+        filler: Filler,
         publisher: Publisher,
-        touch: FirstTouch,
     ) -> None:
         # Weak: in a cycle, the maps of a closed store would stay until the next collection.
         self._engine: LocalStorageEngine = weakref.proxy(engine)
         self._owner = owner
         self._intents = intents
-        self._gatherer = gatherer
         self._geometry = engine.geometry
+        self._filler = filler
         self._publisher = publisher
-        self._touch = touch
-        # Past the page cache a copy may wait for the device: there each block is a group, so that
-        # an abort is seen before the next one.
-        self._group_bytes = 1 if engine.drops else GROUP_BYTES
-        self._last: Part | None = None  # to be published
+        self._last: list[Part] = []  # to be published
 
     @property
     def has_begun(self) -> bool:
         """Whether there is something for `finish`."""
-        return self._last is not None
+        return bool(self._last)
 
     def begin(
         self,
@@ -88,49 +85,48 @@ class Writer:
         call, or by `finish`. `mixed`: see `LocalStorageEngine.begin_write`."""
         job = WriteJob(batch, self._geometry, report, stop, mixed)
         before = self._last
-        for shard, positions in job.by_shard.items():
-            while positions:
-                self._give_back_failed()
-                most = self._most_at_a_time()
-                if not most:
-                    error = _no_intents(self._engine, self._intents.shards)
+        wanted = job.by_shard
+        deadline = time.monotonic() + ROOM_SECONDS
+        while wanted:
+            self._give_back_failed()
+            now, later = _first(wanted, self._most_at_a_time())
+            if not now:
+                error = _no_intents(self._engine, self._intents.shards)
+                for shard, positions in later.items():
                     self._fail(shard, positions, job, error)
-                    break
-                part, positions = positions[:most], positions[most:]
-                try:
-                    self._write_shard(shard, part, job)
-                except (LockTimeoutError, OSError, StoreFormatError) as error:
-                    # First what was copied, some of it perhaps of this very part: a block is told
-                    # once, for the cell of a task that is ready may be another's. Nor would there
-                    # be room for the intents of more than what failed and one part.
-                    self._finish()
-                    self._fail(shard, part, job, error)
+                break
+            parts, waiting, busy = self._give_room(now, job)
+            if parts:
+                self._write(parts, job)
+                deadline = time.monotonic() + ROOM_SECONDS
+            elif not self._finish() and waiting:  # nothing of ours is in their way
+                waiting = self._wait_for_room(waiting, deadline, job)
+            wanted = _joined(waiting, later, busy)
         if self._last is before:  # nothing was copied that it could have waited for
             self._finish()
 
     def _most_at_a_time(self) -> int:
-        """How many blocks are written by two holds of the lock. They can be announced beside what
-        failed, and so can as many more, which are copied while these are on their way to the device
-        or when these have failed as well. 0: nothing can be announced any more."""
+        """How many blocks are written at a time. They can be announced beside what failed, and so
+        can as many more, which are copied while these are on their way to the device or when these
+        have failed as well. 0: nothing can be announced any more."""
         failed = self._failed
         if failed or self._engine.drops:
-            # The last one goes alone: whatever failed, no part is on its way beside another.
+            # The last one goes alone: whatever failed, nothing is on its way beside it.
             return (MAX_INTENTS - failed + 1) // 2
-        return PART_BLOCKS
+        return MOST_BLOCKS
 
     @property
     def _failed(self) -> int:
         """How many announced slots are of parts that failed."""
-        return self._intents.count - (0 if self._last is None else len(self._last.taken))
+        return self._intents.count - sum(len(part.taken) for part in self._last)
 
     def _give_back_failed(self) -> None:
         """Free what parts that failed were to fill, as far as that needs no waiting: while it is
-        announced there is room for fewer. Not while a part is being copied."""
+        announced there is room for fewer. Not while anything is being copied."""
         if not self._failed:
             return
-        last = self._last
         for shard in self._intents.shards:
-            in_hand = last.slots if last is not None and last.shard == shard else []
+            in_hand = self._in_hand(shard)
             try:
                 with self._engine.change(shard, timeout=0) as (index, file):
                     self._intents.give_back(shard, index, file, in_hand)
@@ -145,24 +141,28 @@ class Writer:
         return there_was
 
     def _finish(self) -> bool:
-        """`finish`, also while another part is being copied."""
-        part, self._last = self._last, None
-        if part is None:
-            return False
-        try:
-            self._publisher.publish(part)
-        except (LockTimeoutError, OSError, StoreFormatError) as error:
-            self._fail(part.shard, [at for at, _ in part.taken], part.job, error)
-        return True
+        """`finish`, also while other parts are being copied."""
+        there_was = self.has_begun
+        while self._last:
+            part = self._last.pop(0)
+            try:
+                self._publisher.publish(part)
+            except (LockTimeoutError, OSError, StoreFormatError) as error:
+                self._fail(part.shard, part.positions, part.job, error)
+        return there_was
 
     def _fail(
-        self, shard: int, positions: list[int], job: WriteJob, error: LightMemError | OSError
+        self,
+        shard: int,
+        positions: Sequence[int],
+        job: WriteJob,
+        error: LightMemError | OSError,
     ) -> None:
         engine = self._engine
         engine.limited.warning(
             "write to shard %d of %s failed: %s", shard, engine.directory, str(error)
         )
-        job.settle(sorted(job.open.intersection(positions)), Outcome.FAILED)
+        job.settle(positions, Outcome.FAILED)
 
     def close(self) -> None:
         """Give back the slots of failed batches; raises LockTimeoutError, OSError."""
@@ -171,53 +171,69 @@ class Writer:
             with self._engine.change(shard, timeout=1) as (index, file):
                 self._intents.give_back(shard, index, file)
 
-    def _write_shard(self, shard: int, positions: list[int], job: WriteJob) -> None:
-        """Allocate all, copy all, publish all: two holds of the lock, more for want of room."""
-        waiting = positions
-        deadline = time.monotonic() + ROOM_SECONDS
-        while waiting:
+    def _give_room(self, wanted: ByShard, job: WriteJob) -> tuple[list[Part], ByShard, ByShard]:
+        """Take room in each shard; returns what was given any, and the blocks that wait for more,
+        or for a lock that somebody has."""
+        parts: list[Part] = []
+        waiting: ByShard = {}
+        busy: ByShard = {}
+        for shard, positions in wanted.items():
+            # What was copied, or given room, is not to wait for a stopped holder of a lock.
+            in_hand = bool(parts) or self.has_begun
+            timeout = LOCK_TIMEOUT_SECONDS
+            if in_hand:
+                timeout = 0 if busy else _SHORT_SECONDS
             try:
-                taken, waiting, all_new = self._allocate(shard, waiting, job)
-            except LockTimeoutError:
-                if not self._finish():
-                    raise
+                part, left = self._allocate(shard, positions, job, timeout)
+            except (LockTimeoutError, OSError, StoreFormatError) as error:
+                if in_hand and isinstance(error, LockTimeoutError):
+                    busy[shard] = positions
+                else:
+                    self._fail(shard, positions, job, error)
                 continue
-            if taken:
-                copied, under_way = self._copy_in(shard, taken, job)
-                self._finish()  # the part before: it has landed meanwhile
-                self._last = Part(shard, job, taken, copied, under_way, all_new)
-                if under_way is None or self._intents.count > len(taken):
-                    self._finish()
-                deadline = time.monotonic() + ROOM_SECONDS
-            elif waiting and not self._finish():  # its blocks may be evicted, once they are stored
-                waiting = self._wait_for_room(waiting, deadline, job)
+            if part.taken:
+                parts.append(part)
+            if left:
+                waiting[shard] = left
+        return parts, waiting, busy
 
-    def _wait_for_room(self, waiting: list[int], deadline: float, job: WriteJob) -> list[int]:
+    def _write(self, parts: list[Part], job: WriteJob) -> None:
+        """Copy what was given room, and publish it unless it is on its way."""
+        filled, failures = self._filler.fill(job, parts)
+        self._finish()  # the parts before: they have landed meanwhile
+        self._last = filled
+        if self._failed or all(part.under_way is None for part in filled):
+            self._finish()
+        for part, error in failures:
+            self._fail(part.shard, part.positions, job, error)
+
+    def _wait_for_room(self, waiting: ByShard, deadline: float, job: WriteJob) -> ByShard:
         """Wait a moment; returns the blocks that shall go on waiting."""
         late = time.monotonic() > deadline
-        left: list[int] = []
-        for at in waiting:
-            if job.stop(at):
-                job.settle([at], Outcome.STOPPED)
-            elif late:
-                job.settle([at], Outcome.NO_ROOM)
-            else:
-                left.append(at)
+        left: ByShard = {}
+        for shard, positions in waiting.items():
+            for at in positions:
+                if job.stop(at):
+                    job.settle([at], Outcome.STOPPED)
+                elif late:
+                    job.settle([at], Outcome.NO_ROOM)
+                else:
+                    left.setdefault(shard, []).append(at)
         if left:
             self._engine.reclaim()
             time.sleep(_ROOM_PAUSE)
         return left
 
+    def _in_hand(self, shard: int) -> list[int]:
+        """First slots in a shard that are filled, and not published yet."""
+        return [slot for part in self._last if part.shard == shard for slot in part.slots]
+
     def _allocate(
-        self, shard: int, positions: list[int], job: WriteJob
-    ) -> tuple[list[Taken], list[int], tuple[int, int] | None]:
-        """Take room; returns what was given, by position in the batch, who waits for more, and, if
-        none of the keys was stored, the shard's stamp."""
+        self, shard: int, positions: list[int], job: WriteJob, timeout: float
+    ) -> tuple[Part, list[int]]:
+        """Take room; returns what was given, and who waits for more."""
         evicted: list[int] = []
-        last = self._last
-        in_hand = last.slots if last is not None and last.shard == shard else []
-        # What was copied is not to wait for a stopped holder of another shard's lock.
-        timeout = LOCK_TIMEOUT_SECONDS if last is None else _SHORT_SECONDS
+        in_hand = self._in_hand(shard)
         with self._engine.change(shard, timeout) as (index, file):
             self._intents.give_back(shard, index, file, in_hand)
             found = index.find_mixed(job.keys.at(positions))
@@ -235,7 +251,8 @@ class Writer:
             index.mark_many(given, self._owner.number)
             all_new = index.stamp() if max(found) < 0 else None
         job.settle_each(outcomes)
-        return list(zip(wanted, given, strict=False)), wanted[len(given) :], all_new
+        taken = list(zip(wanted, given, strict=False))
+        return Part(shard, job, taken, all_new), wanted[len(given) :]
 
     def _wanted(
         self, index: ShardIndex, positions: list[int], found: list[int], job: WriteJob
@@ -252,31 +269,27 @@ class Writer:
                 wanted.append(at)
         return wanted, outcomes
 
-    def _copy_in(
-        self, shard: int, taken: list[Taken], job: WriteJob
-    ) -> tuple[list[Copied], Cut | None]:
-        """Copy into the slots; which blocks were, and what of them is under way."""
-        file = self._engine.file(shard)
-        batch, stop, report = job.batch, job.stop, job.report
-        room = {at: runs for at, (_, runs) in taken}
-        copied: list[Copied] = []
-        file.expect(run for _, (_, runs) in taken for run in runs)
-        self._touch.before_copies([batch[at].place for at, _ in taken], is_put_straight)
-        try:
-            for group in groups([at for at, _ in taken], job.nbytes, self._group_bytes):
-                while wanted := [at for at in group if not stop(at)]:
-                    blocks = [(room[at], batch[at]) for at in wanted]
-                    try:
-                        sums = file.gather(self._gatherer, blocks, stop_of(wanted, stop))
-                    except Stopped:
-                        continue
-                    report(wanted, Outcome.COPIED)
-                    copied += zip(wanted, (runs for runs, _ in blocks), sums, strict=True)
-                    break
-        except BaseException:
-            file.land(file.cut())  # before the slots are given back
-            raise
-        return copied, file.cut()
+
+def _first(wanted: ByShard, most: int) -> tuple[ByShard, ByShard]:
+    """As many blocks as may be written at a time, and the others."""
+    now: ByShard = {}
+    later: ByShard = {}
+    for shard, positions in wanted.items():
+        if most:
+            now[shard] = positions[:most]
+        if len(positions) > most:
+            later[shard] = positions[most:]
+        most -= min(most, len(positions))
+    return now, later
+
+
+def _joined(*parts: ByShard) -> ByShard:
+    """All of these blocks, in this order."""
+    joined: ByShard = {}
+    for part in parts:
+        for shard, positions in part.items():
+            joined[shard] = joined.get(shard, []) + positions
+    return joined
 
 
 def _no_intents(engine: LocalStorageEngine, shards: list[int]) -> LockTimeoutError:

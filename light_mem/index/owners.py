@@ -14,14 +14,14 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from light_mem.errors import StoreBusyError
-from light_mem.index.format import MAX_INTENTS, MAX_OWNERS, OWNER
+from light_mem.index.format import MAX_OWNERS, OWNER
 from light_mem.index.locks import RangeLock
 from light_mem.index.room import allocate
 
@@ -44,19 +44,17 @@ class Owner:
     def __init__(self, owners: Owners, number: int) -> None:
         self._owners = owners
         self.number = number
-        self._intents = owners.records["intents"][number]
-        self._announced = MAX_INTENTS  # at most: what a dead one has left
+        self._words: memoryview[int] = owners.records["intents"][number].data
 
-    def intend(self, intents: Iterable[Intent]) -> None:
-        """Announce the blocks that are being filled, at most MAX_INTENTS: new ones before their
-        slots are marked, old ones until they are published or given back."""
-        fresh = [1 + (shard << 32 | slot) for shard, slot in intents]
-        before, self._announced = self._announced, len(fresh)
-        if before <= 1 and len(fresh) <= 1:
-            self._intents[0] = fresh[0] if fresh else 0
-            return
-        self._intents[: len(fresh)] = fresh
-        self._intents[len(fresh) :] = 0
+    def announce(self, at: int, intent: Intent) -> None:
+        """Say that a block is being filled, before its slots are marked; `at`: which of the
+        record's MAX_INTENTS words says so."""
+        shard, slot = intent
+        self._words[at] = 1 + (shard << 32 | slot)
+
+    def withdraw(self, at: int) -> None:
+        """What a word says is published, or given back."""
+        self._words[at] = 0
 
     def leave(self) -> None:
         """Leave in order: nothing is being filled."""

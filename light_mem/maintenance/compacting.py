@@ -143,7 +143,7 @@ class _Compaction:
         low, high, checksum, nbytes, keep = (int(entry[name]) for name in names)
         written = int(file.records["used"][block.slot])
         index.take(runs)
-        self._owner.intend([(index.shard, runs[0][0])])
+        self._owner.announce(0, (index.shard, runs[0][0]))
         index.mark(runs, self._owner.number)
         source = np.concatenate([np.arange(a, a + n) for a, n in block.runs])
         target = np.concatenate([np.arange(a, a + n) for a, n in runs])
@@ -153,7 +153,7 @@ class _Compaction:
         index.publish(runs[0][0], low, high, checksum, nbytes, block.used, keep)
         index.remove(block.slot)
         file.clear_records([block.slot])
-        self._owner.intend([])
+        self._owner.withdraw(0)
         index.control["inserts"] -= 1  # it was stored before
 
 

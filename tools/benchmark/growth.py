@@ -1,18 +1,22 @@
-"""Throughput by workers, shards and servers on one store."""
+"""Throughput by workers, shards, servers on one store, and block sizes, each in turn with the
+others: figures that were taken minutes apart say what the machine did meanwhile."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmark.contestant import Contestant
-from benchmark.plan import Plan, Shape
+from benchmark.plan import SHAPES, Plan, Shape
 from benchmark.run import Run
 from benchmark.samples import Sample, Samples
 
 SMALL, LARGE = Shape(3840, 64), Shape(61440, 64)
-_WINDOW_SECONDS = 0.5  # of a sample of several servers
+_WINDOW_SECONDS = 0.25  # of a sample of several servers
+# Samples a round: single ones differ by half, and shares of two medians by more than one does.
+_SAMPLES = 2
 
 
 def bench_growth(run: Run, what: str) -> dict[str, Any]:
@@ -27,8 +31,25 @@ def bench_growth(run: Run, what: str) -> dict[str, Any]:
             place = run.place()
             contestants = _start(run, what, numbers, place, source, plan)
             with run.together([c for c, _ in contestants], place):
-                out[shape.name] = _measure(run, what, contestants, plan)
+                out[shape.name] = _measure(run, what, contestants)
     return out
+
+
+def bench_sizes(run: Run) -> dict[str, Any]:
+    """GB/s of write and read by block shape, the first the longest blocks of several pages."""
+    first = SHAPES[2]
+    shapes = [SHAPES[1], SHAPES[3]] if run.quick else [first, *(s for s in SHAPES if s != first)]
+    found = {}
+    with ExitStack() as stack:
+        for shape in shapes:
+            plan = run.plan(shape)
+            _, source = stack.enter_context(run.tensor(plan))
+            contestant = run.start("lightmem", run.place(), source, plan)
+            assert contestant is not None
+            stack.enter_context(run.together([contestant], contestant.directory))
+            found[shape.name] = contestant
+        contestants = [(each, f"{each.name}, {name}") for name, each in found.items()]
+        return {"in turn": _measure(run, "sizes", contestants)}
 
 
 def _start(
@@ -52,9 +73,7 @@ def _start(
     return found
 
 
-def _measure(
-    run: Run, what: str, contestants: list[tuple[Contestant, str]], plan: Plan
-) -> dict[str, Any]:
+def _measure(run: Run, what: str, contestants: list[tuple[Contestant, str]]) -> dict[str, Any]:
     samples = {name: {"write": Samples(), "read": Samples()} for _, name in contestants}
     for contestant, _ in contestants:
         # A slot is any server's next: all workers must have written all slots once.
@@ -62,12 +81,12 @@ def _measure(
         for _ in range(run.warm * servers):
             contestant.move("write")
         contestant.move("read")
-    for _ in range(min(run.rounds, 5)):
+    for _ in range(_SAMPLES * run.rounds):
         for contestant, name in contestants:
             for work, of_work in samples[name].items():
                 of_work.all.append(_sample(run, what, contestant, work))
     for contestant, name in contestants:
-        run.checked(f"{what}, {plan.shape.name}, {name}", contestant)
+        run.checked(f"{what}, {contestant.plan.shape.name}, {name}", contestant)
     return {n: {w: s.summary() for w, s in works.items()} for n, works in samples.items()}
 
 

@@ -67,12 +67,14 @@ class Bare(Rival):
             numbers = [self._start_of(hashes[n]) // self._block for n in group]
             writes.begin(time.monotonic())
             sinks = [writes.sink(number, 1) for number in numbers]
-            sums = self._gatherer.gather(
+            planned = self._gatherer.plan(
                 [
                     (number, 0, [(places[n], sink)])
                     for n, number, sink in zip(group, numbers, sinks, strict=True)
                 ]
             )
+            writes.start()
+            sums = planned.run()
             for n, number, sink, found in zip(group, numbers, sinks, sums, strict=True):
                 writes.was_put(number, 1, sink)
                 self._sums[hashes[n]] = found
