@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from light_mem.engine.keeping import Leased
-    from light_mem.engine.open_store import OpenStore
+    from light_mem.engine.member import Member
 
 
 class BlockView(Closing):
@@ -39,7 +39,7 @@ class BlockView(Closing):
     Any thread. A forked child shares the memory but not the lease: the parent's protects it.
     """
 
-    def __init__(self, engine: OpenStore, leased: Leased) -> None:
+    def __init__(self, engine: Member, leased: Leased) -> None:
         """Takes the lease over."""
         try:
             file = engine.file(leased.shard)
@@ -98,12 +98,12 @@ class _Memory:
         return buffer
 
 
-def _drop(engine: OpenStore, leased: Leased, token: int) -> None:
+def _drop(engine: Member, leased: Leased, token: int) -> None:
     if token == fork_token():
         engine.drop_lease(leased)
 
 
-def open_view(engine: OpenStore, low: int, high: int) -> BlockView | None:
+def open_view(engine: Member, low: int, high: int) -> BlockView | None:
     """The view of a stored block; None: a miss. Raises LeaseLimitError, LockTimeoutError."""
     leased = engine.lease(low, high)
     return None if leased is None else BlockView(engine, leased)

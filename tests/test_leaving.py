@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from light_mem import LeaseLimitError, ServiceClosedError, maintenance
-from light_mem.engine import fence, open_store, pool
+from light_mem.engine import fence, member, pool
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import LockTimeoutError
@@ -346,7 +346,7 @@ def test_views_of_a_closed_engine_end_though_there_are_no_more_threads(
         raise RuntimeError("can't start new thread")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_store._thread, "start_new_thread", refuse)
+        patch.setattr(member._thread, "start_new_thread", refuse)
         del first
         gc.collect()
     assert len(engine.leases.dropped) == 1

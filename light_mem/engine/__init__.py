@@ -3,10 +3,10 @@
 the engine
   base.py          StorageEngine: what a storage behind the service must do
   local.py         LocalStorageEngine: shards on a local disk
-  open_store.py    what a process has open of them: look-ups, changes, leaving
+  open_store.py    what a process has open of them: look-ups, changes; member.py: leases, leaving
   memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
   reading.py       batches of reads: find, copy, look again; read_job.py: one batch
-  writing.py       batches of writes: find room, copy; write_job.py: one batch
+  writing.py       batches of writes: find room; filling.py: copy; write_job.py: one batch
   publishing.py    copied blocks become visible
   write_now.py     one block at once; intents.py: the slots that are being filled
   dealing.py       in which order a task's writes are queued; claiming.py: who takes which
@@ -38,7 +38,8 @@ workers
   histogram.py     latencies in shared memory; table_stats.py: all numbers of a table
   queue.py         TaskQueue: blocks waiting for a worker
   worker.py        the worker process; batch_report.py: what it tells of a batch
-  pool.py          starts, watches and replaces workers; restarts.py: when; worker_log.py
+  pool.py          watches and replaces workers; restarts.py: when
+  worker_processes.py  starts them, and hears of them; worker_log.py: what they say
   map_ahead.py     a worker without work maps the KV memory
   program.py       processes of our own: started, and ending with their parent
   affinity.py      which CPUs they run on

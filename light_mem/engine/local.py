@@ -25,7 +25,7 @@ from light_mem.engine.filling import Filler
 from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.gather import Gatherer
 from light_mem.engine.intents import Intents
-from light_mem.engine.open_store import OpenStore
+from light_mem.engine.member import Member
 from light_mem.engine.publishing import Publisher
 from light_mem.engine.reading import Reader
 from light_mem.engine.scatter import Scatterer
@@ -39,7 +39,7 @@ from light_mem.index.owners import Owners
 log = logging.getLogger("light_mem")
 
 
-class LocalStorageEngine(OpenStore, StorageEngine):
+class LocalStorageEngine(Member, StorageEngine):
     """Blocks in mapped shard files, found through the mapped index.
 
     What it leaves out: it keeps no lock while it copies, so a block may be evicted under a reader;

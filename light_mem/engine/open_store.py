@@ -1,15 +1,13 @@
 """OpenStore: a store on a local disk as one process has it open, a member until it leaves.
 
-Look-ups, changes of its shards, what is kept from eviction, and leaving in order. All coordination
-is in the store's files, so any number of processes of any number of servers may have one open.
+Look-ups, changes of its shards, pins, numbers; `member.py` has leases, and how it is left. All
+coordination is in the store's files, so any number of processes of any number of servers may have
+one open.
 """
 
 from __future__ import annotations
 
-import _thread
-import logging
 import os
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +22,7 @@ from light_mem.engine import keeping, removing
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.open_shards import OpenShards
 from light_mem.engine.shard_file import ShardFile
-from light_mem.errors import LeaseLimitError, LockTimeoutError, StoreBusyError
+from light_mem.errors import LockTimeoutError, StoreBusyError
 from light_mem.index import description, retention
 from light_mem.index import file as index_file
 from light_mem.index.ages import AgeBucket, by_age
@@ -32,7 +30,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.format import CHANGING
 from light_mem.index.keys import KeyArray
 from light_mem.index.leases import Leases
-from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Owner, OwnerInfo, Owners
 from light_mem.logs import Limited
@@ -40,16 +38,11 @@ from light_mem.logs import Limited
 if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
 
-log = logging.getLogger("light_mem")
-
-# Log records keep their arguments: an exception among them would keep its frames, and with them
-# mappings of a store that is long closed. So errors are logged as text.
-
 
 class OpenStore:
     """A store that `opening.prepare` has prepared, open in this process. Any thread.
 
-    `LocalStorageEngine`, which moves bytes as well, is what is made of it.
+    `Member` is one that can be left, `LocalStorageEngine` one that moves bytes as well.
     """
 
     def __init__(
@@ -70,9 +63,6 @@ class OpenStore:
         self.verify = verify
         self.time_to_live = time_to_live
         self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
-        self._closed = False
-        self._ending = threading.Lock()  # only tried: of the thread that ends leases for finalizers
-        self._in_order = True  # nothing of ours was left behind
         self.limited = Limited()  # for what a failing disk would say of every block
         self._owners = Owners(self.directory)
         try:
@@ -169,27 +159,6 @@ class OpenStore:
         """Take pins away; returns how many of the keys were pinned. Any thread."""
         return keeping.unpin(self, keys)
 
-    def lease(self, low: int, high: int) -> keeping.Leased | None:
-        """Keep a block where it lies until `end_lease`; see `keeping.lease`. Any thread."""
-        try:
-            keeping.end_dropped(self, timeout=0)  # what is not to be had now can wait
-            try:
-                return keeping.lease(self, low, high)
-            except LeaseLimitError:
-                if not self.leases.dropped:
-                    raise
-            keeping.end_dropped(self, timeout=1)  # ... unless it is what is in the way
-            return keeping.lease(self, low, high)
-        finally:
-            self._leave_if_closed()
-
-    def end_dropped(self) -> None:
-        """End the leases of views that were dropped, as far as that needs no waiting. For who
-        comes here now and then: `lease` and `close` do it as well. Any thread."""
-        if self.leases.dropped:
-            keeping.end_dropped(self, timeout=0)
-            self._leave_if_closed()
-
     # --- taking blocks out -----------------------------------------------------------------------
 
     def delete(self, keys: KeyArray) -> int:
@@ -266,81 +235,3 @@ class OpenStore:
     def ages(self) -> list[AgeBucket]:
         """The stored blocks by the time since their last use. Takes no lock. Any thread."""
         return by_age(self._index.entries, time.time_ns())
-
-    # --- leaving ----------------------------------------------------------------------------------
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` has begun."""
-        return self._closed
-
-    def close(self) -> None:
-        """Leave the store; the last one to leave syncs the index. Calling it again does nothing.
-
-        While blocks are leased the process stays a member, until the last lease has ended.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        self._in_order = self._end_moves()
-        keeping.end_dropped(self, timeout=1)  # a living holder needs some milliseconds
-        self._leave_unless_leased()
-
-    def _end_moves(self) -> bool:
-        """End what is in hand; whether none of our slots is left behind."""
-        return True
-
-    def _let_go(self) -> None:
-        """The store was left: let go of what only moved bytes."""
-
-    def end_lease(self, leased: keeping.Leased) -> None:
-        """End a lease of `lease`; the last one of a closed engine ends its membership too."""
-        keeping.end_lease(self, leased.shard, leased.slot)
-        self._leave_if_closed()
-
-    def drop_lease(self, leased: keeping.Leased) -> None:
-        """As `end_lease`, from a finalizer: it only notes what is to be done, for its thread may
-        hold any lock. Who comes next does it; a closed engine, where nobody may, has a thread."""
-        self.leases.dropped.append((leased.shard, leased.slot))
-        if self._closed and self._ending.acquire(blocking=False):
-            try:
-                # Not `threading.Thread`, whose `start` waits for the thread.
-                _thread.start_new_thread(self._end_dropped_of_closed, ())
-            except RuntimeError:  # none to be had: the process ends, or another view's end does it
-                self._ending.release()
-
-    def _end_dropped_of_closed(self) -> None:
-        again = True
-        while again:
-            try:
-                ended = keeping.end_dropped(self, LOCK_TIMEOUT_SECONDS)
-            finally:
-                self._ending.release()
-            # A finalizer that saw this thread at work left it its note.
-            again = ended and bool(self.leases.dropped) and self._ending.acquire(blocking=False)
-        self._leave_unless_leased()
-
-    def _leave_if_closed(self) -> None:
-        if self._closed:
-            self._leave_unless_leased()
-
-    def _leave_unless_leased(self) -> None:
-        """Leave the store. Who still looks at blocks in it stays a member, so that they stay what
-        they are; leases that could not be ended end with the membership, as at a death."""
-        if not self.leases.close():
-            return
-        quiet = self._open.shut(LOCK_TIMEOUT_SECONDS)
-        if quiet and self._in_order and not self.leases.open:
-            self._owner.leave()
-        try:
-            if not quiet:
-                raise LockTimeoutError("a change has not ended", path=str(self.directory))
-            with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
-                if not self._owners.others():
-                    self._index.mark_clean()
-        except (LockTimeoutError, OSError) as error:
-            log.warning("store %s is left without a sync: %s", self.directory, str(error))
-        self._owners.close()
-        self._let_go()
-        self.limited.flush()
-        self._open.close()

@@ -1,28 +1,24 @@
 """Starts, watches and replaces the worker processes of one service.
 
-One thread sleeps on the workers' pidfds and on the pipe that carries their log lines; every 30 s it
-looks for what finalizers left to be done. A worker that dies gives up its locks to the kernel; this
-thread settles the blocks that it had begun, has its slots given back, and starts another one.
+One thread sleeps until it hears of the workers (`worker_processes.py`); every 30 s it looks for
+what finalizers left to be done. A worker that dies gives up its locks to the kernel; this thread
+settles the blocks that it had begun, has its slots given back, and starts another one.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import selectors
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from light_mem.engine import program, worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
 from light_mem.engine.table_layout import WORKER_COUNTERS
 from light_mem.engine.task_table import TaskTable
-from light_mem.engine.worker_log import WorkerLog
+from light_mem.engine.worker_processes import Process, WorkerProcesses
 from light_mem.errors import (
     LockTimeoutError,
     ServiceClosedError,
@@ -40,9 +36,6 @@ _SPAWN_PAUSES = (0.1, 0.5, 2.0)
 MAX_EARLY_DEATHS = 3  # in a row, before the worker was ready: another try will not help
 _POLL_SECONDS = 0.5  # only where there are no pidfds
 _ROUND_SECONDS = 30.0  # between two looks for what was dropped and waits to be ended
-
-# One thread a worker: they would only add memory and start time.
-_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class WorkerPool:
@@ -69,28 +62,22 @@ class WorkerPool:
         self._table = table
         self._queue = queue
         self._count = count
-        self._memory = memory
-        self._settings = {
+        settings = {
             "verify": verify,
             "durability": durability,
             "page_cache": page_cache,
             "time_to_live": time_to_live,
         }
-        self._cpus = cpus  # of each worker; who takes the place of a dead one has its CPUs
+        self._workers = WorkerProcesses(table, memory, settings, cpus)
         self._is_stored = is_stored
         self._recover = recover
         self._prepare = prepare
         self._now_and_then = now_and_then
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._pidfds: dict[int, int] = {}
-        self._selector = selectors.DefaultSelector()
-        self._wakes: tuple[int, ...] = ()  # a pipe
         self._life = threading.Lock()  # keeps `start` and `stop` apart
         self._stopping = False
         self._early_deaths = 0
         self._restarts = Restarts()
         self._did: dict[int, int] = {}  # by worker: its counters' sum when it was last replaced
-        self._log: WorkerLog | None = None
         self._thread: threading.Thread | None = None
         self._limited = Limited()
         self.failure = ""  # why there are no workers any more
@@ -98,7 +85,7 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers now."""
-        return [p.pid for p in list(self._processes.values())]
+        return self._workers.pids
 
     def start(self) -> None:
         """Start all workers and return when they are ready; once.
@@ -116,7 +103,7 @@ class WorkerPool:
                 self.failure = f"not ready within {START_SECONDS:g} s"
             if self.failure:
                 self.stop()
-                tail = self._log.tail(10) if self._log else ""
+                tail = self._workers.log.tail(10) if self._workers.log else ""
                 raise WorkerStartError(f"workers did not start: {self.failure}\n{tail}")
             seen = int(self._table.header["done_seq"][0])
             self._table.futex.wait(self._table.done_word, seen, 0.02)
@@ -125,70 +112,33 @@ class WorkerPool:
         if self._stopping:
             raise ServiceClosedError("the service is closed")
         try:
-            lines = self._log = WorkerLog()
-            self._wakes = os.pipe()
-            self._selector.register(lines.read, selectors.EVENT_READ, lines.relay)
-            self._selector.register(self._wakes[0], selectors.EVENT_READ, None)
+            self._workers.open()
             for number in range(1, self._count + 1):
-                self._spawn(number, lines)
+                self._spawn(number)
         except OSError as error:  # no such executable, no more processes or descriptors
             self.failure = str(error)
             return
-        watch = partial(self._watch, lines)
-        self._thread = threading.Thread(target=watch, name="lightmem-pool", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="lightmem-pool", daemon=True)
         self._thread.start()
 
-    def _spawn(self, number: int, lines: WorkerLog) -> None:
-        config = {
-            "number": number,
-            "parent": os.getpid(),
-            "table_fd": self._table.fd,
-            "table_path": self._table.path,
-            "memory": self._memory._asdict(),
-            "log_level": log.getEffectiveLevel(),
-            "cpus": self._cpus[number - 1] if self._cpus else None,
-            **self._settings,
-        }
-        descriptors = [self._table.fd]
-        if self._memory.kind == "fd":
-            descriptors.append(self._memory.fd)
-        process = subprocess.Popen(
-            program.command(worker.__name__, config),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=lines.write,
-            pass_fds=descriptors,
-            env=program.environment(_ENVIRONMENT),
-        )
-        try:
-            if hasattr(os, "pidfd_open"):
-                self._pidfds[number] = os.pidfd_open(process.pid)
-                self._selector.register(self._pidfds[number], selectors.EVENT_READ, None)
-        except BaseException:  # no descriptor left: nobody would know of this worker
-            if number in self._pidfds:
-                os.close(self._pidfds.pop(number))
-            process.kill()
-            process.wait()
-            raise
-        self._processes[number] = process
+    def _spawn(self, number: int) -> None:
+        self._workers.start(number)
         self._restarts.started(number)
 
     # --- the watching thread ---------------------------------------------------------------------
 
-    def _watch(self, lines: WorkerLog) -> None:
-        round_seconds = _ROUND_SECONDS if self._pidfds else _POLL_SECONDS
+    def _watch(self) -> None:
+        workers = self._workers
+        round_seconds = _ROUND_SECONDS if workers.tell_of_their_deaths else _POLL_SECONDS
         self._tidy_up()  # after those who died before us
         self._prepare()
         while not self._stopping:
-            for key, _ in self._selector.select(self._restarts.wait(round_seconds)):
-                if key.data is not None:
-                    key.data()
+            workers.listen(self._restarts.wait(round_seconds))
             self._look_round()
-            for number, process in list(self._processes.items()):
-                if process.poll() is not None:
-                    self._attempt(number, partial(self._replace, number, process, lines))
+            for number, process in workers.dead():
+                self._attempt(number, partial(self._replace, number, process))
             for number in self._restarts.take():
-                self._attempt(number, partial(self._fill_place, number, lines))
+                self._attempt(number, partial(self._fill_place, number))
 
     def _attempt(self, number: int, step: Callable[[], None]) -> None:
         """A step of replacing a worker; where it cannot be done the service ends."""
@@ -212,15 +162,7 @@ class WorkerPool:
         except Exception:  # dead workers are replaced all the same
             log.exception("what waits to be ended waits for longer")
 
-    def _forget(self, number: int) -> None:
-        self._processes.pop(number).wait()
-        self._table.workers[number : number + 1]["ready"] = 0
-        pidfd = self._pidfds.pop(number, -1)
-        if pidfd >= 0:
-            self._selector.unregister(pidfd)
-            os.close(pidfd)
-
-    def _replace(self, number: int, process: subprocess.Popen[bytes], lines: WorkerLog) -> None:
+    def _replace(self, number: int, process: Process) -> None:
         ready = bool(self._table.workers["ready"][number])
         early_deaths = 0 if ready else self._early_deaths + 1
         # Where the service ends nobody is left to do its blocks again, and it may leave in order.
@@ -228,8 +170,7 @@ class WorkerPool:
         again = not ends and early_deaths < MAX_EARLY_DEATHS
         lost = self._queue.recover(number, self._is_stored, again)
         self._early_deaths = early_deaths
-        lines.relay()
-        self._forget(number)
+        self._workers.forget(number)
         if ends:
             return
         self._tidy_up()
@@ -261,19 +202,19 @@ class WorkerPool:
             # A write that finds no room, and the next open, will do it.
             log.warning("slots that dead processes were filling stay taken: %s", str(error))
 
-    def _fill_place(self, number: int, lines: WorkerLog) -> None:
+    def _fill_place(self, number: int) -> None:
         """Start a worker in the place of a dead one; want of descriptors or memory may pass."""
         if self.failure or self._table.shutdown:
             return
         self._table.header["restarts"] += 1
         for pause in _SPAWN_PAUSES:
             try:
-                self._spawn(number, lines)
+                self._spawn(number)
                 return
             except (OSError, WorkerStartError) as error:
                 log.warning("worker %d cannot be started: %s", number, str(error))
                 time.sleep(pause)
-        self._spawn(number, lines)
+        self._spawn(number)
 
     def _give_up(self, reason: str) -> None:
         """Workers that live finish what they have in hand and leave; the rest is aborted."""
@@ -291,29 +232,17 @@ class WorkerPool:
             self._stopping = True
         self._shut_down()
         if self._thread is not None:
-            os.write(self._wakes[1], b"x")
+            self._workers.wake()
             if self._thread is not threading.current_thread():
                 self._thread.join()
-        deadline = time.monotonic() + STOP_SECONDS
-        for process in self._processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("worker pid %d did not leave; killed", process.pid)
-                process.kill()
-        for number in list(self._processes):
-            self._forget(number)
+        self._workers.end(STOP_SECONDS)
         try:
             self._queue.abort_all()
         except LockTimeoutError as error:
             log.warning(
                 "a client is stopped and keeps its tasks from being aborted: %s", str(error)
             )
-        self._selector.close()
-        if self._log is not None:
-            self._log.close()
-        for descriptor in self._wakes:
-            os.close(descriptor)
+        self._workers.close()
 
     def _shut_down(self) -> None:
         """From now on nothing is queued, what waits is aborted, and idle workers leave."""

@@ -1,0 +1,149 @@
+"""The worker processes of one service: started, listened to, waited for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from light_mem.engine import program, worker
+from light_mem.engine.kvmemory import MemorySource
+from light_mem.engine.task_table import TaskTable
+from light_mem.engine.worker_log import WorkerLog
+
+log = logging.getLogger("light_mem")
+
+# One thread a worker: they would only add memory and start time.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+Process = subprocess.Popen[bytes]
+
+
+class WorkerProcesses:
+    """Workers by number, and what one thread sleeps on to hear of them: their pidfds, the pipe of
+    their log lines, and a pipe of its own. One thread at a time."""
+
+    def __init__(
+        self,
+        table: TaskTable,
+        memory: MemorySource,
+        settings: dict[str, Any],
+        cpus: Sequence[Sequence[int]] | None,
+    ) -> None:
+        """`settings`: of every worker; `cpus`: of each. Who takes the place of a dead one has its
+        CPUs."""
+        self._table = table
+        self._memory = memory
+        self._settings = settings
+        self._cpus = cpus
+        self._processes: dict[int, Process] = {}
+        self._pidfds: dict[int, int] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wakes: tuple[int, ...] = ()  # a pipe
+        self.log: WorkerLog | None = None
+
+    def open(self) -> None:
+        """Be able to listen; raises OSError where no descriptors are left."""
+        lines = self.log = WorkerLog()
+        self._wakes = os.pipe()
+        self._selector.register(lines.read, selectors.EVENT_READ, lines.relay)
+        self._selector.register(self._wakes[0], selectors.EVENT_READ, None)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers now. Any thread."""
+        return [p.pid for p in list(self._processes.values())]
+
+    @property
+    def tell_of_their_deaths(self) -> bool:
+        """Whether `listen` returns when one dies; else it is to be asked now and then."""
+        return bool(self._pidfds)
+
+    def start(self, number: int) -> None:
+        """Start a worker, after `open`; raises OSError, WorkerStartError."""
+        assert self.log is not None
+        config = {
+            "number": number,
+            "parent": os.getpid(),
+            "table_fd": self._table.fd,
+            "table_path": self._table.path,
+            "memory": self._memory._asdict(),
+            "log_level": log.getEffectiveLevel(),
+            "cpus": self._cpus[number - 1] if self._cpus else None,
+            **self._settings,
+        }
+        descriptors = [self._table.fd]
+        if self._memory.kind == "fd":
+            descriptors.append(self._memory.fd)
+        process = subprocess.Popen(
+            program.command(worker.__name__, config),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.log.write,
+            pass_fds=descriptors,
+            env=program.environment(_ENVIRONMENT),
+        )
+        try:
+            if hasattr(os, "pidfd_open"):
+                self._pidfds[number] = os.pidfd_open(process.pid)
+                self._selector.register(self._pidfds[number], selectors.EVENT_READ, None)
+        except BaseException:  # no descriptor left: nobody would know of this worker
+            if number in self._pidfds:
+                os.close(self._pidfds.pop(number))
+            process.kill()
+            process.wait()
+            raise
+        self._processes[number] = process
+
+    def listen(self, seconds: float) -> None:
+        """Sleep until there is something to do, at most so long; logs what workers say."""
+        for key, _ in self._selector.select(seconds):
+            relay: Callable[[], None] | None = key.data
+            if relay is not None:
+                relay()
+
+    def wake(self) -> None:
+        """Have `listen` return. Any thread."""
+        if self._wakes:
+            os.write(self._wakes[1], b"x")
+
+    def dead(self) -> Iterator[tuple[int, Process]]:
+        """Those that have died and are not forgotten."""
+        for number, process in list(self._processes.items()):
+            if process.poll() is not None:
+                yield number, process
+
+    def forget(self, number: int) -> None:
+        """A worker has died; what it still had to say is logged."""
+        assert self.log is not None
+        self.log.relay()
+        self._processes.pop(number).wait()
+        self._table.workers[number : number + 1]["ready"] = 0
+        pidfd = self._pidfds.pop(number, -1)
+        if pidfd >= 0:
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+
+    def end(self, seconds: float) -> None:
+        """All were told to leave: forget them, and kill those who have not left by then."""
+        deadline = time.monotonic() + seconds
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("worker pid %d did not leave; killed", process.pid)
+                process.kill()
+        for number in list(self._processes):
+            self.forget(number)
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        self._selector.close()
+        if self.log is not None:
+            self.log.close()
+        for descriptor in self._wakes:
+            os.close(descriptor)
