@@ -114,15 +114,15 @@ def test_who_waited_for_a_shard_while_the_store_was_left_changes_nothing(
     files = [engine.directory / name for name in ("index", "owners", "shard-000.slots")]
     waits = threading.Event()
     lock = engine._open.index(0)._lock
-    real = lock.hold
+    real = lock.acquire
 
-    def hold(timeout: float) -> AbstractContextManager[None]:
+    def acquire(timeout: float) -> None:
         waits.set()
-        return real(timeout)
+        real(timeout)
 
     held = ExitStack()
     held.enter_context(lock_of(engine, 0).hold())
-    monkeypatch.setattr(lock, "hold", hold)
+    monkeypatch.setattr(lock, "acquire", acquire)
     with running(calls[what]) as results, held:
         assert waits.wait(20)
         engine.close()

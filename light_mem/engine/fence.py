@@ -2,8 +2,8 @@
 
 Who leaves as the last one marks the index clean. A thread that waited for a shard's lock meanwhile
 must not change the shard after that, and a lease that it took would stand in a record that is not
-this process's any more. So a change begins inside `hold`, with the shard's lock in hand, and `shut`
-first refuses new ones, then waits for those that had begun.
+this process's any more. So a change is made inside a `with` of the fence, with the shard's lock in
+hand, and `shut` first refuses new ones, then waits for those that had begun.
 
 No lock in here: a finalizer may run in the middle of any step, in the thread that is at it.
 """
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from light_mem.errors import ServiceClosedError
 from light_mem.index.locks import POLL_SECONDS
@@ -26,17 +24,17 @@ class Fence:
         self._holders: list[int] = []  # threads, one entry a change
         self.is_shut = False
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Be changing something; raises ServiceClosedError once it is shut."""
         me = threading.get_ident()
         # The order binds: whoever shuts sets the mark and then looks for holders.
         self._holders.append(me)
-        try:
-            self.check()
-            yield
-        finally:
+        if self.is_shut:
             self._holders.remove(me)
+            self.check()
+
+    def __exit__(self, *_: object) -> None:
+        self._holders.remove(threading.get_ident())
 
     @property
     def is_held(self) -> bool:
