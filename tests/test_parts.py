@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from light_mem.engine import copy_loops, direct_writes, writing
+from light_mem.engine import copy_loops, direct_writes, page_cache, writing
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.pieces import PIECE_BYTES
 from light_mem.engine.places import Rows
 from light_mem.engine.shard_file import ShardFile
@@ -118,6 +119,36 @@ def test_all_get_room_then_all_are_copied_then_all_are_published(
     assert Rig(keeping).write(*blocks) == [COPIED_AND_STORED] * 6
     assert steps == [0, 1, 2, *["plan"] * 3, *["copy"] * 3, 0, 1, 2]
     assert is_clean(keeping)
+
+
+def test_what_writes_cost_is_learned_from_each_shards_own_copies(
+    keeping: LocalStorageEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page faults are counted from when a shard's copies begin until they were made."""
+    steps: list[object] = []
+    loop, start, was_put = copy_loops.gather_whole, MappedWrites.start, MappedWrites.was_put
+    files = [keeping.file(shard)._writes for shard in range(2)]
+
+    def copied(made: copy_loops.Steps) -> None:
+        steps.append("copy")
+        loop(made)
+
+    def started(writes: MappedWrites) -> None:
+        steps.append(("start", files.index(writes)))
+        start(writes)
+
+    def put(writes: MappedWrites, *args: Any) -> None:
+        steps.append(("put", files.index(writes)))
+        was_put(writes, *args)
+
+    monkeypatch.setattr(copy_loops, "gather_whole", copied)
+    monkeypatch.setattr(MappedWrites, "start", started)
+    monkeypatch.setattr(MappedWrites, "was_put", put)
+    blocks = [of_shard(shard, 1)[0] for shard in range(2)]
+    assert Rig(keeping).write(*blocks) == [COPIED_AND_STORED] * 2
+    assert steps == [
+        step for shard in range(2) for step in (("start", shard), "copy", ("put", shard))
+    ]
 
 
 def test_a_device_that_fails_one_shard_costs_only_its_blocks(
@@ -222,7 +253,7 @@ def test_a_lock_that_stays_taken_fails_its_blocks_when_the_others_are_stored(
     assert told == [COPIED_AND_STORED] * 2 + [(Outcome.FAILED,)] * 4
     # Once in vain for the first, not at all for the second; then, with nothing in hand, for both.
     brief = [timeout for timeout in timeouts if timeout < writing.LOCK_TIMEOUT_SECONDS]
-    assert brief[:2] == [writing._SHORT_SECONDS, 0]
+    assert brief[:2] == [writing.SHORT_SECONDS, 0]
     assert timeouts[-2:] == [writing.LOCK_TIMEOUT_SECONDS] * 2
     assert is_clean(engine)
 
@@ -299,35 +330,109 @@ def test_a_kill_at_any_store_of_a_batch_costs_what_it_was_to_evict(
         checked(directory, kept, [*before, *blocks])
 
 
-def test_whatever_breaks_a_part_past_the_page_cache_waits_for_the_requests_of_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their slots are given back then, and must not be written over."""
-    page = 2 * PIECE_BYTES
-    open_local(tmp_path / "store", SLOTS, shards=SHARDS, page_bytes=page).close()
-    engine = LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop")
-    blocks = [of_shard(shard, 1)[0] for shard in range(SHARDS)]
-    store, begun, ended = direct_writes._store, threading.Event(), threading.Event()
+class Slow:
+    """Requests past the page cache that take a while."""
 
-    def slow(*args: Any) -> bool:
-        begun.set()
+    def __init__(self, patch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+        self.begun = self.ended = 0
+        self._store = direct_writes._store
+        self._error = error
+        self._count = threading.Lock()
+        self.has_begun = threading.Event()
+        patch.setattr(direct_writes, "_store", self)
+
+    def __call__(self, *args: Any) -> bool:
+        with self._count:
+            self.begun += 1
+        self.has_begun.set()
         threading.Event().wait(0.2)
-        result = store(*args)
-        ended.set()
+        result = self._store(*args)
+        with self._count:
+            self.ended += 1
+        if self._error is not None:
+            raise OSError(self._error.errno, "of a request")
         return result
 
-    def broken(*_: object) -> None:
-        assert begun.is_set()
-        raise RuntimeError("not an OSError")
 
-    rig = Rig(engine, page)
+LONG = 2 * PIECE_BYTES  # a page of more than a buffer
+
+
+def opened_past(directory: Path) -> LocalStorageEngine:
+    open_local(directory, SLOTS, shards=SHARDS, page_bytes=LONG).close()
+    return LocalStorageEngine(directory, kind="worker", page_cache="drop")
+
+
+@pytest.mark.parametrize("error", [None, OSError(errno.EIO, "no device")])
+def test_whatever_breaks_a_part_past_the_page_cache_waits_for_the_requests_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    """Their slots are given back then, and must not be written over; requests may fail as well."""
+    engine = opened_past(tmp_path / "store")
+    blocks = [of_shard(shard, 1)[0] for shard in range(SHARDS)]
+    rig = Rig(engine, LONG)
     with monkeypatch.context() as patch:
-        patch.setattr(direct_writes, "_store", slow)
-        patch.setattr(engine.file(1), "plan", broken)
+        slow = Slow(patch, error)
+
+        def broken(*_: object) -> None:
+            assert slow.has_begun.wait(20)
+            raise RuntimeError("not an OSError")
+
+        patch.setattr(engine.file(2), "plan", broken)
         with pytest.raises(RuntimeError, match="not an OSError"):
             rig.write(*blocks)
-        assert ended.is_set()
+        assert slow.begun == slow.ended >= 2
     assert rig.write(*blocks) == [COPIED_AND_STORED] * SHARDS
     assert rig.read(*blocks) == [Outcome.LOADED] * SHARDS
     engine.close()
     let_go(engine, rig)
+
+
+def test_what_fails_past_the_page_cache_is_given_back_when_nothing_of_it_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block of a part is on its way to the device when the second one fails."""
+    engine = opened_past(tmp_path / "store")
+    first, second = of_shard(1, 2)
+    blocks = [first._replace(pages=3), second, *of_shard(0, 1)]
+    rig = Rig(engine, LONG)
+    with monkeypatch.context() as patch:
+        slow, sink, sinks = Slow(patch), direct_writes.DirectWrites.sink, 0
+
+        def second_fails(writes: direct_writes.DirectWrites, *args: Any) -> Any:
+            nonlocal sinks
+            sinks += 1
+            if sinks == 2:
+                assert slow.has_begun.wait(20)
+                raise OSError(errno.ENOMEM, "no memory")
+            return sink(writes, *args)
+
+        def given_back(shard: int, _: float) -> None:
+            if shard == 1 and sinks >= 2:
+                looks.append(slow.begun - slow.ended)
+
+        looks: list[int] = []
+        patch.setattr(direct_writes.DirectWrites, "sink", second_fails)
+        around_changes(engine, patch, given_back)
+        told = rig.write(*blocks)
+    assert [each[-1] for each in told] == [Outcome.FAILED] * 2 + [Outcome.STORED]
+    assert looks
+    assert looks[0] == 0
+    assert is_clean(engine)
+    engine.close()
+    let_go(engine, rig)
+
+
+def test_a_hint_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened(tmp_path / "store", "drop")
+    hints = 0
+
+    def fail(*_: object) -> None:
+        nonlocal hints
+        hints += 1
+        raise OSError(errno.EIO, "no device")
+
+    monkeypatch.setattr(page_cache, "read_edges", fail)
+    assert Rig(engine).write(*of_shard(0, 2)) == [COPIED_AND_STORED] * 2
+    assert hints
+    engine.close()
+    let_go(engine)

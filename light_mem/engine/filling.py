@@ -18,14 +18,12 @@ from light_mem.engine.first_touch import FirstTouch
 from light_mem.engine.gather import Gatherer
 from light_mem.engine.groups import GROUP_BYTES, groups, stop_of
 from light_mem.engine.pieces import is_put_straight
-from light_mem.engine.write_job import Copied, Part, WriteJob
+from light_mem.engine.write_job import Copied, Failures, Part, WriteJob
 
 if TYPE_CHECKING:
     from light_mem.engine.direct_writes import Cut
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.shard_file import ShardFile
-
-Failures = list[tuple[Part, OSError]]  # parts that are not copied: their slots are announced
 
 
 class Filler:

@@ -35,7 +35,7 @@ class Intents:
     @property
     def count(self) -> int:
         """How many slots are announced."""
-        return MAX_INTENTS - len(self._free)
+        return sum(map(len, self._words.values()))
 
     def announce(self, shard: int, slots: Sequence[int]) -> None:
         """Announce the slots of one shard that are being filled, these and no others, and keep

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from light_mem.engine.base import Outcome
 from light_mem.engine.intents import Intents
 from light_mem.engine.slot_records import Written
-from light_mem.engine.write_job import Part
+from light_mem.engine.write_job import Failures, Part
+from light_mem.errors import LockTimeoutError, StoreFormatError
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
@@ -41,12 +43,37 @@ class Publisher:
         self._intents = intents
         self._flush = flush
 
-    def publish(self, part: Part) -> None:
-        """Wait for what is under way to the slots, and publish; tells the outcomes. Raises
-        LockTimeoutError, OSError, StoreFormatError: then the slots stay announced."""
-        file = self._engine.file(part.shard)
-        file.land(part.under_way)
-        self._publish(part, self._describe(part, file))
+    def publish(self, parts: list[Part]) -> Failures:
+        """Wait for what is under way to the slots, and publish; tells the outcomes. Takes the parts
+        from the list one by one. Returns what failed: its slots stay announced."""
+        failures: Failures = []  # without their frames, which refer to this
+        later: list[tuple[Part, dict[int, Written]]] = []
+        # None is to wait for the stopped holder of another's lock.
+        alone = len(parts) == 1
+        while True:
+            try:
+                part = parts.pop(0)
+            except IndexError:  # not asked before: this very thread may close the engine meanwhile
+                break
+            try:
+                file = self._engine.file(part.shard)
+                file.land(part.under_way)
+                written = self._describe(part, file)
+                if alone:
+                    self._publish(part, written, LOCK_TIMEOUT_SECONDS)
+                    continue
+                try:
+                    self._publish(part, written, 0 if later else SHORT_SECONDS)
+                except LockTimeoutError:
+                    later.append((part, written))
+            except (OSError, StoreFormatError) as error:
+                failures.append((part, error.with_traceback(None)))
+        for part, written in later:
+            try:
+                self._publish(part, written, LOCK_TIMEOUT_SECONDS)
+            except (OSError, StoreFormatError) as error:
+                failures.append((part, error.with_traceback(None)))
+        return failures
 
     def _describe(self, part: Part, file: ShardFile) -> dict[int, Written]:
         """Write the records of what lies in its slots; by position in the batch."""
@@ -66,13 +93,13 @@ class Publisher:
             file.sync()
         return written
 
-    def _publish(self, part: Part, written: dict[int, Written]) -> None:
+    def _publish(self, part: Part, written: dict[int, Written], timeout: float) -> None:
         shard, taken, job = part.shard, part.taken, part.job
         pairs = job.keys.pairs
         outcomes: list[tuple[int, Outcome]] = []
         stored: list[int] = []
         fresh: dict[tuple[int, int], int] = {}  # positions
-        with self._engine.change(shard) as (index, file):
+        with self._engine.change(shard, timeout) as (index, file):
             ours = index.are_marked(part.slots, self._owner.number)
             before = index.stamp()
             for (at, where), is_ours in zip(taken, ours, strict=True):

@@ -12,6 +12,7 @@ from light_mem.index.keys import MixedKeys
 
 if TYPE_CHECKING:
     from light_mem.engine.direct_writes import Cut
+    from light_mem.errors import StoreFormatError
     from light_mem.index.allocation import Allocation
     from light_mem.index.replica import Run
 
@@ -80,3 +81,6 @@ class Part(NamedTuple):
     def positions(self) -> list[int]:
         """Of the blocks in the batch."""
         return [at for at, _ in self.taken]
+
+
+Failures = list[tuple[Part, "OSError | StoreFormatError"]]  # their slots are still announced

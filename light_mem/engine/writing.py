@@ -31,7 +31,7 @@ from light_mem.engine.publishing import Publisher, is_present
 from light_mem.engine.write_job import Part, WriteJob
 from light_mem.errors import LightMemError, LockTimeoutError, StoreFormatError
 from light_mem.index.format import MAX_INTENTS
-from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.owners import Owner
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 # written is a store far too small for its workers.
 ROOM_SECONDS = 2.0
 _ROOM_PAUSE = 0.002
-_SHORT_SECONDS = 0.1  # longer than a living holder needs
 
 log = logging.getLogger("light_mem")
 
@@ -86,7 +85,7 @@ class Writer:
         job = WriteJob(batch, self._geometry, report, stop, mixed)
         before = self._last
         wanted = job.by_shard
-        deadline = time.monotonic() + ROOM_SECONDS
+        deadline: float | None = None  # of those that wait for room, with nothing of ours in hand
         while wanted:
             self._give_back_failed()
             now, later = _first(wanted, self._most_at_a_time())
@@ -98,8 +97,9 @@ class Writer:
             parts, waiting, busy = self._give_room(now, job)
             if parts:
                 self._write(parts, job)
-                deadline = time.monotonic() + ROOM_SECONDS
+                deadline = None
             elif not self._finish() and waiting:  # nothing of ours is in their way
+                deadline = deadline or time.monotonic() + ROOM_SECONDS
                 waiting = self._wait_for_room(waiting, deadline, job)
             wanted = _joined(waiting, later, busy)
         if self._last is before:  # nothing was copied that it could have waited for
@@ -143,12 +143,8 @@ class Writer:
     def _finish(self) -> bool:
         """`finish`, also while other parts are being copied."""
         there_was = self.has_begun
-        while self._last:
-            part = self._last.pop(0)
-            try:
-                self._publisher.publish(part)
-            except (LockTimeoutError, OSError, StoreFormatError) as error:
-                self._fail(part.shard, part.positions, part.job, error)
+        for part, error in self._publisher.publish(self._last):
+            self._fail(part.shard, part.positions, part.job, error)
         return there_was
 
     def _fail(
@@ -178,15 +174,16 @@ class Writer:
         waiting: ByShard = {}
         busy: ByShard = {}
         for shard, positions in wanted.items():
-            # What was copied, or given room, is not to wait for a stopped holder of a lock.
-            in_hand = bool(parts) or self.has_begun
+            # What was copied, or given room, is not to wait for a stopped holder of a lock, nor is
+            # what may find room soon.
+            brief = bool(parts or waiting) or self.has_begun
             timeout = LOCK_TIMEOUT_SECONDS
-            if in_hand:
-                timeout = 0 if busy else _SHORT_SECONDS
+            if brief:
+                timeout = 0 if busy else SHORT_SECONDS
             try:
                 part, left = self._allocate(shard, positions, job, timeout)
             except (LockTimeoutError, OSError, StoreFormatError) as error:
-                if in_hand and isinstance(error, LockTimeoutError):
+                if brief and isinstance(error, LockTimeoutError):
                     busy[shard] = positions
                 else:
                     self._fail(shard, positions, job, error)
@@ -220,7 +217,10 @@ class Writer:
                 else:
                     left.setdefault(shard, []).append(at)
         if left:
-            self._engine.reclaim()
+            try:
+                self._engine.reclaim()
+            except (LockTimeoutError, OSError, StoreFormatError) as error:
+                log.debug("slots of dead processes stay taken: %s", str(error))
             time.sleep(_ROOM_PAUSE)
         return left
 

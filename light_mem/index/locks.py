@@ -27,6 +27,7 @@ POLL_SECONDS = 0.0005  # filelock polls every 50 ms by default; a shard is held 
 # Long enough for a shard's index to be made anew by another process, short enough that a stopped
 # holder (SIGSTOP) costs its waiters some blocks and not their service.
 LOCK_TIMEOUT_SECONDS = 10.0
+SHORT_SECONDS = 0.1  # longer than a living holder needs
 
 # OFD locks belong to the open file description: two services of one process exclude each other,
 # and closing another descriptor of the file does not drop them (fcntl(2), Linux 3.15).
