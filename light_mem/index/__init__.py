@@ -15,7 +15,7 @@ replica.py      one process's copy of them, kept true by the shard's journal
 order.py        order of use: which block goes first; ages.py: how long ago
 retention.py    times to live and pins
 chains.py       the chains of a shard: put in, cut out
-shard.py        changes under the shard's lock: find, mark, publish
+shard.py        changes under the shard's lock (change.py): find, mark, publish
 allocation.py   its room: free, or that of blocks which go
 taking.py       how blocks leave it, and how it is put in order after a death
 recovery.py     a shard's index made anew from slot records
