@@ -118,11 +118,11 @@ class Counts:
 def watch(service: Watched) -> Iterator[Counts]:
     """Count what this thread does inside."""
     counts = Counts()
-    hold, held, wake = PathLock.hold, TaskQueue.held, FutexWords.wake
+    acquire, held, wake = PathLock.acquire, TaskQueue.held, FutexWords.wake
 
-    def counted_hold(self: PathLock, *arguments: Any, **options: Any) -> Any:
+    def counted_acquire(self: PathLock, *arguments: Any, **options: Any) -> Any:
         counts.shard_locks += 1
-        return hold(self, *arguments, **options)
+        return acquire(self, *arguments, **options)
 
     def counted_held(self: TaskQueue, *arguments: Any) -> Any:
         counts.queue_locks += 1
@@ -138,7 +138,7 @@ def watch(service: Watched) -> Iterator[Counts]:
 
     before = service.areas()
     with (
-        mock.patch.object(PathLock, "hold", counted_hold),
+        mock.patch.object(PathLock, "acquire", counted_acquire),
         mock.patch.object(TaskQueue, "held", counted_held),
         mock.patch.object(FutexWords, "wake", counted_wake),
     ):
