@@ -393,7 +393,7 @@ def test_what_fails_past_the_page_cache_is_given_back_when_nothing_of_it_is_unde
     """The first block of a part is on its way to the device when the second one fails."""
     engine = opened_past(tmp_path / "store")
     first, second = of_shard(1, 2)
-    blocks = [first._replace(pages=3), second, *of_shard(0, 1)]
+    blocks = [*of_shard(0, 1), first._replace(pages=3), second]
     rig = Rig(engine, LONG)
     with monkeypatch.context() as patch:
         slow, sink, sinks = Slow(patch), direct_writes.DirectWrites.sink, 0
@@ -401,20 +401,20 @@ def test_what_fails_past_the_page_cache_is_given_back_when_nothing_of_it_is_unde
         def second_fails(writes: direct_writes.DirectWrites, *args: Any) -> Any:
             nonlocal sinks
             sinks += 1
-            if sinks == 2:
+            if sinks == 3:
                 assert slow.has_begun.wait(20)
                 raise OSError(errno.ENOMEM, "no memory")
             return sink(writes, *args)
 
         def given_back(shard: int, _: float) -> None:
-            if shard == 1 and sinks >= 2:
+            if shard == 1 and sinks >= 3:
                 looks.append(slow.begun - slow.ended)
 
         looks: list[int] = []
         patch.setattr(direct_writes.DirectWrites, "sink", second_fails)
         around_changes(engine, patch, given_back)
         told = rig.write(*blocks)
-    assert [each[-1] for each in told] == [Outcome.FAILED] * 2 + [Outcome.STORED]
+    assert [each[-1] for each in told] == [Outcome.STORED] + [Outcome.FAILED] * 2
     assert looks
     assert looks[0] == 0
     assert is_clean(engine)

@@ -91,16 +91,21 @@ def test_a_wait_for_a_lock_is_none_for_room(
     """One shard is full for a second from when it is looked at; another's lock stays taken."""
     clock, filling = Clock(monkeypatch), Filling(other, 0)
     clock.pause = lambda pauses: filling.give_back() if pauses == 2 else None
+    rig = Rig(engine)
 
     def refuse(shard: int, timeout: float) -> None:
         if shard == 1:
+            # Who may find room soon does not wait for the lock, and is stored before that is waited
+            # for.
+            if full_first and timeout >= LOCK_TIMEOUT_SECONDS:
+                assert rig.find(*batch(0)) == [True] * 2
             clock.now += timeout
             raise LockTimeoutError("held", path="1", timeout=timeout)
 
     with monkeypatch.context() as patch:
         around_changes(engine, patch, refuse)
         blocks = batch(0, 1) if full_first else batch(1, 0)
-        told = Rig(engine).write(*blocks)
+        told = rig.write(*blocks)
     full, held = (told[:2], told[2:]) if full_first else (told[2:], told[:2])
     assert full == [COPIED_AND_STORED] * 2
     assert held == [(Outcome.FAILED,)] * 2

@@ -83,7 +83,6 @@ class Writer:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
         call, or by `finish`. `mixed`: see `LocalStorageEngine.begin_write`."""
         job = WriteJob(batch, self._geometry, report, stop, mixed)
-        before = self._last
         wanted = job.by_shard
         deadline: float | None = None  # of those that wait for room, with nothing of ours in hand
         while wanted:
@@ -98,12 +97,10 @@ class Writer:
             if parts:
                 self._write(parts, job)
                 deadline = None
-            elif not self._finish() and waiting:  # nothing of ours is in their way
+            elif not self._finish() and waiting:  # now nothing of ours is in their way
                 deadline = deadline or time.monotonic() + ROOM_SECONDS
                 waiting = self._wait_for_room(waiting, deadline, job)
             wanted = _joined(waiting, later, busy)
-        if self._last is before:  # nothing was copied that it could have waited for
-            self._finish()
 
     def _most_at_a_time(self) -> int:
         """How many blocks are written at a time. They can be announced beside what failed, and so
