@@ -48,7 +48,9 @@ def bench_sizes(run: Run) -> dict[str, Any]:
             assert contestant is not None
             stack.enter_context(run.together([contestant], contestant.directory))
             found[shape.name] = contestant
-        contestants = [(each, f"{each.name}, {name}") for name, each in found.items()]
+        # What comes after the last comma is what they differ by.
+        names = {each: name.replace(", one page", " in one page") for name, each in found.items()}
+        contestants = [(each, f"{each.name}, {name}") for each, name in names.items()]
         return {"in turn": _measure(run, "sizes", contestants)}
 
 
