@@ -1,4 +1,5 @@
-"""Arguments of `create`, checked before anything is queued: block size, hashes, pages."""
+"""Arguments of `create`, checked before anything is queued: block size, hashes, pages; and what is
+asked of a service's own."""
 
 from __future__ import annotations
 
@@ -222,3 +223,16 @@ def lengths(hashes: int, pages: int, per_hash: int) -> npt.NDArray[np.int64]:
     if hashes:
         counts[-1] = pages - (hashes - 1) * per_hash
     return counts
+
+
+def tensor_sizes(kvcache: torch.Tensor) -> tuple[int, int]:
+    """(page_bytes, num_pages) of a KV tensor; raises InvalidArgumentError."""
+    shape = tuple(getattr(kvcache, "shape", ()))
+    if len(shape) != 2 or not all(shape):
+        raise InvalidArgumentError(
+            f"kvcache is a uint8 tensor [num_pages, page_bytes], not one of shape {shape}",
+            shape=shape,
+        )
+    if shape[0] > 2**32 - 1:
+        raise InvalidArgumentError(f"at most 2**32 - 1 pages, not {shape[0]}")
+    return int(shape[1]), int(shape[0])

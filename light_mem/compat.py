@@ -39,7 +39,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from light_mem import blocks
 from light_mem.blocks import lengths
 from light_mem.closing import Closing
 from light_mem.compat_arguments import (
@@ -50,9 +49,9 @@ from light_mem.compat_arguments import (
     integers,
     page_row,
     reading_of,
+    shards_that_fit,
 )
 from light_mem.errors import InvalidArgumentError
-from light_mem.index import description
 from light_mem.local_service import LocalCacheService
 from light_mem.task import CacheTask, State
 
@@ -65,10 +64,6 @@ log = logging.getLogger("light_mem")
 
 # The same class, not a copy: states of both interfaces compare. Values 0 to 3 as in the original.
 PyState = State
-
-# Where the number of shards is ours to choose. Keys fill shards unevenly: with one block a shard a
-# third of the room would stay empty while blocks are evicted.
-BLOCKS_A_SHARD = 8
 
 
 class PyTask:
@@ -139,7 +134,7 @@ class PyLocalCacheService(Closing):
             )
         shape = tuple(getattr(kvcache_tensor, "shape", ()))
         if len(shape) == 2 and all(shape):  # else the service says what is wrong
-            num_shard = _shards_that_fit(Path(file), storage_size, num_shard, int(shape[1]))
+            num_shard = shards_that_fit(Path(file), storage_size, num_shard, int(shape[1]))
         self._service = LocalCacheService(
             file=file,
             storage_size=storage_size,
@@ -282,26 +277,3 @@ class PyLocalCacheService(Closing):
     def close(self) -> None:
         """Stop the workers, abort what waits, leave the store. Calling it again does nothing."""
         self._service.close()
-
-
-def _shards_that_fit(directory: Path, storage_size: int, num_shard: int, page_bytes: int) -> int:
-    """`num_shard`, or fewer: the original takes any number that leaves room for one block at all.
-
-    The answer depends on the arguments and the block size, so the next start opens the same store.
-    A store that is there keeps its number, so that a larger `storage_size` can be given later.
-    """
-    found = description.load(directory) if directory.is_dir() else None
-    if found is not None and found.shards <= num_shard:
-        return found.shards
-    room = storage_size // (page_bytes * blocks.pages_per_block(page_bytes))
-    if room >= num_shard:
-        return num_shard
-    fewer = max(1, room // BLOCKS_A_SHARD)  # 1 even without room: the store says what it needs
-    log.warning(
-        "storage_size %d has room for %d full blocks: %d shards instead of %d",
-        storage_size,
-        room,
-        fewer,
-        num_shard,
-    )
-    return fewer

@@ -1,15 +1,20 @@
-"""Arguments of the drop-in interface, checked: lists of tokens or hashes, rows of pages."""
+"""Arguments of the drop-in interface, checked: lists of tokens or hashes, rows of pages, how many
+shards."""
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from light_mem import blocks
 from light_mem.errors import InvalidArgumentError
+from light_mem.index import description
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +23,12 @@ if TYPE_CHECKING:
 
 TOKENS, HASH_128S = "tokens", "hash_128s"
 LIMITS = {TOKENS: 1 << 64, HASH_128S: 1 << 128}
+
+# Where the number of shards is ours to choose. Keys fill shards unevenly: with one block a shard a
+# third of the room would stay empty while blocks are evicted.
+BLOCKS_A_SHARD = 8
+
+log = logging.getLogger("light_mem")
 
 
 def argument(
@@ -72,3 +83,26 @@ def page_row(pages: Any) -> npt.NDArray[Any]:
             f"kv_page_indexer has one dimension, not shape {row.shape}", shape=row.shape
         )
     return row
+
+
+def shards_that_fit(directory: Path, storage_size: int, num_shard: int, page_bytes: int) -> int:
+    """`num_shard`, or fewer: the original takes any number that leaves room for one block at all.
+
+    The answer depends on the arguments and the block size, so the next start opens the same store.
+    A store that is there keeps its number, so that a larger `storage_size` can be given later.
+    """
+    found = description.load(directory) if directory.is_dir() else None
+    if found is not None and found.shards <= num_shard:
+        return found.shards
+    room = storage_size // (page_bytes * blocks.pages_per_block(page_bytes))
+    if room >= num_shard:
+        return num_shard
+    fewer = max(1, room // BLOCKS_A_SHARD)  # 1 even without room: the store says what it needs
+    log.warning(
+        "storage_size %d has room for %d full blocks: %d shards instead of %d",
+        storage_size,
+        room,
+        fewer,
+        num_shard,
+    )
+    return fewer

@@ -119,7 +119,7 @@ class LocalCacheService(CacheService):
         directory = blocks.store_path(file)
         if len(os.fsencode(directory)) > MAX_PATH_BYTES:
             raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
-        page_bytes, num_pages = _tensor_sizes(kvcache)
+        page_bytes, num_pages = blocks.tensor_sizes(kvcache)
         per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, per_block)
         check_descriptors(num_of_shard)
@@ -273,18 +273,6 @@ class LocalCacheService(CacheService):
         """
         self._closed = True
         self._finalizer()
-
-
-def _tensor_sizes(kvcache: torch.Tensor) -> tuple[int, int]:
-    shape = tuple(getattr(kvcache, "shape", ()))
-    if len(shape) != 2 or not all(shape):
-        raise InvalidArgumentError(
-            f"kvcache is a uint8 tensor [num_pages, page_bytes], not one of shape {shape}",
-            shape=shape,
-        )
-    if shape[0] > 2**32 - 1:
-        raise InvalidArgumentError(f"at most 2**32 - 1 pages, not {shape[0]}")
-    return int(shape[1]), int(shape[0])
 
 
 def _close(
