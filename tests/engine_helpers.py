@@ -3,7 +3,8 @@ whose bytes follow from their keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,23 @@ class Block(NamedTuple):
     pages: int = 1
 
 
+def blocks_of_shard(shard: int, shards: int, count: int, first: int = 0) -> list[Block]:
+    """Blocks of one page that belong to one of so many shards, with keys from `first` on."""
+    of_shard = (
+        Block(key)
+        for key in itertools.count(first)
+        if keymath.shard_of(keymath.mix_one(*keymath.as_key(key)), shards) == shard
+    )
+    return list(itertools.islice(of_shard, count))
+
+
+def lent(engine: LocalStorageEngine) -> Iterator[LocalStorageEngine]:
+    """What a fixture yields from."""
+    yield engine
+    engine.close()
+    let_go(engine)
+
+
 def collect(outcomes: list[Outcome]) -> Callable[[Sequence[int], Outcome], None]:
     """A report that appends what it is told."""
 
@@ -196,6 +214,31 @@ class Rig:
 
     def delete(self, *blocks: Block) -> int:
         return self.engine.delete(keymath.as_keys([b.key for b in blocks]))
+
+
+def assert_whole_after_death(rig: Rig, every: Sequence[Block], kept: Set[int]) -> None:
+    """Look at every block of a store whose process died: what is found is whole, what has a key in
+    `kept` is there, and nothing else takes room."""
+    engine = rig.engine
+    assert isinstance(engine, LocalStorageEngine)
+    outcomes = dict(zip(every, rig.read(*every), strict=True))
+    # Nothing is DAMAGED. `read` compares the bytes.
+    assert set(outcomes.values()) <= {Outcome.LOADED, Outcome.MISSING}
+    loaded = {block for block, outcome in outcomes.items() if outcome is Outcome.LOADED}
+    assert kept <= {block.key for block in loaded}
+    for shard in range(engine.geometry.shards):
+        with engine.change(shard):
+            pass
+    assert_consistent(engine._index)
+    assert engine.stats()["used_slots"] == sum(block.pages for block in loaded)
+    assert engine.stats()["blocks"] == len(loaded)
+    states = states_of(engine._index.entries)
+    assert fmt.WRITING not in states
+    # Records and index say the same of it.
+    for shard in range(engine.geometry.shards):
+        first = shard * engine.geometry.slots
+        listed = np.flatnonzero(states[first : first + engine.geometry.slots] == fmt.LIVE)
+        assert np.array_equal(np.flatnonzero(engine.file(shard).records["tag"] == fmt.LIVE), listed)
 
 
 COPIED_AND_STORED = (Outcome.COPIED, Outcome.STORED)

@@ -43,7 +43,7 @@ def gather(
 ) -> int:
     """Gather a block of KEY; its checksum."""
     parts = [(Rows(memory, rows), MappedSink(slots.reshape(-1)))]
-    [found] = gatherer.gather([(*KEY, parts)], stopped)
+    [found] = gatherer.plan([(*KEY, parts)]).run(stopped)
     return found
 
 
@@ -113,9 +113,8 @@ def test_a_gather_into_a_file_leaves_what_one_into_memory_leaves(
 ) -> None:
     memory, rows = layout(kind, page_bytes)
     descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    [found] = Gatherer().gather(
-        [(*KEY, [(Rows(memory, rows), FileSink(OpenFile(descriptor), 4096))])]
-    )
+    sink = FileSink(OpenFile(descriptor), 4096)
+    [found] = Gatherer().plan([(*KEY, [(Rows(memory, rows), sink)])]).run()
     os.close(descriptor)
     raw = (tmp_path / "file").read_bytes()
     assert not any(raw[:4096])
@@ -136,7 +135,7 @@ def test_a_block_in_several_runs_has_the_sum_of_its_bytes_in_order(page_bytes: i
     for start, end in pairwise(bounds):
         target = slots[start + 1 : end + 1].reshape(-1)
         parts.append((Rows(memory, rows[start:end]), MappedSink(target)))
-    [found] = Gatherer().gather([(*KEY, parts)])
+    [found] = Gatherer().plan([(*KEY, parts)]).run()
     assert found == expected_sum(memory[rows])
     assert np.array_equal(slots[1:-1], memory[rows])
     checksum, back = new_checksum(*KEY), np.zeros_like(memory)
@@ -173,7 +172,7 @@ def test_blocks_of_every_kind_are_copied_by_one_call() -> None:
                 back = Regions(target.reshape(-1), place.regions)
             moves.append((back, slots, checksum))
             targets.append((slots, expected))
-    assert gatherer.gather(blocks) == wanted
+    assert gatherer.plan(blocks).run() == wanted
     assert [slots.tobytes() for slots, _ in targets] == [expected for _, expected in targets]
     Scatterer().scatter(moves)
     assert [checksum.intdigest() for _, _, checksum in moves] == wanted
@@ -279,7 +278,7 @@ def test_a_block_longer_than_a_piece_is_no_single_piece(page_bytes: int, more: i
     count = PIECE_BYTES // page_bytes + -(-more // page_bytes)
     memory, rows = memory_of(page_bytes, count), np.arange(count, dtype=np.intp)[::-1].copy()
     sink = Puts(count * page_bytes, memory)
-    [found] = Gatherer().gather([(*KEY, [(Rows(memory, rows), sink)])])
+    [found] = Gatherer().plan([(*KEY, [(Rows(memory, rows), sink)])]).run()
     assert np.array_equal(sink.slots.reshape(count, -1), memory[rows])
     assert found == expected_sum(memory[rows])
     assert len(sink.straight) == 1 + (more > 0)
@@ -370,7 +369,7 @@ def test_blocks_of_as_many_rows_of_other_memory_are_copied_as_they_are() -> None
 def test_memory_that_was_copied_is_let_go_of() -> None:
     gatherer, scatterer, memory = Gatherer(), Scatterer(), np.zeros((9, 64), np.uint8)
     rows, slots = Rows(memory, np.array([1, 2])), np.zeros(128, np.uint8)
-    gatherer.gather([(*KEY, [(rows, MappedSink(slots))])])
+    gatherer.plan([(*KEY, [(rows, MappedSink(slots))])]).run()
     scatterer.scatter([(rows, slots, None)])
     gone = weakref.ref(memory)
     del memory, rows
@@ -407,12 +406,12 @@ def test_regions_are_gathered_in_order(tmp_path: Path, kind: str, by_calls: bool
     place, wanted = regions(kind)
     if by_calls:
         descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-        sums = Gatherer().gather([(*KEY, [(place, FileSink(OpenFile(descriptor), 0))])])
+        sums = Gatherer().plan([(*KEY, [(place, FileSink(OpenFile(descriptor), 0))])]).run()
         os.close(descriptor)
         found = (tmp_path / "file").read_bytes()
     else:
         slots = np.full(len(wanted) + 1, 0xEE, np.uint8)
-        sums = Gatherer().gather([(*KEY, [(place, MappedSink(slots[:-1]))])])
+        sums = Gatherer().plan([(*KEY, [(place, MappedSink(slots[:-1]))])]).run()
         found = slots[:-1].tobytes()
         assert slots[-1] == 0xEE
     assert found == wanted
@@ -464,7 +463,7 @@ class Puts(MappedSink):
 def test_short_regions_are_stored_by_one_call_a_piece(kind: str) -> None:
     place, wanted = regions(kind)
     sink = Puts(len(wanted), place.memory)
-    Gatherer().gather([(*KEY, [(place, sink)])])
+    Gatherer().plan([(*KEY, [(place, sink)])]).run()
     short = len(wanted) / len(place.regions) < SMALL_PAGE_BYTES
     assert is_put_straight(place) == (not short)
     assert sink.straight == [not short] * len(sink.straight)
@@ -482,7 +481,7 @@ def test_who_is_handed_the_memory_itself_is_known_beforehand(
     memory = np.zeros((count, page_bytes), np.uint8)
     place: Place = Rows(memory, rows)
     sink = Puts(count * page_bytes, memory)
-    Gatherer().gather([(*KEY, [(place, sink)])])
+    Gatherer().plan([(*KEY, [(place, sink)])]).run()
     assert sink.straight == [is_put_straight(place)] * len(sink.straight)
 
 
@@ -495,7 +494,7 @@ def test_regions_are_stopped_between_two_rounds(length: int) -> None:
     looks = iter([False, True])
     sink = Puts(len(wanted), memory)
     with pytest.raises(Stopped):
-        Gatherer().gather([(*KEY, [(place, sink)])], lambda: next(looks))
+        Gatherer().plan([(*KEY, [(place, sink)])]).run(lambda: next(looks))
     assert len(sink.straight) == ROUND_BYTES // PIECE_BYTES
     looks = iter([False, True])
     back = Regions(np.zeros_like(memory), place.regions)

@@ -15,7 +15,7 @@ from light_mem.index import format as fmt
 from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
 from tests.deaths import Files, moments, restore
-from tests.engine_helpers import Block, Rig, assert_consistent, open_local
+from tests.engine_helpers import Block, Rig, assert_whole_after_death, open_local
 
 PAGES = 12
 BEFORE = [Block(key, 2 if key < 2 else 1) for key in range(9)]
@@ -57,24 +57,8 @@ SCENARIOS: dict[str, Scenario] = {
 def check(directory: Path, kept: set[int], verify: bool) -> None:
     """Open the store as the next process does, and look at every block."""
     rig = opened(directory, verify)
-    engine = rig.engine
-    assert isinstance(engine, LocalStorageEngine)
-    outcomes = dict(zip(EVERY, rig.read(*EVERY), strict=True))
-    # What is found is whole: nothing is DAMAGED. `read` compares the bytes.
-    assert set(outcomes.values()) <= {Outcome.LOADED, Outcome.MISSING}
-    loaded = {block for block, outcome in outcomes.items() if outcome is Outcome.LOADED}
-    assert kept <= {block.key for block in loaded}
-    with engine.change(0):
-        pass
-    assert_consistent(engine._index)
-    assert engine.stats()["used_slots"] == sum(block.pages for block in loaded)
-    assert engine.stats()["blocks"] == len(loaded)
-    assert fmt.WRITING not in states_of(engine._index.entries)
-    # Records and index say the same of it.
-    records = engine.file(0).records
-    listed = set(np.flatnonzero(records["tag"] == fmt.LIVE).tolist())
-    assert listed == set(np.flatnonzero(states_of(engine._index.entries) == fmt.LIVE).tolist())
-    engine.close()
+    assert_whole_after_death(rig, EVERY, kept)
+    rig.engine.close()
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

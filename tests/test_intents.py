@@ -21,7 +21,15 @@ from light_mem.errors import LockTimeoutError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import states_of
-from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, let_go, open_local
+from tests.engine_helpers import (
+    COPIED_AND_STORED,
+    PAGE,
+    Block,
+    Rig,
+    blocks_of_shard,
+    let_go,
+    open_local,
+)
 from tests.payload import block_bytes_of
 
 SHARDS = 4
@@ -118,13 +126,7 @@ def test_what_failed_stays_announced_whatever_is_written_next(
 
 def of_shard(shard: int, first: int) -> list[Block]:
     """As many blocks as are written at a time."""
-    blocks: list[Block] = []
-    for n in range(first, first + 100 * MOST_BLOCKS):
-        if keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), SHARDS) == shard:
-            blocks.append(Block(n))
-        if len(blocks) == MOST_BLOCKS:
-            break
-    return blocks
+    return blocks_of_shard(shard, SHARDS, MOST_BLOCKS, first)
 
 
 def test_one_failure_does_not_slow_what_is_written_to_other_shards(

@@ -8,7 +8,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from tests.engine_helpers import (
     Block,
     Rig,
     assert_consistent,
+    assert_whole_after_death,
+    blocks_of_shard,
+    lent,
     let_go,
     open_local,
 )
@@ -43,14 +46,7 @@ SLOTS = 6  # of each shard
 
 
 def of_shard(shard: int, count: int, first: int = 0) -> list[Block]:
-    """Blocks of one page that belong to a shard."""
-    found: list[Block] = []
-    for n in range(first, first + 10_000):
-        if keymath.shard_of(keymath.mix_one(*keymath.as_key(n)), SHARDS) == shard:
-            found.append(Block(n))
-        if len(found) == count:
-            break
-    return found
+    return blocks_of_shard(shard, SHARDS, count, first)
 
 
 def opened(directory: Path, policy: str = "keep") -> LocalStorageEngine:
@@ -61,18 +57,12 @@ def opened(directory: Path, policy: str = "keep") -> LocalStorageEngine:
 
 @pytest.fixture(params=["keep", "drop"])
 def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalStorageEngine]:
-    engine = opened(tmp_path / "store", request.param)
-    yield engine
-    engine.close()
-    let_go(engine)
+    yield from lent(opened(tmp_path / "store", request.param))
 
 
 @pytest.fixture
 def keeping(tmp_path: Path) -> Iterator[LocalStorageEngine]:
-    engine = opened(tmp_path / "store")
-    yield engine
-    engine.close()
-    let_go(engine)
+    yield from lent(opened(tmp_path / "store"))
 
 
 Change = Callable[[int, float], AbstractContextManager[Any]]
@@ -296,22 +286,6 @@ def test_an_abort_in_the_middle_leaves_the_others_of_all_shards(
     assert is_clean(keeping)
 
 
-def checked(directory: Path, kept: Sequence[Block], every: Sequence[Block]) -> None:
-    rig = Rig(open_local(directory, SLOTS, shards=SHARDS))
-    outcomes = dict(zip(every, rig.read(*every), strict=True))
-    assert set(outcomes.values()) <= {Outcome.LOADED, Outcome.MISSING}
-    assert all(outcomes[block] is Outcome.LOADED for block in kept)
-    assert isinstance(rig.engine, LocalStorageEngine)
-    for shard in range(SHARDS):
-        with rig.engine.change(shard):
-            pass
-    assert_consistent(rig.engine._index)
-    assert fmt.WRITING not in states_of(rig.engine._index.entries)
-    loaded = list(outcomes.values()).count(Outcome.LOADED)
-    assert rig.engine.stats()["blocks"] == loaded
-    rig.engine.close()
-
-
 @pytest.mark.parametrize("without", ["", "index"])
 def test_a_kill_at_any_store_of_a_batch_costs_what_it_was_to_evict(
     tmp_path: Path, without: str
@@ -319,7 +293,7 @@ def test_a_kill_at_any_store_of_a_batch_costs_what_it_was_to_evict(
     rig = Rig(open_local(tmp_path / "store", SLOTS, shards=SHARDS))
     before = [block for shard in range(SHARDS) for block in of_shard(shard, SLOTS, 20_000)]
     rig.write(*before)
-    kept = [block for at, block in enumerate(before) if at % SLOTS >= 2]
+    kept = {block.key for at, block in enumerate(before) if at % SLOTS >= 2}
     blocks = [block for shard in range(SHARDS) for block in of_shard(shard, 2)]
     seen = moments(tmp_path / "store", lambda: rig.write(*blocks))
     rig.engine.close()
@@ -327,7 +301,9 @@ def test_a_kill_at_any_store_of_a_batch_costs_what_it_was_to_evict(
     for at, files in enumerate(seen):
         files = {name: content for name, content in files.items() if name != without}
         directory = restore(files, tmp_path / "store", tmp_path / str(at))
-        checked(directory, kept, [*before, *blocks])
+        rig = Rig(open_local(directory, SLOTS, shards=SHARDS))
+        assert_whole_after_death(rig, [*before, *blocks], kept)
+        rig.engine.close()
 
 
 class Slow:

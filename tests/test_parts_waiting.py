@@ -16,7 +16,7 @@ from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
-from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, let_go
+from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, lent, let_go
 from tests.test_parts import SHARDS, SLOTS, around_changes, is_clean, of_shard, opened
 
 
@@ -40,19 +40,13 @@ class Clock:
 
 @pytest.fixture(params=["keep", "drop"])
 def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalStorageEngine]:
-    engine = opened(tmp_path / "store", request.param)
-    yield engine
-    engine.close()
-    let_go(engine)
+    yield from lent(opened(tmp_path / "store", request.param))
 
 
 @pytest.fixture
 def other(engine: LocalStorageEngine) -> Iterator[LocalStorageEngine]:
     """Another process."""
-    other = opened(engine.directory)
-    yield other
-    other.close()
-    let_go(other)
+    yield from lent(opened(engine.directory))
 
 
 class Filling:

@@ -15,7 +15,7 @@ from light_mem.errors import LockTimeoutError, ServiceClosedError
 from light_mem.index.change import ShardChange
 from light_mem.index.locks import PathLock
 from light_mem.index.shard import ShardIndex
-from tests.engine_helpers import Block, Rig, let_go, open_local
+from tests.engine_helpers import Block, Rig, lent, open_local
 
 
 class Around(AbstractContextManager[None]):
@@ -89,9 +89,7 @@ def test_who_comes_too_late_to_a_fence_holds_it_not() -> None:
 def engine(tmp_path: Path) -> Iterator[LocalStorageEngine]:
     engine = open_local(tmp_path / "store", 8)
     Rig(engine).write(Block(1))
-    yield engine
-    engine.close()
-    let_go(engine)
+    yield from lent(engine)
 
 
 def test_what_fails_where_a_shard_was_put_in_order_leaves_it_to_the_next(

@@ -35,7 +35,7 @@ class Gathering:
         self._plan, self._checksums, self._whole = plan, checksums, whole
 
     def run(self, stopped: Stopping = None) -> list[int]:
-        """Copy them; returns their checksums, raises as `Gatherer.gather`."""
+        """Copy them; returns their checksums. Raises Stopped, and OSError of the sinks."""
         self._plan.run(stopped)
         whole = self._whole
         if len(whole) == len(self._checksums):
@@ -51,13 +51,8 @@ class Gatherer:
         self._scratch = Scratch()
         self.forget()
 
-    def gather(self, blocks: Sequence[Gather], stopped: Stopping = None) -> list[int]:
-        """Copy blocks to the sinks, in this order; returns their checksums. Raises Stopped, and
-        OSError of the sinks."""
-        return self.plan(blocks).run(stopped)
-
     def plan(self, blocks: Sequence[Gather]) -> Gathering:
-        """What `gather` does, to be done by its `run`, once, before `forget`."""
+        """Blocks that its `run` copies to the sinks, in this order; once, before `forget`."""
         plan = Plan()
         checksums: list[xxhash.xxh3_64 | None] = []
         whole: list[int] = []  # the checksums of those that are None there
@@ -81,7 +76,7 @@ class Gatherer:
     def gather_part(
         self, place: Place, sink: Sink, checksum: xxhash.xxh3_64, stopped: Stopping = None
     ) -> None:
-        """Copy what lies at a place to a sink, and add it to the checksum; raises as `gather`."""
+        """Copy what lies at a place to a sink, and add it to the checksum; raises as `run`."""
         plan = Plan()
         self._plan(plan, place, sink, checksum.update)
         plan.run(stopped)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import _thread
 import logging
-import os
-import threading
 
 from light_mem.engine import keeping
-from light_mem.engine.dropping import Dropper
 from light_mem.engine.open_store import OpenStore
 from light_mem.errors import LeaseLimitError, LockTimeoutError
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
@@ -25,20 +22,8 @@ log = logging.getLogger("light_mem")
 class Member(OpenStore):
     """An open store until it is left. Any thread."""
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        kind: str,
-        *,
-        verify: bool,
-        time_to_live: float | None,
-        dropper: Dropper | None,
-    ) -> None:
-        """See `OpenStore`."""
-        self._closed = False
-        self._ending = threading.Lock()  # only tried: of the thread that ends leases for finalizers
-        self._in_order = True  # nothing of ours was left behind
-        super().__init__(directory, kind, verify=verify, time_to_live=time_to_live, dropper=dropper)
+    _closed = False
+    _in_order = True  # nothing of ours was left behind
 
     # --- leases ----------------------------------------------------------------------------------
 
@@ -98,12 +83,12 @@ class Member(OpenStore):
         """As `end_lease`, from a finalizer: it only notes what is to be done, for its thread may
         hold any lock. Who comes next does it; a closed engine, where nobody may, has a thread."""
         self.leases.dropped.append((leased.shard, leased.slot))
-        if self._closed and self._ending.acquire(blocking=False):
+        if self._closed and self.leases.ending.acquire(blocking=False):
             try:
                 # Not `threading.Thread`, whose `start` waits for the thread.
                 _thread.start_new_thread(self._end_dropped_of_closed, ())
             except RuntimeError:  # none to be had: the process ends, or another view's end does it
-                self._ending.release()
+                self.leases.ending.release()
 
     def _end_dropped_of_closed(self) -> None:
         again = True
@@ -111,9 +96,11 @@ class Member(OpenStore):
             try:
                 ended = keeping.end_dropped(self, LOCK_TIMEOUT_SECONDS)
             finally:
-                self._ending.release()
+                self.leases.ending.release()
             # A finalizer that saw this thread at work left it its note.
-            again = ended and bool(self.leases.dropped) and self._ending.acquire(blocking=False)
+            again = (
+                ended and bool(self.leases.dropped) and self.leases.ending.acquire(blocking=False)
+            )
         self._leave_unless_leased()
 
     def _leave_if_closed(self) -> None:

@@ -136,7 +136,7 @@ class ShardFile(SlotRecords):
         return parts
 
     def cut(self) -> Cut | None:
-        """What `gather` has copied since the last cut and does not lie in its slots yet."""
+        """What was copied since the last cut and does not lie in its slots yet."""
         return None if self._dropper is None else self._dropper.cut()
 
     def land(self, cut: Cut | None) -> None:

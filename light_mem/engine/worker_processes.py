@@ -107,9 +107,8 @@ class WorkerProcesses:
                 relay()
 
     def wake(self) -> None:
-        """Have `listen` return. Any thread."""
-        if self._wakes:
-            os.write(self._wakes[1], b"x")
+        """Have `listen` return, after `open`. Any thread."""
+        os.write(self._wakes[1], b"x")
 
     def dead(self) -> Iterator[tuple[int, Process]]:
         """Those that have died and are not forgotten."""

@@ -37,6 +37,7 @@ class Leases:
         self._guard = threading.RLock()  # a finalizer may close an engine while this thread has it
         # Of views that were dropped, not closed: their finalizers take no lock.
         self.dropped: deque[Lease] = deque()
+        self.ending = threading.Lock()  # only tried: of the thread that ends these, once closed
         self.closed = False
 
     @property

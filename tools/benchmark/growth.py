@@ -39,7 +39,7 @@ def bench_sizes(run: Run) -> dict[str, Any]:
     """GB/s of write and read by block shape, the first the longest blocks of several pages."""
     first = SHAPES[2]
     shapes = [SHAPES[1], SHAPES[3]] if run.quick else [first, *(s for s in SHAPES if s != first)]
-    found = {}
+    contestants = []
     with ExitStack() as stack:
         for shape in shapes:
             plan = run.plan(shape)
@@ -47,10 +47,9 @@ def bench_sizes(run: Run) -> dict[str, Any]:
             contestant = run.start("lightmem", run.place(), source, plan)
             assert contestant is not None
             stack.enter_context(run.together([contestant], contestant.directory))
-            found[shape.name] = contestant
-        # What comes after the last comma is what they differ by.
-        names = {each: name.replace(", one page", " in one page") for name, each in found.items()}
-        contestants = [(each, f"{each.name}, {name}") for each, name in names.items()]
+            # What comes after the last comma is what they differ by.
+            name = shape.name.replace(", one page", " in one page")
+            contestants.append((contestant, f"{contestant.name}, {name}"))
         return {"in turn": _measure(run, "sizes", contestants)}
 
 
