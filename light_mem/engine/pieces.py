@@ -9,9 +9,11 @@ from light_mem.engine.places import Extent, Place, Regions, Rows
 
 PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
 # Pages below this, and regions of less in the mean, go to the slots by way of a scratch piece:
-# together they are long enough for copies around the cache (see `program.COPY_TUNABLES`),
-# and one call stores them all. Not those that follow each other.
-SMALL_PAGE_BYTES = 32 * 1024
+# together they are long enough for copies around the cache (from here on: the threshold of
+# `program.COPY_TUNABLES`), and one call stores them all. Not those that follow each other. (64
+# pages of 20 and 28 KB: read 1.35 and 1.39, written 1.06 and 1.17 times as fast as with 32 KiB for
+# both; to slots that the kernel has written out no difference.)
+SMALL_PAGE_BYTES = 0x4080
 
 
 def is_one_piece(place: Place) -> TypeGuard[Rows]:
@@ -51,11 +53,13 @@ def is_by_rows(place: Place) -> TypeGuard[Rows]:
     )
 
 
-def straight_pieces(extents: Iterable[Extent]) -> Iterator[Extent]:
+def straight_pieces(extents: Iterable[Extent]) -> list[Extent]:
     """Extents, cut into pieces."""
-    for offset, length in extents:
-        for a, b in pieces_of(length, PIECE_BYTES):
-            yield offset + a, b - a
+    return [
+        (at, min(PIECE_BYTES, offset + length - at))
+        for offset, length in extents
+        for at in range(offset, offset + length, PIECE_BYTES)
+    ]
 
 
 def joined_pieces(extents: Iterable[Extent]) -> Iterator[tuple[list[Extent], int]]:
