@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from light_mem.engine import page_views
 from light_mem.engine.copy import ROUND_BYTES, Stopped, new_checksum
 from light_mem.engine.gather import Gatherer
 from light_mem.engine.pieces import PIECE_BYTES, SMALL_PAGE_BYTES, is_put_straight
@@ -80,9 +81,11 @@ def layout(kind: str, page_bytes: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", [*ROWS, "many"])
 @pytest.mark.parametrize("page_bytes", PAGE_SIZES)
+@pytest.mark.parametrize("loads", [False, True])
 def test_gather_and_scatter_move_every_byte_and_sum_it_with_the_key(
-    page_bytes: int, kind: str
+    loads: bool, page_bytes: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(page_views, "LOADS_BEFORE_STORES", loads)
     memory, rows = layout(kind, page_bytes)
     original = memory.copy()
     slots = np.full((len(rows) + 2, page_bytes), 0xEE, np.uint8)

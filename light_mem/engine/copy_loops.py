@@ -64,7 +64,8 @@ def gather_straight(steps: Steps) -> None:
 
 
 def scatter_small_rows(steps: Steps) -> None:
-    """A piece of the slots to rows; `elements`: the same, an element a row."""
+    """A piece of the slots to rows; `elements`: the same, an element a row; `firsts`: see
+    `PageViews`."""
     for firsts, put, rows, elements, piece, update in steps:
         firsts[rows]
         put(rows, elements)
@@ -72,7 +73,7 @@ def scatter_small_rows(steps: Steps) -> None:
 
 
 def scatter_rows(steps: Steps) -> None:
-    """The same, where each row is long enough by itself."""
+    """The same, where nothing is to be loaded before."""
     for _, put, rows, elements, piece, update in steps:
         put(rows, elements)
         update(piece)

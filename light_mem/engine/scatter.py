@@ -91,10 +91,9 @@ def _plan_rows(
     plan: Plan, views: PageViews, rows: RowNumbers, piece: Bytes1D, update: Update
 ) -> None:
     """Rows that are a piece."""
-    loop = loops.scatter_rows if views.firsts is None else loops.scatter_small_rows
-    plan.steps(loop).append(
-        (views.firsts, views.put, rows, piece.view(views.element), piece, update)
-    )
+    firsts = views.firsts_to_put
+    loop = loops.scatter_rows if firsts is None else loops.scatter_small_rows
+    plan.steps(loop).append((firsts, views.put, rows, piece.view(views.element), piece, update))
 
 
 def _plan_joined(
