@@ -127,9 +127,15 @@ def test_what_is_left_is_counted_by_what_faults_once() -> None:
     assert touch._memories[Rows].left == left
 
 
-@pytest.mark.parametrize("row_bytes", [16 << 10, 48 << 10, 96 << 10, 160 << 10, 250_000])
-def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(row_bytes: int) -> None:
-    memory = np.zeros(NBYTES, np.uint8)
+@pytest.mark.parametrize("row_bytes", [16 << 10, 48 << 10, 96 << 10, 100_000, 140_000, 250_000])
+@pytest.mark.parametrize("offset", [0, 20_000, 40_000, 60_000])
+def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(
+    offset: int, row_bytes: int
+) -> None:
+    """Wherever the memory begins."""
+    room = np.zeros(NBYTES + 2 * AROUND_BYTES, np.uint8)
+    start = -room.ctypes.data % AROUND_BYTES + offset
+    memory = room[start : start + NBYTES]
     rows = NBYTES // row_bytes
     table, touch = memory[: rows * row_bytes].reshape(rows, row_bytes), FirstTouch()
     before = memory.ctypes.data % AROUND_BYTES

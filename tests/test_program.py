@@ -34,6 +34,11 @@ def test_a_piece_is_long_enough_to_be_copied_from_four_pages_side_by_side() -> N
     assert FOUR_PAGES * threshold() <= PIECE_BYTES
 
 
+def test_no_copy_of_a_piece_is_by_rep_movsb() -> None:
+    [found] = re.findall(r"x86_rep_movsb_threshold=(0x[0-9a-f]+)", COPY_TUNABLES)
+    assert int(found, 16) > PIECE_BYTES
+
+
 def test_a_user_who_has_tunables_of_his_own_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert environment({"A": "1"})["GLIBC_TUNABLES"] == COPY_TUNABLES
@@ -43,7 +48,7 @@ def test_a_user_who_has_tunables_of_his_own_keeps_them(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the loader of glibc says what it was told")
-def test_the_loader_takes_the_threshold() -> None:
+def test_the_loader_takes_what_it_is_told() -> None:
     maps = Path("/proc/self/maps").read_text()
     loaders = re.findall(r"\S+/ld-linux\S*", maps)
     if not loaders or os.uname().machine != "x86_64":
@@ -57,5 +62,7 @@ def test_the_loader_takes_the_threshold() -> None:
     )
     if answer.returncode:
         pytest.skip("this loader lists no tunables")
-    [line] = [each for each in answer.stdout.splitlines() if "x86_non_temporal" in each]
-    assert int(line.split()[1], 16) == threshold(), line
+    for setting in COPY_TUNABLES.split(":"):
+        name, wanted = setting.split("=")
+        [line] = [each for each in answer.stdout.splitlines() if each.startswith(f"{name}:")]
+        assert int(line.split()[1], 16) == int(wanted, 16), line
