@@ -127,7 +127,9 @@ def test_what_is_left_is_counted_by_what_faults_once() -> None:
     assert touch._memories[Rows].left == left
 
 
-@pytest.mark.parametrize("row_bytes", [16 << 10, 48 << 10, 96 << 10, 100_000, 140_000, 250_000])
+@pytest.mark.parametrize(
+    "row_bytes", [*(n << 10 for n in (16, 48, 96, 160)), 100_000, 140_000, 250_000]
+)
 @pytest.mark.parametrize("offset", [0, 20_000, 40_000, 60_000])
 def test_a_row_whose_neighbours_were_touched_is_touched_to_its_ends(
     offset: int, row_bytes: int

@@ -80,15 +80,9 @@ class _Memory:
             numbers = np.concatenate([place.numbers for place in places if isinstance(place, Rows)])
             row_bytes = places[0].memory.shape[1]
             if row_bytes > 2 * AROUND_BYTES:
-                # What lies around its middle is of this row alone: touched, the row has been. In a
-                # loop: right after a batch's copies a numpy call costs as much as 50 rows.
-                touched, middle = self._touched.data, self._before + row_bytes // 2
-                left = [
-                    n
-                    for n in numbers.tolist()
-                    if not touched[(n * row_bytes + middle) // AROUND_BYTES]
-                ]
-                numbers = np.array(left, np.intp)
+                # What lies around its middle is of this row alone: touched, the row has been.
+                middles = numbers * row_bytes + (self._before + row_bytes // 2)
+                numbers = numbers[~self._touched[middles // AROUND_BYTES]]
             if numbers.size:
                 self._touch(_positions_of_rows(numbers, row_bytes))
         else:

@@ -102,9 +102,9 @@ class Gatherer:
     def _plan(self, plan: Plan, place: Place, sink: Sink, update: Update) -> None:
         """Copy what lies at a place to a sink, and add it to a checksum."""
         views = self._of(place)
-        if not views.are_long and has_short_regions(place):
+        if has_short_regions(place):
             self._plan_short(plan, views, place, sink, update)
-        elif views.are_long or not is_by_rows(place):
+        elif not is_by_rows(place):
             _plan_straight(plan, views, place, sink, update)
         elif views.firsts is None:
             _plan_rows(plan, place, sink, update)
@@ -134,8 +134,6 @@ def _plan_rows(plan: Plan, place: Rows, sink: Sink, update: Update) -> None:
 
 def _plan_straight(plan: Plan, views: PageViews, place: Place, sink: Sink, update: Update) -> None:
     flat, steps, at = views.flat, plan.steps(loops.gather_straight), 0
-    storing = sink.storing
     for offset, length in straight_pieces(place.extents()):
-        store, first = storing(at, length)
-        steps.append((flat[offset : offset + length], store, first, update))
+        steps.append((flat[offset : offset + length], *sink.storing(at, length), update))
         at += length

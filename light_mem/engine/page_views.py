@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from light_mem.engine.pieces import PIECE_BYTES, SMALL_PAGE_BYTES
+from light_mem.engine.pieces import SMALL_PAGE_BYTES
 from light_mem.engine.places import Bytes1D, Place
 
 # Says who made the processor (Linux, x86: asm/processor.h has the numbers). Not /proc/cpuinfo: to
@@ -35,11 +35,9 @@ class PageViews:
     def __init__(self, place: Place) -> None:
         memory = self.memory = place.memory
         self.flat = memory.reshape(-1)  # uint8 [bytes]
-        self.are_long = False
         if memory.ndim == 1:
             return
         self.row_bytes = int(memory.shape[1])
-        self.are_long = self.row_bytes > PIECE_BYTES  # rows that are each several pieces
         # To be loaded before small rows are copied: the processor then looks up the addresses of
         # all of them, and fetches, side by side. While rows are copied it gets to one after the
         # other, and begins each with a wait: a fifth of the time of rows of 1 KiB, a tenth of those

@@ -47,12 +47,10 @@ class Rows(NamedTuple):
 
     def extents(self) -> list[Extent]:
         """Where the block's bytes lie in the memory, in order, as few as it goes."""
-        row_bytes, numbers = int(self.memory.shape[1]), self.numbers
-        if len(numbers) > 1:
-            first = self.first_if_contiguous()
-            if first is not None:
-                return [(first * row_bytes, len(numbers) * row_bytes)]
-        return [(row * row_bytes, row_bytes) for row in numbers.tolist()]
+        row_bytes, first = int(self.memory.shape[1]), self.first_if_contiguous()
+        if first is not None:
+            return [(first * row_bytes, len(self.numbers) * row_bytes)]
+        return [(row * row_bytes, row_bytes) for row in self.numbers.tolist()]
 
     def slices(self) -> list[Bytes1D]:
         """The block's bytes in order, as few views of the memory as it goes."""

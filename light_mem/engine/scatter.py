@@ -40,9 +40,7 @@ class Scatterer:
         for place, slots, checksum in moves:
             views = self._of(place)
             update = _no_sum if checksum is None else checksum.update
-            if views.are_long:
-                _plan_straight(plan, views, place, slots, update)
-            elif is_one_piece(place):
+            if is_one_piece(place):
                 _plan_rows(plan, views, place.numbers, slots, update)
             elif is_by_rows(place):
                 for rows, at in pieces_of_rows(place.numbers, views.row_bytes):
