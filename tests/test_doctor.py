@@ -86,9 +86,18 @@ def test_whether_a_filelock_deletes_its_file_is_tried(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("name", "version", "expected"),
-    [("torch", "missing", WARN), ("numpy", "missing", FAIL), ("numpy", "1.9.9", FAIL)],
+    [
+        ("torch", "missing", WARN),
+        ("numpy", "missing", FAIL),
+        ("numpy", "1.9.9", FAIL),
+        ("xxhash", "2.0.2", FAIL),
+        ("xxhash", "3.8.2", WARN),
+        ("xxhash", "4.0.2", WARN),
+        ("xxhash", "4.1.0", OK),
+        ("xxhash", "5.0", OK),
+    ],
 )
-def test_a_package_that_is_missing_or_old(
+def test_a_package_that_is_missing_old_or_slow(
     monkeypatch: pytest.MonkeyPatch, name: str, version: str, expected: str
 ) -> None:
     monkeypatch.setattr(packages, "version_of", lambda _: version)
