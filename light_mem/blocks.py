@@ -81,7 +81,9 @@ def _from_environment(variable: str, default: int, least: int, unit: str) -> int
 def whole_number(name: str, value: object, least: int, most: int) -> int:
     """`value` as an int; raises InvalidArgumentError unless it is a whole number of that range."""
     try:
-        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        # numpy 1 has an index for its bools.
+        is_bool = isinstance(value, (bool, np.bool_))
+        number = least - 1 if is_bool else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = least - 1
     if not least <= number <= most:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +70,9 @@ def cpus_text(cpus: Sequence[Sequence[int]] | None) -> str:
 def version_of(package: str) -> str:
     """The installed version of a package; "missing"."""
     try:
-        return metadata.version(package)
+        version = metadata.version(package)
     except metadata.PackageNotFoundError:
         return "missing"
+    # torch's own says which CUDA it was built for, where its wheel's name does not (from PyPI).
+    own = str(getattr(sys.modules.get(package), "__version__", ""))
+    return own if own.startswith(f"{version}+") else version

@@ -1,25 +1,22 @@
 """Every moment of a call: what a kill would leave then, what another process may do then.
 
-A process that is killed leaves what it stored to the mappings until then. `moments` runs a call
-under an opcode trace and copies the files whenever one of them has changed: between two stores of
-Python code there is no moment that it does not see.
+A process that is killed leaves what it stored to the mappings until then. `moments` looks between
+any two instructions of a call, and copies the files whenever one of them has changed: between two
+stores of Python code there is no moment that it does not see.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import light_mem
 from light_mem.index import description
 from light_mem.index.format import MAX_OWNERS, OWNER
+from tests.opcodes import watch_opcodes
 
-LIBRARY = str(Path(light_mem.__file__).parent)
 OWNERS_BYTES = 4 * OWNER.itemsize  # the tests have no more owners
 Files = dict[str, bytes]
 
@@ -54,24 +51,12 @@ def moments(directory: Path, call: Callable[[], object]) -> list[Files]:
     camera = Camera(directory)
     seen = [camera.last]
 
-    def look(frame: FrameType, event: str, _: Any) -> Any:
+    def look() -> None:
         shot = camera.shot()
         if shot is not None:
             seen.append(shot)
-        return look
 
-    def enter(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(LIBRARY):
-            return None
-        frame.f_trace_opcodes = True
-        return look
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
+    watch_opcodes(call, look)
     last = camera.shot()
     camera.close()
     return seen if last is None else [*seen, last]
@@ -82,27 +67,13 @@ def interleave(call: Callable[[], Any], change: Callable[[], object], at: int) -
     whether it had as many."""
     left = at
 
-    def count(frame: FrameType, event: str, _: Any) -> Any:
+    def look() -> None:
         nonlocal left
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                change()
-        return count
+        left -= 1
+        if left == 0:
+            change()
 
-    def enter(frame: FrameType, event: str, _: Any) -> Any:
-        if left <= 0 or not frame.f_code.co_filename.startswith(LIBRARY):
-            return None
-        frame.f_trace_opcodes = True
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        result = call()
-    finally:
-        sys.settrace(before)
+    result = watch_opcodes(call, look)
     return result, left <= 0
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import light_mem
 from light_mem import cli, maintenance
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
@@ -27,6 +26,7 @@ from light_mem.index import keys as keymath
 from light_mem.index.description import Geometry, load
 from light_mem.index.file import IndexFile
 from tests.engine_helpers import Block, Rig, open_local
+from tests.opcodes import LIBRARY
 
 PAGE = 512
 SLOTS, SHARDS = 64, 2  # slots a shard
@@ -152,8 +152,6 @@ class Command:
 
 
 # --- kills ----------------------------------------------------------------------------------------
-
-LIBRARY = str(Path(light_mem.__file__).parent)
 
 
 def in_child(call: Callable[[], object], kill_at: int = 0) -> tuple[bool, int]:

@@ -146,14 +146,18 @@ def test_the_moments_of_a_write_are_the_documented_ones(tmp_path: Path) -> None:
 
     before = seen[0]
     slot = int(np.flatnonzero(entries(seen[-1])["low"] == FRESH[2].key)[0])
+
+    def state(files: Files) -> int:
+        return int(entries(files)["tag"][slot]) & fmt.STATE_MASK
+
     order = [
         first(lambda files: np.frombuffer(files["index"], fmt.CONTROL, 1, 4096)["dirty"][0]),
         first(lambda files: intents(files).any()),
-        first(lambda files: entries(files)["tag"][slot] & 0xFF == fmt.WRITING),
+        first(lambda files: state(files) == fmt.WRITING),
         first(lambda files: files["shard-000.data"] != before["shard-000.data"]),
         first(lambda files: files["shard-000.slots"] != before["shard-000.slots"]),
         first(lambda files: entries(files)["low"][slot] == FRESH[2].key),
-        first(lambda files: entries(files)["tag"][slot] & 0xFF == fmt.LIVE),
+        first(lambda files: state(files) == fmt.LIVE),
         first(lambda files: slot + 1 in np.frombuffer(files["index"], "<u4", 64, 8192)),
     ]
     assert order == sorted(set(order))

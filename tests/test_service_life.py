@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -218,7 +219,7 @@ def test_a_constructor_that_fails_late_leaves_nothing(
 
 def test_a_table_that_does_not_fit_is_a_clear_error(tmp_path: Path) -> None:
     kv = light_mem.allocate_kvcache(4, 4096)
-    for max_blocks in (0, -1, 1 << 40, 2.5, True):
+    for max_blocks in (0, -1, 1 << 40, 2.5, True, np.True_):
         with pytest.raises(InvalidArgumentError, match="max_blocks"):
             LocalCacheService(tmp_path / "s", 1 << 20, 1, kv, 1, max_blocks=max_blocks)  # type: ignore[arg-type]
 

@@ -58,7 +58,7 @@ def _one(value: object) -> bytes:
         return _digest(value) if raw is None else raw
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _digest(bytes(value))
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):  # numpy 1 has an index for its own
         raise InvalidArgumentError(f"a hash is a str, bytes or int, not a bool: {value!r}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
