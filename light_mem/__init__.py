@@ -6,7 +6,7 @@
 
 service.py   CacheService: tasks; stored_blocks.py: all that moves no bytes, look-ups, keeping,
              deleting; local_service.py and client.py: in the server's process, and in its others
-session.py   one process's tasks in the shared task table
+session.py   one process's tasks in the shared task table; lane_room.py: its room there
 task.py      CacheTask: states, waiting; views.py: BlockView, a block looked at in place
 blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor
 demo/        `light-mem demo`
@@ -14,7 +14,7 @@ ranks.py     tensor-parallel ranks: keys, and lengths that all of them agree on
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
 errors.py    the error tree; filesystem.py: what lies below a store; closing.py: `with`;
              lazy.py: names imported when they are used
-integrations/ what plugs into servers: vllm
+integrations/ what plugs into servers: vLLM, SGLang, LMCache
 engine/      moves bytes: shards, copies, workers
 index/       finds them: format, table, locks, order of use, recovery
 maintenance/ looks into stores, checks, mends and moves them; `light-mem`

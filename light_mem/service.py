@@ -125,11 +125,11 @@ class CacheService(StoredBlocks):
             return CacheTask(**fields, final=final)
         mixed = keymath.mix(keys) if kind == WRITE else None
         try:
-            place = session.place(keys, kind, layout, self._create_timeout, entries, mixed)
+            room = session.place(keys, kind, layout, self._create_timeout, entries, mixed)
         except TaskTableFullError:
             session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
             raise
-        task = CacheTask(**fields, table=session.table, place=place, session=session)
+        task = CacheTask(**fields, table=session.table, room=room, session=session)
         order = np.flatnonzero(~done)
         homes = None
         if mixed is not None and len(order) > 1:
@@ -138,7 +138,7 @@ class CacheService(StoredBlocks):
             workers = int(session.table.header["workers"][0])
             in_turn, homes = deal(shards, layout.nbytes[order], count, workers)
             order = order[in_turn]
-        session.submit(task, place, done, order, homes, kind)
+        session.submit(task, room, done, order, homes, kind)
         return task
 
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:

@@ -10,8 +10,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +24,6 @@ from light_mem.engine.table_layout import (
     LANE,
     READ,
     WORKING,
-    is_final,
     words_of,
 )
 from light_mem.engine.task_table import TaskTable
@@ -39,23 +36,13 @@ from light_mem.errors import (
 from light_mem.index.keys import KeyArray, U64Array
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
-from light_mem.index.space import FreeRuns
+from light_mem.lane_room import LaneRoom, Room
 from light_mem.layouts import Layout
 from light_mem.task import CacheTask
 
 _FULL_PAUSE = 0.001  # between two looks for room in a full table
 _LANE_SECONDS = 5.0  # for a worker to finish what a dead client had queued
 _COUNTER_WORDS = words_of(LANE)
-
-
-class Place(NamedTuple):
-    """Room of one task: global row, first cell, cells, first page index, page indices."""
-
-    row: int
-    start: int
-    blocks: int
-    pages: int
-    page_count: int
 
 
 class Session:
@@ -66,15 +53,8 @@ class Session:
         self.queue = queue
         self._lock = lock  # holds the lane
         self._guard = threading.Lock()
-        sizes = table.sizes
         self._lane = lane
-        self._cells = FreeRuns([(lane * sizes.cells, sizes.cells)])
-        self._pages = FreeRuns([(lane * sizes.pages, sizes.pages)])
-        self._rows: deque[int] = deque(range(lane * sizes.rows, (lane + 1) * sizes.rows))
-        self._released: deque[Place] = deque()
-        # Room of ready tasks by (blocks, page indices), for the next one of that size: most tasks
-        # of a server are alike, and merging free ranges costs more than all else here.
-        self._spare: dict[tuple[int, int], list[Place]] = {}
+        self._lane_room = LaneRoom(table, lane)
         self._tasks: weakref.WeakSet[CacheTask] = weakref.WeakSet()
         self.counters = table.lanes[lane : lane + 1]
         self.counters["pid"], self.counters["started"] = _identity()
@@ -115,7 +95,7 @@ class Session:
         timeout: float,
         entries: npt.NDArray[np.int64],
         mixed: U64Array | None = None,
-    ) -> Place:
+    ) -> Room:
         """Put a task in the table; `submit` brings it to life.
 
         entries   where the index lists each of the keys, -1: nowhere
@@ -127,29 +107,29 @@ class Session:
         table, count = self.table, len(keys)
         words = layout.words
         created = time.monotonic_ns()
-        place = self._room(count, len(words), timeout)
+        room = self._wait_for_room(count, len(words), timeout)
         cells = np.zeros(count, CELL)
         cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
-        cells["pages"], cells["places"] = place.pages + layout.first, layout.count
+        cells["pages"], cells["places"] = room.pages + layout.first, layout.count
         cells["nbytes"], cells["regions"] = layout.nbytes, layout.regions
-        cells["row"], cells["mode"] = place.row, mode
+        cells["row"], cells["mode"] = room.row, mode
         cells["listed"] = entries + 1
         if mixed is not None:
             cells["mixed"] = mixed
-        end = place.start + count
+        end = room.start + count
         # Before the states: whoever still polls a former task of this row finds out.
-        table.generations[place.row] += 1
-        table.rows["created"][place.row] = created
+        table.generations[room.row] += 1
+        table.rows["created"][room.row] = created
         # A process may die before it submits: the blocks are final until then.
-        table.states[place.start : end] = ABORTED
-        table.pages[place.pages : place.pages + len(words)] = words
-        table.cells[place.start : end] = cells
-        return place
+        table.states[room.start : end] = ABORTED
+        table.pages[room.pages : room.pages + len(words)] = words
+        table.cells[room.start : end] = cells
+        return room
 
     def submit(
         self,
         task: CacheTask,
-        place: Place,
+        room: Room,
         done: npt.NDArray[np.bool_],
         order: npt.NDArray[np.int64],
         homes: npt.NDArray[np.int64] | None,
@@ -167,23 +147,23 @@ class Session:
         states = np.where(done, FINISHED if mode != READ else ABORTED, INITIAL)
 
         def publish() -> None:
-            row = table.rows[place.row]
+            row = table.rows[room.row]
             row["abort"] = 0
-            row["start"], row["count"] = place.start, place.blocks
-            table.states[place.start : place.start + place.blocks] = states
-            table.active[place.row] = mode
+            row["start"], row["count"] = room.start, room.blocks
+            table.states[room.start : room.start + room.blocks] = states
+            table.active[room.row] = mode
 
-        cells = (place.start + order).astype(np.uint32)
+        cells = (room.start + order).astype(np.uint32)
         if homes is not None:
             table.cells["home"][cells] = homes
         self.queue.push(cells, mode, publish)
         with self._guard:
             self._tasks.add(task)  # to take its room back early when the table is full
 
-    def release(self, place: Place) -> None:
+    def release(self, room: Room) -> None:
         """The task object is gone or knows its final states: the room may be used again once the
         task is ready. Called from finalisers: takes no lock."""
-        self._released.append(place)
+        self._lane_room.release(room)
 
     def close(self) -> None:
         """Give the lane back."""
@@ -198,7 +178,7 @@ class Session:
         start = self._lane * self.table.sizes.cells
         return slice(start, start + int(self.counters["cells_top"][0]))
 
-    def _room(self, count: int, pages: int, timeout: float) -> Place:
+    def _wait_for_room(self, count: int, pages: int, timeout: float) -> Room:
         sizes = self.table.sizes
         for need, capacity, what in (
             (count, sizes.cells, "blocks"),
@@ -213,10 +193,9 @@ class Session:
         deadline = time.monotonic() + timeout
         while True:
             with self._guard:
-                self._collect()
-                place = self._try_room(count, pages)
-            if place is not None:
-                return place
+                room = self._lane_room.take(count, pages)
+            if room is not None:
+                return room
             if self.table.shutdown or self.table.orphaned:
                 raise ServiceClosedError("the service is closed or its server is gone")
             self._notice_ready()
@@ -236,56 +215,6 @@ class Session:
             tasks = list(self._tasks)
         for task in tasks:
             task.ready()  # a ready task knows its states and gives its room back
-
-    def _try_room(self, count: int, pages: int) -> Place | None:
-        if not self._rows:
-            return None
-        spare = self._spare.get((count, pages))
-        if spare:
-            reused = spare.pop()
-            start, first = reused.start, reused.pages
-        else:
-            taken = self._take(count, pages)
-            if taken is None:
-                return None
-            start, first = taken
-        row = self._rows.popleft()  # the longest unused one: late readers of old tasks find out
-        sizes = self.table.sizes
-        tops = self.counters
-        tops["cells_top"] = max(int(tops["cells_top"][0]), start + count - self._lane * sizes.cells)
-        tops["rows_top"] = max(int(tops["rows_top"][0]), row + 1 - self._lane * sizes.rows)
-        return Place(row, start, count, first, pages)
-
-    def _take(self, count: int, pages: int) -> tuple[int, int] | None:
-        start = self._cells.take(count)
-        first = None if start is None else self._pages.take(pages)
-        if start is not None and first is not None:
-            return start, first
-        if start is not None:
-            self._cells.add(start, count)
-        if not self._spare:
-            return None
-        for places in self._spare.values():
-            for place in places:
-                self._cells.add(place.start, place.blocks)
-                self._pages.add(place.pages, place.page_count)
-        self._spare.clear()
-        return self._take(count, pages)
-
-    def _collect(self) -> None:
-        for _ in range(len(self._released)):
-            place = self._released.popleft()
-            # Not `active`: a worker that was late to clear it may do so in the life of the next
-            # task of the row.
-            if not is_final(self.table.snapshot(place.start, place.start + place.blocks)):
-                self._released.append(place)  # still running: nobody may get its cells
-                continue
-            if self.table.active[place.row]:
-                # Its worker has stored the last state and not told of it yet. Once another task
-                # has these cells it would find them unfinished, and this one stay active for good.
-                self.table.finish(place.row, 0)
-            self._spare.setdefault((place.blocks, place.page_count), []).append(place)
-            self._rows.append(place.row)
 
 
 def _identity() -> tuple[int, float]:

@@ -31,7 +31,8 @@ from light_mem.waiting import (
 
 if TYPE_CHECKING:
     from light_mem.engine.queue import TaskQueue
-    from light_mem.session import Place, Session
+    from light_mem.lane_room import Room
+    from light_mem.session import Session
 
 log = logging.getLogger("light_mem")
 
@@ -82,7 +83,7 @@ class CacheTask:
         layout: Layout,
         already: list[int],
         table: TaskTable | None = None,
-        place: Place | None = None,
+        room: Room | None = None,
         session: Session | None = None,
         final: bytes | None = None,
     ) -> None:
@@ -93,12 +94,12 @@ class CacheTask:
         self._final = final  # the states once they are all final
         self._table = table
         self._shared = False  # pickled: copies may look at the table
-        if table is not None and place is not None:
-            self._row, self._start = place.row, place.start
-            self._end = place.start + place.blocks
-            self._generation = int(table.generations[place.row])
+        if table is not None and room is not None:
+            self._row, self._start = room.row, room.start
+            self._end = room.start + room.blocks
+            self._generation = int(table.generations[room.row])
             if session is not None:
-                self._release = weakref.finalize(self, session.release, place)
+                self._release = weakref.finalize(self, session.release, room)
                 self._release.atexit = False
 
     # --- states ----------------------------------------------------------------------------------

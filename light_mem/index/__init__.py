@@ -17,6 +17,7 @@ retention.py    times to live and pins
 chains.py       the chains of a shard: put in, cut out
 shard.py        changes under the shard's lock (change.py): find, mark, publish
 allocation.py   its room: free, or that of blocks which go
+putting.py      how blocks get into it
 taking.py       how blocks leave it, and how it is put in order after a death
 recovery.py     a shard's index made anew from slot records
 """

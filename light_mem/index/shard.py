@@ -4,12 +4,8 @@ A holder marks the shard dirty, changes it, and takes the mark back. Whoever fin
 that the holder died in between and first puts the shard in order from its entries.
 Look-ups go on all the time, so every change keeps this order:
 
-publish  fields of the entry -> tag LIVE -> head of the chain: found only when whole
+publish  see `putting.py`
 remove   see `taking.py`; who is removed for want of room, `allocation.py`
-
-What a batch does to its blocks it does in loops over words, not by numpy calls: it follows upon
-copies, which push everything out of the processor's caches, and then each different call takes as
-long as a step of a loop takes for ten blocks.
 """
 
 from __future__ import annotations
@@ -30,18 +26,9 @@ from light_mem.index.file import IndexFile
 from light_mem.index.keys import MixedKeys
 from light_mem.index.leases import ShardLeases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
-from light_mem.index.lookup import (
-    CHECKSUM,
-    ENTRY_WORDS,
-    HIGH,
-    LOW,
-    NBYTES,
-    RUNS,
-    TAG,
-    USED,
-    Lookup,
-)
+from light_mem.index.lookup import Lookup
 from light_mem.index.order import EvictionOrder
+from light_mem.index.putting import Putting
 from light_mem.index.replica import Run, SpaceReplica
 from light_mem.index.retention import Retention
 from light_mem.index.taking import Taking
@@ -69,14 +56,14 @@ class ShardIndex:
         self._page = file.control[shard : shard + 1]
         self._control = Control(self._page)
         self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
-        self._heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
-        self._first_word = file.entries_word64 + shard * file.slots * ENTRY_WORDS
-        self._tags, self._keeps = self._entries["tag"], self._entries["keep"].data
-        self._chains = Chains(self._heads, self._entries)
+        heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
+        self._tags = self._entries["tag"]
+        self._chains = Chains(heads, self._entries)
         self._space = SpaceReplica(self._page, self._entries)
         self.leases = ShardLeases(self._page, leased)
         page_bytes = file.geometry.page_bytes
         self.retention = Retention(self._page, self._entries, page_bytes)
+        self._putting = Putting(file, shard, self._chains, self._control, self.retention)
         self._taking = Taking(
             file, shard, lookup, self._chains, self._space, self.retention, self.leases
         )
@@ -204,22 +191,14 @@ class ShardIndex:
 
     def mark(self, runs: list[Run], owner: int) -> None:
         """Mark allocated slots as being written by `owner`, whose intents already name them."""
-        self._mark(runs, owner)
+        self._putting.mark(runs, owner)
         self._space.unmarked = [run for run in self._space.unmarked if run not in runs]
 
     def mark_many(self, allocations: list[Allocation], owner: int) -> None:
         """`mark` for everything that was allocated in this hold."""
         for where in allocations:
-            self._mark(where.runs, owner)
+            self._putting.mark(where.runs, owner)
         self._space.unmarked = []
-
-    def _mark(self, runs: list[Run], owner: int) -> None:
-        words, first, last = self._f.words64, self._first_word, len(runs) - 1
-        for at, (start, length) in enumerate(runs):
-            word = first + start * ENTRY_WORDS
-            words[word + RUNS] = length | (runs[at + 1][0] + 1 << 32 if at < last else 0)
-            state = fmt.EXTENT if at else fmt.WRITING
-            words[word + TAG] = fmt.next_tag(words[word + TAG], state, owner)
 
     def is_marked(self, slot: int, owner: int) -> bool:
         """Whether the block at `slot` is still being written by `owner`."""
@@ -227,10 +206,7 @@ class ShardIndex:
 
     def are_marked(self, slots: list[int], owner: int) -> list[bool]:
         """`is_marked` for several."""
-        words, first = self._f.words64, self._first_word + TAG
-        wanted = fmt.make_tag(fmt.WRITING, owner, 0)
-        below = fmt.make_tag(fmt.STATE_MASK, fmt.OWNER_MASK, 0)
-        return [words[first + slot * ENTRY_WORDS] & below == wanted for slot in slots]
+        return self._putting.are_marked(slots, owner)
 
     def publish(
         self,
@@ -257,26 +233,7 @@ class ShardIndex:
         keeps: list[int] | None = None,
     ) -> None:
         """`publish` for blocks of different keys, none of which is stored; by first slots."""
-        words, first = self._f.words64, self._first_word
-        keep_of, chains = self._keeps, self._chains
-        for slot, (low, high), mixed, checksum, size, keep in zip(
-            firsts,
-            keys.pairs,
-            keys.mixed,
-            checksums,
-            nbytes,
-            keeps or [0] * len(firsts),
-            strict=True,
-        ):
-            word = first + slot * ENTRY_WORDS
-            words[word + LOW], words[word + HIGH] = low, high
-            words[word + CHECKSUM], words[word + NBYTES], words[word + USED] = checksum, size, now
-            keep_of[slot] = keep
-            if keep:
-                self.retention.arrives(slot)
-            chains.put_in(slot, mixed, fmt.live_tag(words[word + TAG]))
-        self._control.blocks += len(firsts)
-        self._control.inserts += len(firsts)
+        self._putting.publish(firsts, keys, checksums, nbytes, now, keeps)
 
     # --- taking blocks out -----------------------------------------------------------------------
 
