@@ -43,7 +43,8 @@ def read_header(path: Path) -> np.void | None:
     Raises StoreFormatError when it is whole but of another version.
     """
     try:
-        with path.open("rb") as file:
+        # Unbuffered: Python 3.14 would read 128 KiB, of each file of the store.
+        with path.open("rb", buffering=0) as file:
             raw = file.read(fmt.SHARD_HEADER.itemsize)
     except FileNotFoundError:
         return None
