@@ -113,8 +113,8 @@ def test_a_block_that_a_worker_finishes_while_the_adapter_closes_does_not_stay(
     holder.start()
     assert locked.wait(20)
     number, obj = first.store(7)
-    wait_until(lambda: first.transfers._under_way[number].tasks, what="a task")
-    (task,) = first.transfers._under_way[number].tasks
+    wait_until(first.transfers._under_way.tasks, what="a task")
+    (task,) = first.transfers._under_way.tasks()
     wait_until(lambda: task.state() == [State.Working], what="a worker")
     obj.held = False  # cleared by force; the memory is another object's
     first.kv.fill_(9)

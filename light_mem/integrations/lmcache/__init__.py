@@ -2,7 +2,7 @@
 
 adapter.py      LightMemL2Adapter: the class that LMCache makes, and all that touches its types
 transfers.py    Transfers: stores and loads on their way, without blocking anyone
-jobs.py         what passes between LMCache's threads and ours
+jobs.py         what passes between LMCache's threads and ours; under_way.py: what is under way
 discards.py     blocks that are not to stay
 keys.py         KeySpace: hashes of LMCache's keys
 ledger.py       which keys LMCache believes to be stored, and how long they are

@@ -35,7 +35,7 @@ class Job:
     chosen: list[int] = field(default_factory=list)
     done: list[bool] = field(default_factory=list)
     submitted: float = field(default_factory=time.monotonic)
-    # Set under the lock of Transfers: task n has TASK_BLOCKS of the chosen from n times that on.
+    # Set under the lock of UnderWay: task n has TASK_BLOCKS of the chosen from n times that on.
     tasks: list[CacheTask] = field(default_factory=list)
     left: int = 1  # tasks that are not over, and the thread while it hands them on
     given_up: bool = False

@@ -26,6 +26,7 @@ from typing import Any
 from light_mem.errors import LightMemError, ServiceClosedError
 from light_mem.integrations.lmcache.discards import Discards, Doubts
 from light_mem.integrations.lmcache.jobs import Inbox, Job
+from light_mem.integrations.lmcache.under_way import UnderWay
 from light_mem.local_service import LocalCacheService
 from light_mem.logs import Limited
 from light_mem.task import CacheTask, State
@@ -64,16 +65,11 @@ class Transfers:
         self._finished = finished
         self._is_held = is_held
         self._max_queued = max_queued
-        self._timeouts = {True: load_timeout, False: store_timeout}  # by Job.load
+        self._under_way = UnderWay(max_queued, {True: load_timeout, False: store_timeout})
         self._inbox = Inbox()
         self._numbers = itertools.count()
-        self._guard = threading.Lock()  # the fields below, and those of jobs
-        self._idle = threading.Condition(self._guard)
-        self._under_way: dict[int, Job] = {}
-        self._storing = 0  # bytes of stores that are under way
         self._doubts = Doubts()
         self._discards = Discards(lambda hashes: self.service().delete(hashes), self._doubts)
-        self._closing = False
         self._stopping = False
         self.counters: Counter[str] = Counter()
         # As text, all of it: an exception in a log record would keep its frames, and the memory.
@@ -111,19 +107,8 @@ class Transfers:
         """Queue a store; returns the number of its job. What has no room is dropped from the end,
         for LMCache finds prefixes, and counted."""
         job = Job(self.number(), False, keys, objects, hashes, regions)
-        dropped = 0
-        with self._guard:
-            room = self._max_queued - self._storing
-            for at, region in enumerate(regions):
-                if region is None:
-                    continue
-                if dropped or job.nbytes + region[1] > room:
-                    dropped += 1
-                    continue
-                job.chosen.append(at)
-                job.nbytes += region[1]
-            self._storing += job.nbytes
-            self._doubts.add(job.hashes[at] for at in job.chosen)
+        dropped = self._under_way.choose(job)
+        self._doubts.add(job.hashes[at] for at in job.chosen)
         if dropped:
             self._count_dropped(dropped)
             self._limited.warning(
@@ -152,7 +137,7 @@ class Transfers:
 
     def queued_bytes(self) -> int:
         """Bytes of stores that are under way."""
-        return self._storing
+        return self._under_way.storing
 
     def is_alive(self) -> bool:
         """Whether jobs are still taken, and done."""
@@ -160,30 +145,26 @@ class Transfers:
             self.service().touch([])  # raises when the service has no workers any more
         except LightMemError:
             return False
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and not self._under_way.closing
 
     def close(self, timeout: float) -> None:
         """Finish stores for at most `timeout` seconds, give up the rest, and close the service:
         no worker touches the pool any more. Calling it again does nothing."""
-        with self._idle:
-            if self._stopping:
-                return
-            self._closing = True
-            if not self._idle.wait_for(lambda: not self._under_way, timeout):
-                log.warning("LMCache's adapter closes with jobs under way: they are given up")
-            self._stopping = True
+        if not self._under_way.close():
+            return
+        if not self._under_way.wait_idle(timeout):
+            log.warning("LMCache's adapter closes with jobs under way: they are given up")
+        self._stopping = True
         self._inbox.wake()
         self._thread.join(_CLOSE_SECONDS)
         for job in self._inbox.drain():
             self._try(self._over, job)
         self._abort_all()
-        if not self._is_idle(_ABORT_SECONDS):
+        if not self._under_way.wait_idle(_ABORT_SECONDS):
             # A worker may still finish a block whose object is gone, and then nobody would look.
             self._try(self.service().end_workers)
-            self._is_idle(_ABORT_SECONDS)
-            with self._guard:
-                stores = [job for job in self._under_way.values() if not job.load]
-            for job in stores:
+            self._under_way.wait_idle(_ABORT_SECONDS)
+            for job in self._under_way.stores():
                 self._discards.add([job.hashes[at] for at in job.chosen])
         self._discards.close(_CLOSE_SECONDS)
         self.service().close()
@@ -192,9 +173,7 @@ class Transfers:
     def _abort_all(self) -> None:
         """Abort what is under way, without waiting for workers; for a bounded time."""
         end = time.monotonic() + _CLOSE_SECONDS
-        with self._guard:
-            tasks = [task for job in self._under_way.values() for task in job.tasks]
-        for task in tasks:
+        for task in self._under_way.tasks():
             if time.monotonic() > end:  # a stopped process has the queue
                 return
             try:
@@ -202,17 +181,8 @@ class Transfers:
             except LightMemError:
                 pass  # a worker holds a block: it is waited for together with the others
 
-    def _is_idle(self, timeout: float) -> bool:
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._under_way, timeout)
-
     def _submit(self, job: Job) -> None:
-        with self._guard:
-            self._under_way[job.number] = job
-            refused = self._closing or not job.chosen
-            if not refused:
-                self._inbox.put(job)
-        if refused:
+        if not self._under_way.begin(job, self._inbox.put):
             self._over(job)
 
     def _count_dropped(self, blocks: int) -> None:
@@ -226,13 +196,9 @@ class Transfers:
 
     def _over(self, job: Job, _: CacheTask | None = None) -> None:
         """One of the tasks of a job is over, or the thread is through with it."""
-        with self._guard:
-            job.left -= 1
-            if job.left:
-                return
-            if not job.load:
-                self._storing -= job.nbytes
-        late = not job.load and time.monotonic() - job.submitted > self._timeouts[False]
+        if not self._under_way.part_over(job):
+            return
+        late = not job.load and self._under_way.is_late(job)
         job.done = [False] * len(job.keys)
         spoiled = []
         for at in _finished_of(job):
@@ -246,10 +212,7 @@ class Transfers:
                 "%d objects lost their memory while they were stored; they are discarded",
                 len(spoiled),
             )
-            with self._guard:
-                for other in self._under_way.values():
-                    if other.load:  # may have copied it by now
-                        other.spoiled.update(spoiled)
+            self._under_way.spoil(spoiled)
             self._discards.add(spoiled)
         if not job.load:
             self._doubts.remove(job.hashes[at] for at in job.chosen)
@@ -257,9 +220,7 @@ class Transfers:
         try:
             self._finished(job)
         finally:
-            with self._idle:
-                self._under_way.pop(job.number, None)
-                self._idle.notify_all()
+            self._under_way.end(job)
 
     def _is_sure(self, load: Job, value: int) -> bool:
         # Doubts first: a spoiled hash leaves them only after it is in `spoiled` of the load.
@@ -280,7 +241,7 @@ class Transfers:
 
     def _run(self) -> None:
         while True:
-            job = self._inbox.get(self._patience())
+            job = self._inbox.get(self._under_way.patience())
             if job is not None:
                 self._try(self._place, job)
                 self._try(self._over, job)
@@ -303,7 +264,7 @@ class Transfers:
         for start in range(0, len(job.chosen), TASK_BLOCKS):
             if self._stopping:
                 return
-            if time.monotonic() - job.submitted > self._timeouts[job.load]:
+            if self._under_way.is_late(job):
                 self._limited.warning("a %s has waited too long", "load" if job.load else "store")
                 return
             part = job.chosen[start : start + TASK_BLOCKS]
@@ -318,34 +279,13 @@ class Transfers:
                 if not job.load:
                     self._count_dropped(len(job.chosen) - start)
                 return
-            with self._guard:
-                job.left += 1
-                job.tasks.append(task)
+            self._under_way.add(job, task)
             task.add_done_callback(partial(self._over, job))
-
-    def _patience(self) -> float | None:
-        """Seconds until a job has waited too long; None: no job is under way."""
-        with self._guard:
-            ends = [
-                job.submitted + self._timeouts[job.load]
-                for job in self._under_way.values()
-                if not job.given_up
-            ]
-        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _give_up(self) -> None:
         """Abort jobs that take too long: blocks that nobody has begun are not begun. The job is
         over when no worker holds any of its blocks."""
-        now = time.monotonic()
-        with self._guard:
-            late = [
-                job
-                for job in self._under_way.values()
-                if not job.given_up and now - job.submitted > self._timeouts[job.load]
-            ]
-            for job in late:
-                job.given_up = True
-        for job in late:
+        for job in self._under_way.give_up():
             self._limited.warning("a %s takes too long", "load" if job.load else "store")
             for task in list(job.tasks):
                 self._try(self.service().abort, task)
