@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from light_mem.engine.table_layout import READ, WRITE
 from light_mem.errors import InvalidArgumentError, PageIndexError
-from light_mem.index.keys import HashValue, is_hash
+from light_mem.index.keys import HashValue, is_bool, is_hash
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,7 @@ def _from_environment(variable: str, default: int, least: int, unit: str) -> int
 def whole_number(name: str, value: object, least: int, most: int) -> int:
     """`value` as an int; raises InvalidArgumentError unless it is a whole number of that range."""
     try:
-        # numpy 1 has an index for its bools.
-        is_bool = isinstance(value, (bool, np.bool_))
-        number = least - 1 if is_bool else operator.index(value)  # type: ignore[arg-type]
+        number = least - 1 if is_bool(value) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = least - 1
     if not least <= number <= most:

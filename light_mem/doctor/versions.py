@@ -53,11 +53,10 @@ def package(name: str) -> Check:
     if numbers < least:
         wanted = ".".join(map(str, least))
         return Check(name, FAIL, version, f"pip install '{name}>={wanted}'")
-    if name in BETTER:
-        better, what = BETTER[name]
-        if numbers < better:
-            text = ".".join(map(str, better))
-            return Check(name, WARN, version, f"{text} {what}: pip install -U {name}")
+    better, what = BETTER.get(name, (least, ""))
+    if numbers < better:
+        wanted = ".".join(map(str, better))
+        return Check(name, WARN, version, f"{wanted} {what}: pip install -U {name}")
     return filelock(version, keeps_its_file()) if name == "filelock" else Check(name, OK, version)
 
 

@@ -58,7 +58,7 @@ def _one(value: object) -> bytes:
         return _digest(value) if raw is None else raw
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _digest(bytes(value))
-    if isinstance(value, (bool, np.bool_)):  # numpy 1 has an index for its own
+    if is_bool(value):
         raise InvalidArgumentError(f"a hash is a str, bytes or int, not a bool: {value!r}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -72,6 +72,11 @@ def _one(value: object) -> bytes:
             f"an int hash lies in 0 <= hash < 2**128: {reprlib.repr(number)}", value=number
         )
     return number.to_bytes(16, "big")
+
+
+def is_bool(value: object) -> bool:
+    """Whether `value` is a bool, which is no number: numpy 1 has an index for its own."""
+    return isinstance(value, (bool, np.bool_))
 
 
 def is_hash(value: object) -> bool:

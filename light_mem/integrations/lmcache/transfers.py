@@ -64,7 +64,6 @@ class Transfers:
         self._open: LocalCacheService | None = service
         self._finished = finished
         self._is_held = is_held
-        self._max_queued = max_queued
         self._under_way = UnderWay(max_queued, {True: load_timeout, False: store_timeout})
         self._inbox = Inbox()
         self._numbers = itertools.count()
@@ -115,7 +114,7 @@ class Transfers:
                 "%d objects of a store of %d are dropped: at most %d bytes may be under way",
                 dropped,
                 len(keys),
-                self._max_queued,
+                self._under_way.max_storing,
             )
         self._submit(job)
         return job.number

@@ -17,7 +17,7 @@ class UnderWay:
     def __init__(self, max_storing: int, timeouts: dict[bool, float]) -> None:
         """`max_storing`: bytes of stores at a time; `timeouts`: seconds that a job may take, by
         whether it is a load."""
-        self._max_storing = max_storing
+        self.max_storing = max_storing
         self._timeouts = timeouts
         self._guard = threading.Lock()  # the fields below, and those of jobs
         self._idle = threading.Condition(self._guard)
@@ -30,7 +30,7 @@ class UnderWay:
         behind that."""
         dropped = 0
         with self._guard:
-            room = self._max_storing - self.storing
+            room = self.max_storing - self.storing
             for at, region in enumerate(store.regions):
                 if region is None:
                     continue
