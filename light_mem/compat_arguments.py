@@ -15,6 +15,7 @@ import numpy.typing as npt
 from light_mem import blocks
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import description
+from light_mem.index.keys import is_bool
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,10 @@ def integers(name: str, values: Any, limit: int) -> list[int]:
         values = values.tolist()  # numpy, torch
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InvalidArgumentError(f"{name}: a list of ints, not {type(values).__name__}")
+    values = list(values)
+    flag = None if set(map(type, values)) == {int} else next(filter(is_bool, values), None)
+    if flag is not None:
+        raise InvalidArgumentError(f"{name}: a list of ints, but {flag!r} is a bool", value=flag)
     try:
         row = list(map(operator.index, values))  # no float: 1.2 and 1.7 would be one token
     except TypeError as error:

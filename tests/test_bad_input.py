@@ -68,6 +68,7 @@ CREATE: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "hash is a bool": ("w", [True], [0], ValueError, "bool"),
     "bool among ints": ("w", [1, False], [0, 1], ValueError, "bool"),
     "numpy bool": ("w", [np.True_], [0], ValueError, "bool"),
+    "torch bool": ("w", [torch.tensor(True)], [0], ValueError, "bool"),
     "hash is a tuple": ("w", [("a", 1)], [0], ValueError, "tuple"),
     "negative hash": ("w", [-1], [0], ValueError, "-1"),
     "hash of 129 bits": ("w", [2**128], [0], ValueError, str(2**128)),

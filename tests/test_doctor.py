@@ -91,8 +91,6 @@ def test_whether_a_filelock_deletes_its_file_is_tried(monkeypatch: pytest.Monkey
         ("numpy", "missing", FAIL),
         ("numpy", "1.9.9", FAIL),
         ("xxhash", "2.0.2", FAIL),
-        ("xxhash", "3.8.2", WARN),
-        ("xxhash", "4.0.2", WARN),
         ("xxhash", "4.1.0", OK),
         ("xxhash", "5.0", OK),
     ],
@@ -102,6 +100,19 @@ def test_a_package_that_is_missing_old_or_slow(
 ) -> None:
     monkeypatch.setattr(packages, "version_of", lambda _: version)
     assert status(packages.package(name)) == expected
+
+
+@pytest.mark.parametrize("flags", ["sse2 avx512f avx512bw", "sse2 avx2", None])
+def test_an_old_xxhash_is_slow_where_there_is_avx_512(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str | None
+) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(packages, "CPUINFO", tmp_path / "cpuinfo")
+    for version in ("3.8.2", "4.0.2"):
+        monkeypatch.setattr(packages, "version_of", lambda _, version=version: version)
+        slow = flags is not None and "avx512f" in flags
+        assert status(packages.package("xxhash")) == (WARN if slow else OK)
 
 
 def test_the_versions_asked_for_are_those_of_the_package() -> None:

@@ -172,6 +172,22 @@ IDENTITY = "000102030405060708090a0b0c0d0e0f"
 DATA_HEADER = "4c4d444154410000 02000000 96419599" + IDENTITY + "0010000000000000 02000000 04000000"
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count them")
+def test_of_a_file_its_header_is_read_and_no_more(tmp_path: Path) -> None:
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])  # rchar
+
+    geometry = geometry_of(4)
+    data = shard_header.header_bytes(fmt.DATA_MAGIC, geometry, 0)
+    path = tmp_path / "shard-000.data"
+    path.write_bytes(data + bytes(1 << 20))
+    before = count()
+    own = count() - before  # of looking
+    before = count()
+    assert shard_header.read_header(path) is not None
+    assert count() - before - own <= len(data)
+
+
 def test_a_shard_header_has_these_bytes() -> None:
     geometry = Geometry(STORE_ID, 4096, 4, 10, 163840)
     data = shard_header.header_bytes(fmt.DATA_MAGIC, geometry, 2)

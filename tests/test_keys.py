@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 import pytest
+import torch
 
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import keys as keymath
@@ -105,6 +106,16 @@ def test_many_keys_are_the_keys_of_each(values: list[HashValue]) -> None:
     assert [tuple(k) for k in keys.tolist()] == [as_key(v) for v in values]
     assert np.array_equal(as_keys(tuple(values)), keys)
     assert np.array_equal(as_keys(iter(values)), keys)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True)], ids=repr)
+def test_a_bool_of_any_library_is_one(value: object) -> None:
+    assert keymath.is_bool(value)
+
+
+@pytest.mark.parametrize("value", [1, np.int64(1), torch.tensor(1), "True", 1.0, None], ids=repr)
+def test_what_is_no_bool_is_none(value: object) -> None:
+    assert not keymath.is_bool(value)
 
 
 def test_no_hashes_are_no_keys() -> None:

@@ -19,6 +19,7 @@ from light_mem import (
 )
 from light_mem.integrations.lmcache.jobs import Job
 from light_mem.integrations.lmcache.transfers import TASK_BLOCKS, Transfers
+from light_mem.integrations.lmcache.under_way import UnderWay
 from tests.conftest import wait_until
 
 PAGE = 4096
@@ -252,6 +253,40 @@ def test_closing_gives_up_what_takes_too_long(service: Gate, finished: Finished)
     number = transfers.store(*part(2))  # no worker, ever
     transfers.close(0.05)
     assert finished.wait(number)[0].done == [False, False]
+
+
+def test_what_breaks_a_close_off_is_made_up_for_by_the_next(
+    service: Gate, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfers = transfers_of(service, finished)
+    number = transfers.store(*part(2))  # no worker, ever
+
+    def interrupt(self: UnderWay, timeout: float) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnderWay, "wait_idle", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            transfers.close(20)
+    assert transfers.service() is service
+    transfers.close(0.0)
+    assert finished.wait(number)[0].done == [False, False]
+    with pytest.raises(ServiceClosedError):
+        transfers.service()
+
+
+def test_whoever_closes_returns_when_it_is_closed(service: Gate, finished: Finished) -> None:
+    transfers = transfers_of(service, finished)
+    number = transfers.store(*part(2))  # no worker yet
+    first = threading.Thread(target=transfers.close, args=(20,))
+    first.start()
+    wait_until(lambda: not transfers.is_alive())  # it has begun
+    threading.Timer(0.2, service.run).start()
+    transfers.close(20)
+    assert finished.jobs[number].done == [True, True]
+    with pytest.raises(ServiceClosedError):
+        transfers.service()
+    first.join(20)
 
 
 def test_closing_ends_each_job_that_was_queued_once(service: Gate, finished: Finished) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import light_mem
-from light_mem import InvalidArgumentError, LocalCacheService, PageIndexError, State
+from light_mem import InvalidArgumentError, LocalCacheService, PageIndexError, State, maintenance
 from tests.engine_helpers import let_go
 from tests.payload import block_bytes_of
 
@@ -189,3 +189,30 @@ def test_what_is_no_region_is_refused_before_anything_is_queued(
 
 def test_no_regions_are_a_ready_task(rig: Rig) -> None:
     assert rig.service.create_regions("read", [], []).ready()
+
+
+def test_blocks_that_fill_no_page_go_through_all_tools(tmp_path: Path) -> None:
+    blocks: dict[str, list[Region]] = {
+        "short": [(3, 10)],
+        "long": [(100, 5 * PAGE + 7), (1000, 1)],
+        "whole": [(2000, 2 * PAGE)],
+    }
+    store, other, file = tmp_path / "store", tmp_path / "other", tmp_path / "file"
+    with opened(store) as rig:
+        for key, regions in blocks.items():
+            rig.fill(key, regions)
+        assert rig.move("w", blocks) == [State.Finished] * 3
+        let_go(rig)
+    assert maintenance.export_store(store, file).complete
+    report = maintenance.import_store(other, file, storage_size=512 * PAGE, shards=2)
+    assert report.complete
+    assert report.blocks == 3
+    assert report.nbytes == 10 + 5 * PAGE + 8 + 2 * PAGE
+    maintenance.resize(other, 128 * PAGE)
+    maintenance.resize(other, 512 * PAGE)
+    maintenance.rebuild(other)
+    assert maintenance.verify(other).clean
+    with opened(other) as rig:
+        assert rig.move("r", blocks) == [State.Finished] * 3
+        assert all(rig.holds(key, regions) for key, regions in blocks.items())
+        let_go(rig)

@@ -18,7 +18,7 @@ examples:
   light-mem metrics ./cache_storage --port 9123
   light-mem metrics ./cache_storage --port 9123 --address 0.0.0.0
 
-exit code: 0 shown, or served until it was ended; 2 no store, no prometheus-client, or the port is
+exit code: 0 printed; 130 served until Ctrl-C; 2 no store, no prometheus-client, or the port is
 taken
 """
 

@@ -96,11 +96,16 @@ def run_import(arguments: argparse.Namespace) -> int:
             dry_run=arguments.dry_run,
             progress=progress,
         )
-    return _tell(report, arguments, "would be stored" if arguments.dry_run else "stored", {})
+    done = "would be stored" if arguments.dry_run else "stored"
+    return _tell(report, arguments, done, {}, changed="left out: expired by now")
 
 
 def _tell(
-    report: TransferReport, arguments: argparse.Namespace, done: str, names: dict[str, str]
+    report: TransferReport,
+    arguments: argparse.Namespace,
+    done: str,
+    names: dict[str, str],
+    changed: str = "taken out while they were read",
 ) -> int:
     code = output.CLEAN if report.complete else output.FOUND
     if arguments.json:
@@ -118,7 +123,7 @@ def _tell(
         console.print(f"{report.file}: {problem}", style="red")
     for number, what in (
         (report.present, "stored already"),
-        (report.changed, "taken out while they were read"),
+        (report.changed, changed),
         (report.no_room, "left out: no free room"),
     ):
         if number:

@@ -75,8 +75,10 @@ def _one(value: object) -> bytes:
 
 
 def is_bool(value: object) -> bool:
-    """Whether `value` is a bool, which is no number: numpy 1 has an index for its own."""
-    return isinstance(value, (bool, np.bool_))
+    """Whether `value` is a bool, which is no number: numpy 1 and torch have an index for theirs."""
+    if type(value) is int:
+        return False
+    return isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")) == "torch.bool"
 
 
 def is_hash(value: object) -> bool:

@@ -133,8 +133,8 @@ class ExportFile:
 
     def _problem(self, header: np.void, data: bytes) -> str:
         size = int(header["nbytes"])
-        if not size or size % self.page_bytes:
-            return f"its {size} bytes are no whole number of pages"
+        if not size:
+            return "it has no bytes"
         if len(data) < size:
             return f"the file ends {size - len(data)} bytes before its end"
         digest = xxhash.xxh3_64(keymath.key_bytes(int(header["low"]), int(header["high"])))

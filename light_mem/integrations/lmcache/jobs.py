@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,9 @@ class Inbox:
             return None
         return self._next()
 
-    def drain(self) -> list[Job]:
-        """Take out all jobs. Any thread."""
-        return list(iter(self._next, None))
+    def drain(self) -> Iterator[Job]:
+        """Take out all jobs, one by one. Any thread."""
+        return iter(self._next, None)
 
     def _next(self) -> Job | None:
         for line in self._lines:

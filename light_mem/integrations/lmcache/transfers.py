@@ -70,6 +70,7 @@ class Transfers:
         self._doubts = Doubts()
         self._discards = Discards(lambda hashes: self.service().delete(hashes), self._doubts)
         self._stopping = False
+        self._closing = threading.RLock()  # a signal's handler may close what its thread closes
         self.counters: Counter[str] = Counter()
         # As text, all of it: an exception in a log record would keep its frames, and the memory.
         self._limited = Limited(each=1, seconds=_WARN_SECONDS)
@@ -114,7 +115,7 @@ class Transfers:
                 "%d objects of a store of %d are dropped: at most %d bytes may be under way",
                 dropped,
                 len(keys),
-                self._under_way.max_storing,
+                self._under_way.max_queued,
             )
         self._submit(job)
         return job.number
@@ -136,7 +137,7 @@ class Transfers:
 
     def queued_bytes(self) -> int:
         """Bytes of stores that are under way."""
-        return self._under_way.storing
+        return self._under_way.queued_bytes
 
     def is_alive(self) -> bool:
         """Whether jobs are still taken, and done."""
@@ -148,9 +149,15 @@ class Transfers:
 
     def close(self, timeout: float) -> None:
         """Finish stores for at most `timeout` seconds, give up the rest, and close the service:
-        no worker touches the pool any more. Calling it again does nothing."""
-        if not self._under_way.close():
-            return
+        no worker touches the pool any more when it returns. Calling it again does nothing, or ends
+        what an exception has broken off."""
+        with self._closing:
+            if self._open is not None:
+                self._close(self._open, timeout)
+
+    def _close(self, service: LocalCacheService, timeout: float) -> None:
+        """Each step may have been made before."""
+        self._under_way.close()
         if not self._under_way.wait_idle(timeout):
             log.warning("LMCache's adapter closes with jobs under way: they are given up")
         self._stopping = True
@@ -161,12 +168,12 @@ class Transfers:
         self._abort_all()
         if not self._under_way.wait_idle(_ABORT_SECONDS):
             # A worker may still finish a block whose object is gone, and then nobody would look.
-            self._try(self.service().end_workers)
+            self._try(service.end_workers)
             self._under_way.wait_idle(_ABORT_SECONDS)
             for job in self._under_way.stores():
                 self._discards.add([job.hashes[at] for at in job.chosen])
         self._discards.close(_CLOSE_SECONDS)
-        self.service().close()
+        service.close()
         self._open = None
 
     def _abort_all(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from light_mem.integrations.lmcache.jobs import Job
 from light_mem.task import CacheTask
@@ -14,15 +14,15 @@ class UnderWay:
     """Jobs from when they are queued until they are handed back. Any thread; only `wait_idle`
     waits."""
 
-    def __init__(self, max_storing: int, timeouts: dict[bool, float]) -> None:
-        """`max_storing`: bytes of stores at a time; `timeouts`: seconds that a job may take, by
+    def __init__(self, max_queued: int, timeouts: dict[bool, float]) -> None:
+        """`max_queued`: bytes of stores at a time; `timeouts`: seconds that a job may take, by
         whether it is a load."""
-        self.max_storing = max_storing
+        self.max_queued = max_queued
         self._timeouts = timeouts
         self._guard = threading.Lock()  # the fields below, and those of jobs
         self._idle = threading.Condition(self._guard)
         self._jobs: dict[int, Job] = {}
-        self.storing = 0  # bytes of stores
+        self.queued_bytes = 0  # of stores
         self.closing = False
 
     def choose(self, store: Job) -> int:
@@ -30,7 +30,7 @@ class UnderWay:
         behind that."""
         dropped = 0
         with self._guard:
-            room = self.max_storing - self.storing
+            room = self.max_queued - self.queued_bytes
             for at, region in enumerate(store.regions):
                 if region is None:
                     continue
@@ -39,11 +39,11 @@ class UnderWay:
                     continue
                 store.chosen.append(at)
                 store.nbytes += region[1]
-            self.storing += store.nbytes
+            self.queued_bytes += store.nbytes
         return dropped
 
     def begin(self, job: Job, queue: Callable[[Job], None]) -> bool:
-        """A job is under way. It is queued unless there is nothing to do, or nothing is begun any
+        """A job is under way. It is queued unless there is nothing to do, or nothing is queued any
         more; whether it was."""
         with self._guard:
             self._jobs[job.number] = job
@@ -65,10 +65,10 @@ class UnderWay:
             if job.left:
                 return False
             if not job.load:
-                self.storing -= job.nbytes
+                self.queued_bytes -= job.nbytes
         return True
 
-    def spoil(self, hashes: Iterable[int]) -> None:
+    def spoil(self, hashes: Collection[int]) -> None:
         """What is loaded under these hashes may be others' bytes: loads may have copied it by
         now."""
         with self._guard:
@@ -82,11 +82,10 @@ class UnderWay:
             self._jobs.pop(job.number, None)
             self._idle.notify_all()
 
-    def close(self) -> bool:
-        """Nothing is begun any more; False: that was so before."""
+    def close(self) -> None:
+        """Nothing is queued any more; what was goes on."""
         with self._guard:
-            was_open, self.closing = not self.closing, True
-        return was_open
+            self.closing = True
 
     def wait_idle(self, timeout: float) -> bool:
         """Wait until no job is under way; False: some are after `timeout` seconds."""
