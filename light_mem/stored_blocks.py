@@ -154,7 +154,7 @@ class StoredBlocks(Closing, ABC):
 
     def stats(self, ages: bool = True) -> dict[str, Any]:
         """Numbers of the store and of this service since it was made, by name; plain values that
-        JSON knows. The README lists them.
+        JSON knows. docs/operations.md lists them.
 
         ages    also `ages`, the stored blocks by the time since their last use: a walk over the
                 index, some 25 ms a million slots

@@ -24,10 +24,10 @@ MODES = {"read": READ, "write": WRITE}
 class ServiceNumbers(NamedTuple):
     """One service since it was made.
 
-    counters    never fall: hashes, tasks, blocks, bytes and ns, by name (README, Operators)
+    counters    never fall: hashes, tasks, blocks, bytes and ns, by name (docs/operations.md)
     gauges      now: `workers`, and by mode `*_queue` (blocks), `active_*_tasks`
     latencies   by mode: from `create` to ready, of tasks that went through the workers, or that
-                `create` read itself
+                `create` did itself
     """
 
     counters: dict[str, int]
