@@ -100,7 +100,11 @@ _UNSEEN = Family(
 _COUNTERS = (
     ("lightmem_lookups_total", "Hashes asked for.", "queried"),
     ("lightmem_hits_total", "Hashes asked for that were stored.", "hits"),
-    ("lightmem_misses_total", "Hashes asked for that were not stored, or behind one that was not in `match_prefix`.", "misses"),
+    (
+        "lightmem_misses_total",
+        "Hashes asked for that were not stored, or behind one that was not in `match_prefix`.",
+        "misses",
+    ),
     ("lightmem_tasks_total", "Tasks made.", "{mode}_tasks"),
     ("lightmem_copied_blocks_total", "Blocks copied to or from the store.", "blocks_{past}"),
     ("lightmem_copied_bytes_total", "Bytes copied to or from the store.", "bytes_{past}"),

@@ -106,8 +106,9 @@ def test_flipped_bits_in_control_pages_entries_and_heads_never_give_wrong_bytes(
 ) -> None:
     dice = random.Random(5)
     size = (original / "index").stat().st_size
-    _, heads, entries, _ = fmt.index_layout(1, PAGES)
-    spans = [(fmt.BLOCK_ALIGN, fmt.BLOCK_ALIGN + 128), (heads, heads + 256), (entries, size)]
+    _, heads, entries, uses, _ = fmt.index_layout(1, PAGES)
+    spans = [(fmt.BLOCK_ALIGN, fmt.BLOCK_ALIGN + 128), (heads, heads + 256), (entries, uses)]
+    spans.append((uses, size))
     for trial in range(150):
         directory = Path(shutil.copytree(original, tmp_path / f"{trial}"))
         raw = bytearray((directory / "index").read_bytes())

@@ -135,7 +135,7 @@ def test_readers_and_writers_of_ten_times_the_room_never_see_a_wrong_byte(tmp_pa
 
 def bound(slots: int, shards: int, page_bytes: int) -> int:
     """What docs/format.md promises of the size of all files."""
-    return slots * (page_bytes + 136) + shards * 12544 + (4 << 20) + (13 << 10)
+    return slots * (page_bytes + 144) + shards * 12544 + (4 << 20) + (17 << 10)
 
 
 @pytest.mark.parametrize(("slots", "shards", "page_bytes"), [(64, 1, 64), (4096, 7, 512)])

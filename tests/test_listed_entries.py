@@ -73,10 +73,10 @@ def test_blocks_are_read_from_where_they_were_listed(rig: Rig) -> None:
     assert rig.write(*blocks) == [COPIED_AND_STORED] * 3
     entries = entries_of(rig, *blocks)
     engine = local_of(rig)
-    used = engine._index.entries["used"].copy()
+    used = engine._index.uses.copy()
     assert read(rig, blocks, entries) == [Outcome.LOADED] * 3
     # `create` has counted the use: a reader writes to nothing that others read.
-    assert (engine._index.entries["used"] == used).all()
+    assert (engine._index.uses == used).all()
 
 
 def test_a_block_that_lies_elsewhere_by_now_is_found_there(rig: Rig) -> None:

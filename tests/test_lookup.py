@@ -62,14 +62,15 @@ def test_a_look_up_counts_as_use_only_when_it_touches(tmp_path: Path, n: int) ->
     with index.change():
         slots = [put(index, key, 1) for key in range(n)]
     lookup = Lookup(file)
-    before = file.entries["used"].copy()
+    before, entries = file.uses.copy(), file.entries.copy()
     lookup.find(keymath.as_keys(range(n)), touch=False)
-    assert np.array_equal(file.entries["used"], before)
+    assert np.array_equal(file.uses, before)
     started = time.time_ns()
     lookup.find(keymath.as_keys(range(n)))
-    assert (file.entries["used"][slots] >= started).all()
+    assert (file.uses[slots] >= started).all()
     others = np.setdiff1d(np.arange(16), slots)
-    assert np.array_equal(file.entries["used"][others], before[others])
+    assert np.array_equal(file.uses[others], before[others])
+    assert np.array_equal(file.entries, entries)  # their pages stay clean
 
 
 def test_a_block_being_written_is_not_found(tmp_path: Path) -> None:

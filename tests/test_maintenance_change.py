@@ -171,7 +171,7 @@ def use(store: Path, *blocks: Block, ago: float) -> None:
     file: IndexFile = index_of(store)
     for block in blocks:
         shard, slot = place_of(store, block)
-        file.entries["used"][shard * file.slots + slot] = time.time_ns() - int(ago * 1e9)
+        file.uses[shard * file.slots + slot] = time.time_ns() - int(ago * 1e9)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_killed_evict(tmp_path: Path) -> None:
     young = BLOCKS[:6]
     for block in young:
         shard, slot = place_of(store, block)
-        file.entries["used"][shard * file.slots + slot] = time.time_ns()
+        file.uses[shard * file.slots + slot] = time.time_ns()
     for copy in killed(store, tmp_path, lambda copy: evict(copy, 3600)):
         report = verify(copy)
         assert report.clean, report.findings

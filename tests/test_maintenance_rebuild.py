@@ -18,7 +18,6 @@ from tests.maintenance_helpers import (
     SLOTS,
     Command,
     assert_holds,
-    entries_of,
     files,
     flip,
     geometry_of,
@@ -116,8 +115,7 @@ def test_where_entries_can_be_believed_the_order_of_use_is_kept(
 
 
 def test_of_an_index_that_was_cut_short_the_rest_is_believed(store: Path, command: Command) -> None:
-    entries = fmt.index_layout(2, SLOTS)[2]
-    os.truncate(store / "index", entries + SLOTS * fmt.ENTRY.itemsize)  # the first shard's
+    os.truncate(store / "index", fmt.index_layout(2, SLOTS).uses + 8 * SLOTS)  # the first shard's
     first = sum(place_of(store, block)[0] == 0 for block in BLOCKS)
     code, report = command.json("rebuild", store)
     assert code == 0
@@ -128,9 +126,25 @@ def test_of_an_index_that_was_cut_short_the_rest_is_believed(store: Path, comman
     assert order_of_use(store)[:first] == known  # they were used after all was written
 
 
+@pytest.mark.parametrize("by", ["opening", "rebuild"])
+def test_an_index_of_version_2_gives_its_order_of_use(store: Path, by: str) -> None:
+    file = index_of(store)
+    file.entries["used"] = file.uses  # as it was there
+    file.header["version"] = 2
+    file.header["crc"] = fmt.header_crc(file.header, fmt.INDEX_HEADER_CRC)
+    os.truncate(store / "index", fmt.index_layout(2, SLOTS).uses)
+    inserts = int(file.control["inserts"].sum())
+    if by == "rebuild":
+        assert rebuild(store).kept_order == len(BLOCKS)
+    else:
+        opened(store).engine.close()
+    assert int(index_of(store).control["inserts"].sum()) == inserts
+    assert_holds(store, *BLOCKS)
+
+
 def test_an_entry_of_garbage_time_is_not_believed(store: Path) -> None:
     shard, slot = place_of(store, BLOCKS[0])
-    entries_of(store, shard)["used"][slot] = 2**63
+    index_of(store).uses[shard * SLOTS + slot] = 2**63
     assert rebuild(store).kept_order == len(BLOCKS) - 1
     assert order_of_use(store)[-1] == key_of(BLOCKS[0])  # it was written first
 

@@ -89,7 +89,7 @@ UNUSABLE: dict[str, Callable[[Path], object]] = {
     "zeros": lambda store: (store / "index").write_bytes(bytes((store / "index").stat().st_size)),
     "garbage": lambda store: (store / "index").write_bytes(os.urandom(100_000)),
     "a flipped header bit": lambda store: flip(store / "index", 33),
-    "another version": lambda store: rewrite_header(store, version=fmt.FORMAT_VERSION + 1),
+    "another version": lambda store: rewrite_header(store, version=fmt.INDEX_VERSION + 1),
     "another store": lambda store: rewrite_header(store, store_id=b"x" * 16),
     "another page size": lambda store: rewrite_header(store, page_bytes=PAGE + 1),
     "another number of slots": lambda store: rewrite_header(store, slots=PAGES - 1),

@@ -41,8 +41,8 @@ def test_a_full_shard_gives_the_slots_of_the_oldest_blocks_in_their_order(tmp_pa
     index = replica(tmp_path, file)
     first = store(index, list(range(16)), [4] * 16, now=100)
     for age, at in enumerate(np.random.default_rng(1).permutation(16).tolist()):
-        index.entries["used"][first[at].slot] = 1000 + age
-    oldest = np.argsort([int(index.entries["used"][w.slot]) for w in first])[:6]
+        index.uses[first[at].slot] = 1000 + age
+    oldest = np.argsort([int(index.uses[w.slot]) for w in first])[:6]
     where = store(index, list(range(100, 106)), [4] * 6, now=5000)
     assert [w.slot for w in where] == [first[n].slot for n in oldest.tolist()]
     assert stored_keys(file) == {*range(16), *range(100, 106)} - set(oldest.tolist())

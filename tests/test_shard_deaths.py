@@ -234,7 +234,7 @@ def test_a_damaged_block_goes_alone(tmp_path: Path, field: str, value: int, how:
     index = replica(tmp_path, file)
     slots = fill(index)
     file.entries[field][slots[7]] = value
-    file.entries["used"][slots[7]] = 1
+    file.uses[slots[7]] = 1
     with index.change():
         reserved = index.allocate(1, [])  # not marked yet: the entries do not show it
         assert reserved is not None

@@ -154,7 +154,7 @@ def test_a_block_in_too_many_pieces_evicts_until_it_fits_better(tmp_path: Path) 
 def test_the_least_recently_used_blocks_make_room(file: IndexFile, index: ShardIndex) -> None:
     with index.change():
         slots = [put(index, key, 2) for key in range(SLOTS // 2)]
-    file.entries["used"][slots[0]] = 2 * 10**18
+    file.uses[slots[0]] = 2 * 10**18
     with index.change():
         evicted: list[int] = []
         where = index.allocate(4, evicted)

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 BLOCKS = 48  # one batch of one shard
-STORE = ("index: header", "index: control", "index: chains", "index: entries", "records")
+STORE = (
+    "index: header",
+    "index: control",
+    "index: chains",
+    "index: entries",
+    "index: uses",
+    "records",
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from light_mem import State, TaskTableFullError
 from light_mem.engine.table_layout import FINISHED
 from light_mem.index import format as fmt
-from light_mem.index.ages import AGE_BOUNDS, by_age
+from light_mem.index.ages import AGE_BOUNDS, AgeBucket, by_age
 from tests.service_rig import WAIT, rig
 
 NAMES = """queried hits misses bytes_read bytes_written read_rate write_rate read_queue write_queue
@@ -152,8 +152,12 @@ def entries(*ages: float) -> np.ndarray:
     return made
 
 
+def aged(made: np.ndarray) -> list[AgeBucket]:
+    return by_age(made, made["used"], NOW)
+
+
 def test_blocks_are_counted_by_age() -> None:
-    found = by_age(entries(0, 59.9, 60, 86399, 86401, 10 * 365 * 86400, -50), NOW)
+    found = aged(entries(0, 59.9, 60, 86399, 86401, 10 * 365 * 86400, -50))
     assert [bucket.below for bucket in found] == [*AGE_BOUNDS, None]
     counted = {bucket.below: (bucket.blocks, bucket.nbytes) for bucket in found if bucket.blocks}
     assert counted == {
@@ -169,9 +173,9 @@ def test_blocks_are_counted_by_age() -> None:
 def test_what_is_no_stored_block_has_no_age(state: int) -> None:
     made = entries(1, 2)
     made["tag"][0] = fmt.make_tag(state, 1, 7)
-    assert sum(bucket.blocks for bucket in by_age(made, NOW)) == 1
+    assert sum(bucket.blocks for bucket in aged(made)) == 1
 
 
 def test_many_entries_are_all_counted() -> None:
-    assert sum(bucket.blocks for bucket in by_age(entries(*[70] * 150_000), NOW)) == 150_000
-    assert sum(bucket.blocks for bucket in by_age(entries(), NOW)) == 0
+    assert sum(bucket.blocks for bucket in aged(entries(*[70] * 150_000))) == 150_000
+    assert sum(bucket.blocks for bucket in aged(entries())) == 0

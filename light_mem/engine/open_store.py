@@ -204,7 +204,7 @@ class OpenStore:
         place in the order of use."""
         entry = self.lookup.find_one(low, high, touch=False)
         if entry >= 0:
-            self._index.entries["used"][entry] = used
+            self._index.uses[entry] = used
 
     def count(self, lookups: int, hits: int) -> None:
         """Add to the store's statistics of look-ups."""
@@ -234,4 +234,4 @@ class OpenStore:
 
     def ages(self) -> list[AgeBucket]:
         """The stored blocks by the time since their last use. Takes no lock. Any thread."""
-        return by_age(self._index.entries, time.time_ns())
+        return by_age(self._index.entries, self._index.uses, time.time_ns())

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from light_mem.index.recovery import Table
 # A clock that was set back since: what an entry says lies in the future by more is garbage, and
 # would keep its block from eviction for good.
 _CLOCK_SLACK_NS = 24 * 3600 * 10**9
+_WITHOUT_USES = 2  # the version of indexes whose entries have the time of last use themselves
 _SECTOR = 4096
 _TAG_AT = fmt.RECORD.fields["tag"][1]  # type: ignore[index]
 _COUNTERS = ("evictions", "inserts", "removals", "damaged")
@@ -65,6 +66,15 @@ def read_at(path: Path, at: int, size: int) -> bytearray:
     return raw
 
 
+def read_items(
+    path: Path, kind: np.dtype[Any], section: int, first: int, count: int
+) -> npt.NDArray[Any]:
+    """Items of a section of a file, which begins at byte `section`; see `read_at`."""
+    return np.frombuffer(
+        read_at(path, section + kind.itemsize * first, kind.itemsize * count), kind
+    )
+
+
 def read_records(directory: Path, geometry: Geometry, shard: int) -> Table:
     """A copy of a shard's records, RECORD [slots]; FREE for those that the file does not have."""
     path = shard_header.slots_path(directory, shard)
@@ -81,10 +91,11 @@ class OldIndex:
         self._shards = geometry.shards
         self._slots = geometry.slots
         header = np.frombuffer(read_at(path, 0, fmt.INDEX_HEADER.itemsize), fmt.INDEX_HEADER)
+        self._version = int(header["version"][0])
         self.sound = bool(
             bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
             and int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
-            and int(header["version"][0]) == fmt.FORMAT_VERSION
+            and self._version in (_WITHOUT_USES, fmt.INDEX_VERSION)
             and bytes(header["store_id"][0]).ljust(16, b"\0").hex() == geometry.store_id
             and int(header["shards"][0]) == geometry.shards
         )
@@ -92,10 +103,13 @@ class OldIndex:
             self._slots = int(header["slots"][0])
 
     def entries(self, shard: int) -> Table:
-        """A copy of a shard's entries, as far as there are any."""
-        at = fmt.index_layout(self._shards, self._slots)[2]
-        at += fmt.ENTRY.itemsize * self._slots * shard
-        return np.frombuffer(read_at(self._path, at, fmt.ENTRY.itemsize * self._slots), fmt.ENTRY)
+        """A copy of a shard's entries, as far as there are any; `used` is their last use."""
+        layout, slots = fmt.index_layout(self._shards, self._slots), self._slots
+        entries = read_items(self._path, fmt.ENTRY, layout.entries, slots * shard, slots)
+        if self._version != _WITHOUT_USES:
+            uses = read_items(self._path, np.dtype("<u8"), layout.uses, slots * shard, slots)
+            entries["used"] = uses
+        return entries
 
     def counter(self, shard: int, name: str) -> int:
         """One of the counters of a shard that only ever grow; 0 when it cannot be believed."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.recovery import Table, states_of
@@ -23,10 +24,11 @@ class AgeBucket(NamedTuple):
     nbytes: int
 
 
-def by_age(entries: Table, now: int) -> list[AgeBucket]:
+def by_age(entries: Table, uses: npt.NDArray[np.uint64], now: int) -> list[AgeBucket]:
     """The stored blocks among entries, ENTRY [n], by the time since their last use.
 
-    now     ns since 1970; a block used later than that counts as just used
+    uses    when each was last used, ns since 1970, [n]
+    now     the same; a block used later than that counts as just used
 
     Takes no lock: a block that moves meanwhile may count twice or not at all.
     """
@@ -36,7 +38,7 @@ def by_age(entries: Table, now: int) -> list[AgeBucket]:
     for first in range(0, len(entries), _PIECE):
         piece = entries[first : first + _PIECE]
         live = states_of(piece) == fmt.LIVE
-        ages = now - piece["used"][live].astype(np.float64)
+        ages = now - uses[first : first + _PIECE][live].astype(np.float64)
         bucket = np.searchsorted(bounds, ages, side="right")
         blocks += np.bincount(bucket, minlength=len(blocks))
         nbytes += np.bincount(bucket, piece["nbytes"][live], len(blocks))

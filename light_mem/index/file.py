@@ -40,6 +40,7 @@ class IndexFile:
 
     heads    uint32 [shards * buckets]: first slot + 1 of a bucket's chain, 0: empty
     entries  ENTRY [shards * slots]: the entry of a block is the one of its first slot
+    uses     uint64 [shards * slots]: when the block of that entry was last used, ns since 1970
     words32, words64: the whole file as machine words, for scalar access from Python
     """
 
@@ -51,33 +52,38 @@ class IndexFile:
         self.shards = g.shards
         self.slots = g.slots
         self.buckets = fmt.buckets_for(g.slots)
-        control, heads, entries, size = fmt.index_layout(g.shards, g.slots)
+        layout = fmt.index_layout(g.shards, g.slots)
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         try:
-            if os.fstat(descriptor).st_size < size:
-                raise IndexUnusable(f"{path} is shorter than its {size} bytes")
-            self.map = mmap.mmap(descriptor, size, access=access)
+            size = os.fstat(descriptor).st_size
+            if size < fmt.BLOCK_ALIGN:
+                raise IndexUnusable(f"{path} is shorter than a header")
+            self.map = mmap.mmap(descriptor, min(size, layout.size), access=access)
         finally:
             os.close(descriptor)
         self.header = np.frombuffer(self.map, fmt.INDEX_HEADER, 1)
         self._check_header()
-        self.control = np.frombuffer(self.map, fmt.CONTROL, g.shards, control)
-        self.heads = np.frombuffer(self.map, "<u4", g.shards * self.buckets, heads)
-        self.entries = np.frombuffer(self.map, fmt.ENTRY, g.shards * g.slots, entries)
+        if size < layout.size:
+            raise IndexUnusable(f"{path} is shorter than its {layout.size} bytes")
+        self.control = np.frombuffer(self.map, fmt.CONTROL, g.shards, layout.control)
+        self.heads = np.frombuffer(self.map, "<u4", g.shards * self.buckets, layout.heads)
+        self.entries = np.frombuffer(self.map, fmt.ENTRY, g.shards * g.slots, layout.entries)
+        self.uses = np.frombuffer(self.map, "<u8", g.shards * g.slots, layout.uses)
         view = memoryview(self.map)
         self.words32 = view.cast("I")
         self.words64 = view.cast("Q")
-        self.unlinks_word = (control + fmt.CONTROL.fields["unlinks"][1]) // 8  # type: ignore[index]
-        self.heads_word = heads // 4
-        self.entries_word32 = entries // 4
-        self.entries_word64 = entries // 8
+        self.unlinks_word = (layout.control + fmt.CONTROL.fields["unlinks"][1]) // 8  # type: ignore[index]
+        self.heads_word = layout.heads // 4
+        self.entries_word32 = layout.entries // 4
+        self.entries_word64 = layout.entries // 8
+        self.uses_word = layout.uses // 8
 
     def _check_header(self) -> None:
         header, g = self.header, self.geometry
         if bytes(header["magic"][0]) != _s16(fmt.INDEX_MAGIC):
             raise IndexUnusable(f"{self.path} does not begin like an index")
-        if int(header["version"][0]) != fmt.FORMAT_VERSION:
+        if int(header["version"][0]) != fmt.INDEX_VERSION:
             raise IndexUnusable(f"{self.path} has version {int(header['version'][0])}")
         if int(header["crc"][0]) != fmt.header_crc(header, fmt.INDEX_HEADER_CRC):
             raise IndexUnusable(f"{self.path} has a damaged header")
@@ -136,10 +142,10 @@ def create(directory: Path, geometry: Geometry) -> Path:
     Room is allocated, so that a store to the mapping cannot die of a full disk (SIGBUS).
     """
     temporary = directory / f"{NAME}.{os.getpid()}.tmp"
-    _, _, _, size = fmt.index_layout(geometry.shards, geometry.slots)
+    size = fmt.index_layout(geometry.shards, geometry.slots).size
     header = np.zeros(1, fmt.INDEX_HEADER)
     header["magic"] = fmt.INDEX_MAGIC
-    header["version"] = fmt.FORMAT_VERSION
+    header["version"] = fmt.INDEX_VERSION
     header["store_id"] = bytes.fromhex(geometry.store_id)
     header["page_bytes"] = geometry.page_bytes
     header["shards"] = geometry.shards

@@ -6,9 +6,12 @@ new FORMAT_VERSION; `tests/test_format.py` compares literal bytes and the docume
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 FORMAT_VERSION = 2
+INDEX_VERSION = 3  # of the index file alone: one of another version is made anew
 BLOCK_ALIGN = 4096  # sections start on a page of the kernel, so that they can be mapped and synced
 
 # --- slot state: the low byte of a tag ---------------------------------------------------------
@@ -51,7 +54,7 @@ _COMMON = [
     ("tag", "<u8"),
     ("checksum", "<u8"),  # xxh3-64 over the 16 key bytes, then the block's bytes
     ("nbytes", "<u8"),  # length of the block
-    ("used", "<u8"),  # time of last use (entry) or of the write (record), ns since 1970
+    ("used", "<u8"),  # when it was stored, ns since 1970; an entry's last use is in `uses`
     ("run", "<u4"),  # slots in this run
     ("next_run", "<u4"),  # first slot + 1 of the next run of the block, 0: none
 ]
@@ -66,7 +69,7 @@ KEEP_PINNED = 1 << 31
 KEEP_TIME_MASK = KEEP_PINNED - 1
 KEEP_EPOCH = 1577836800  # 2020-01-01T00:00:00Z in seconds since 1970
 
-# --- index file: header, one control page a shard, heads, entries --------------------------------
+# --- index file: header, one control page a shard, heads, entries, uses --------------------------
 INDEX_MAGIC = b"LMINDEX\x00"
 INDEX_HEADER = np.dtype(
     [
@@ -162,12 +165,23 @@ def buckets_for(slots: int) -> int:
     return max(64, 1 << (slots - 1).bit_length())
 
 
-def index_layout(shards: int, slots: int) -> tuple[int, int, int, int]:
-    """Byte offsets of control pages, heads and entries in the index file, and its size."""
+class IndexLayout(NamedTuple):
+    """Byte offsets of the sections of the index file, and its size."""
+
+    control: int
+    heads: int
+    entries: int
+    uses: int
+    size: int
+
+
+def index_layout(shards: int, slots: int) -> IndexLayout:
+    """Where the sections of an index of `shards` shards of `slots` slots lie."""
     control = BLOCK_ALIGN
     heads = control + shards * CONTROL.itemsize
     entries = align(heads + 4 * shards * buckets_for(slots))
-    return control, heads, entries, align(entries + ENTRY.itemsize * shards * slots)
+    uses = align(entries + ENTRY.itemsize * shards * slots)
+    return IndexLayout(control, heads, entries, uses, align(uses + 8 * shards * slots))
 
 
 def data_file_bytes(slots: int, page_bytes: int) -> int:

@@ -41,7 +41,7 @@ _CONTROL64 = CONTROL.itemsize // 8
 _FIELDS = struct.Struct("<6Q4I")
 assert _FIELDS.size == ENTRY.itemsize
 assert ENTRY.names == tuple("low high tag checksum nbytes used run next_run next keep".split())
-LOW, HIGH, TAG, USED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
+LOW, HIGH, TAG, STORED = _W64["low"], _W64["high"], _W64["tag"], _W64["used"]
 CHECKSUM, NBYTES = _W64["checksum"], _W64["nbytes"]
 RUNS = _W64["run"]  # `run` in the low half of this word, `next_run` in the high half
 RUN, NEXT_RUN, NEXT = _W32["run"], _W32["next_run"], _W32["next"]
@@ -67,7 +67,7 @@ class Lookup:
         self._f = file
         e = file.entries
         self._low, self._high, self._tag = e["low"], e["high"], e["tag"]
-        self._next, self._used, self._keep = e["next"], e["used"], e["keep"]
+        self._next, self._keep, self._uses = e["next"], e["keep"], file.uses
         self._unlinks = file.control["unlinks"]
         self._expires = file.control["expires"]
 
@@ -100,7 +100,7 @@ class Lookup:
             # What was not found is looked up at the end, -1, and stays so whatever is there.
             found[retention.expired(self._keep[found])] = -1
         if touch:
-            self._used[found[found >= 0]] = time.time_ns()
+            self._uses[found[found >= 0]] = time.time_ns()
         return found
 
     def find_each(
@@ -176,7 +176,7 @@ class Lookup:
                     if keep and not expired and retention.has_expired(keep):
                         return -1
                     if touch:
-                        w64[word + USED] = time.time_ns()
+                        w64[f.uses_word + entry] = time.time_ns()
                     return entry
                 at = w32[f.entries_word32 + entry * _ENTRY32 + NEXT]
             if w64[unlinks] == before:

@@ -1,6 +1,6 @@
 """Order of use of one shard's blocks: exact least-recently-used, without a shared list.
 
-Every look-up stores the time in the block's entry: one plain store, no lock. Who must evict
+Every look-up stores the time of the use: one plain store, no lock. Who must evict
 sorts out the oldest blocks once and then takes them one after the other, looking again at each:
 one that was used meanwhile goes back to where it belongs. A block outside the sorted part is
 never older than the sorted part's youngest, because times only grow.
@@ -29,17 +29,17 @@ _STATE = np.uint64(STATE_MASK)
 
 
 class EvictionOrder:
-    """Candidates for eviction of one shard; `tags`, `used` and `keeps` are views of its entries,
+    """Candidates for eviction of one shard; `tags`, `keeps` and `uses` are those of its slots,
     `leased` says which first slots are leased at the moment."""
 
     def __init__(
         self,
         tags: npt.NDArray[np.uint64],
-        used: npt.NDArray[np.uint64],
+        uses: npt.NDArray[np.uint64],
         keeps: npt.NDArray[np.uint32],
         leased: Callable[[], Set[int]] = frozenset,
     ) -> None:
-        self._tags, self._used, self._keeps = tags.data, used.data, keeps.data
+        self._tags, self._uses, self._keeps = tags.data, uses.data, keeps.data
         self._leased = leased
         # The sorted part, oldest first, from `_next` on; and (time of use, slot) of those that were
         # used meanwhile.
@@ -66,7 +66,7 @@ class EvictionOrder:
         return []
 
     def _pop_many(self, count: int) -> list[int]:
-        leased, tags, keeps, used = self._leased(), self._tags, self._keeps, self._used
+        leased, tags, keeps, uses = self._leased(), self._tags, self._keeps, self._uses
         slots, again = self._slots, self._again
         found: list[int] = []
         while len(found) < count and (self._next < len(slots) or again):
@@ -80,7 +80,7 @@ class EvictionOrder:
             gone = tags[slot] & STATE_MASK != LIVE
             if gone or keeps[slot] >= KEEP_PINNED or slot in leased:
                 continue
-            now = used[slot]
+            now = uses[slot]
             if now == then:
                 found.append(slot)
             elif now <= self._horizon:
@@ -90,7 +90,7 @@ class EvictionOrder:
     def put_back(self, slots: list[int]) -> None:
         """Blocks that were found oldest stay after all."""
         for slot in slots:
-            used = self._used[slot]
+            used = self._uses[slot]
             if used <= self._horizon:  # used a moment ago, it comes back with the next ones sorted
                 self._again.add((used, slot))
 
@@ -102,7 +102,7 @@ class EvictionOrder:
             live = live[~np.isin(live, list(leased))]
         if not live.size:
             return False
-        used = np.asarray(self._used)[live]
+        used = np.asarray(self._uses)[live]
         count = min(live.size, MAX_BATCH, max(MIN_BATCH, live.size // BATCH_PART))
         if count < live.size:
             part = np.argpartition(used, count - 1)[:count]

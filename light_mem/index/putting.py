@@ -14,7 +14,7 @@ from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
 from light_mem.index.keys import MixedKeys
-from light_mem.index.lookup import CHECKSUM, ENTRY_WORDS, HIGH, LOW, NBYTES, RUNS, TAG, USED
+from light_mem.index.lookup import CHECKSUM, ENTRY_WORDS, HIGH, LOW, NBYTES, RUNS, STORED, TAG
 from light_mem.index.replica import Run
 from light_mem.index.retention import Retention
 
@@ -27,6 +27,7 @@ class Putting:
     ) -> None:
         self._f = file
         self._first_word = file.entries_word64 + shard * file.slots * ENTRY_WORDS
+        self._uses_word = file.uses_word + shard * file.slots
         entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
         self._keeps = entries["keep"].data
         self._chains = chains
@@ -60,7 +61,7 @@ class Putting:
     ) -> None:
         """Make blocks visible, by their first slots. Their bytes and their records are in place,
         their keys differ, and none of these is stored."""
-        words, first = self._f.words64, self._first_word
+        words, first, uses = self._f.words64, self._first_word, self._uses_word
         keep_of, chains = self._keeps, self._chains
         for slot, (low, high), mixed, checksum, size, keep in zip(
             firsts,
@@ -73,7 +74,8 @@ class Putting:
         ):
             word = first + slot * ENTRY_WORDS
             words[word + LOW], words[word + HIGH] = low, high
-            words[word + CHECKSUM], words[word + NBYTES], words[word + USED] = checksum, size, now
+            words[word + CHECKSUM], words[word + NBYTES], words[word + STORED] = checksum, size, now
+            words[uses + slot] = now
             keep_of[slot] = keep
             if keep:
                 self._retention.arrives(slot)

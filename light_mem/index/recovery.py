@@ -112,7 +112,7 @@ def follow_runs(
 
 
 def link_chains(entries: Table, heads: npt.NDArray[np.uint32], buckets: int) -> None:
-    """Chain all stored blocks anew, the most recently used first.
+    """Chain all stored blocks anew, the last stored first.
 
     Look-ups go on meanwhile; they may miss, and nothing worse.
     """
@@ -212,17 +212,20 @@ def entries_of(records: Table, page_bytes: int) -> Table:
 
 
 def fill_shard(file: IndexFile, shard: int, entries: Table) -> int:
-    """Fill one shard of a new, empty index; returns its blocks."""
+    """Fill one shard of a new, empty index; returns its blocks. `used` of the entries is their last
+    use."""
     slots = file.slots
     into = file.entries[shard * slots : (shard + 1) * slots]
     into[: len(entries)] = entries
+    uses = file.uses[shard * slots : (shard + 1) * slots]
+    uses[: len(entries)] = entries["used"]
     heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
     link_chains(into, heads, file.buckets)
     states = states_of(into)
     control = file.control[shard : shard + 1]
     control["blocks"] = np.count_nonzero(states == fmt.LIVE)
     control["used_slots"] = int(into["run"][states != fmt.FREE].sum())
-    Retention(control, into, file.geometry.page_bytes).recount()
+    Retention(control, into, uses, file.geometry.page_bytes).recount()
     return int(control["blocks"][0])
 
 

@@ -63,13 +63,17 @@ class Retention:
     """
 
     def __init__(
-        self, control: npt.NDArray[np.void], entries: npt.NDArray[np.void], page_bytes: int
+        self,
+        control: npt.NDArray[np.void],
+        entries: npt.NDArray[np.void],
+        uses: npt.NDArray[np.uint64],
+        page_bytes: int,
     ) -> None:
         self._control = Control(control)
         self._tags = entries["tag"]
         self._keeps: Keeps = entries["keep"]
         self._nbytes = entries["nbytes"]
-        self._used = entries["used"]
+        self._uses = uses
         self._page_bytes = page_bytes
         self.limit = len(entries) // 2  # slots that may be pinned: writes always find the others
 
@@ -106,7 +110,7 @@ class Retention:
         if keep >= fmt.KEEP_PINNED:
             self._count(slot, -1)
             keep &= fmt.KEEP_TIME_MASK
-            self._used[slot] = time.time_ns()
+            self._uses[slot] = time.time_ns()
             self._expects(keep)
             self._keeps[slot] = keep
         return keep
@@ -114,7 +118,7 @@ class Retention:
     def uses(self, slot: int) -> None:
         """Count the listed block at `slot`, if there is one, as used now."""
         if int(self._tags[slot]) & fmt.STATE_MASK == fmt.LIVE:
-            self._used[slot] = time.time_ns()
+            self._uses[slot] = time.time_ns()
 
     def arrives(self, slot: int) -> None:
         """A block whose entry says all but LIVE is about to be listed."""

@@ -55,14 +55,15 @@ class ShardIndex:
         self._lookup = lookup
         self._page = file.control[shard : shard + 1]
         self._control = Control(self._page)
-        self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
+        mine = slice(shard * file.slots, (shard + 1) * file.slots)
+        self._entries, self._uses = file.entries[mine], file.uses[mine]
         heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
         self._tags = self._entries["tag"]
         self._chains = Chains(heads, self._entries)
         self._space = SpaceReplica(self._page, self._entries)
         self.leases = ShardLeases(self._page, leased)
         page_bytes = file.geometry.page_bytes
-        self.retention = Retention(self._page, self._entries, page_bytes)
+        self.retention = Retention(self._page, self._entries, self._uses, page_bytes)
         self._putting = Putting(file, shard, self._chains, self._control, self.retention)
         self._taking = Taking(
             file, shard, lookup, self._chains, self._space, self.retention, self.leases
@@ -73,9 +74,7 @@ class ShardIndex:
             page_bytes,
             self._chains,
             self._space,
-            EvictionOrder(
-                self._tags, self._entries["used"], self._entries["keep"], self.leases.slots
-            ),
+            EvictionOrder(self._tags, self._uses, self._entries["keep"], self.leases.slots),
             self._taking,
             self.retention,
         )
@@ -121,6 +120,11 @@ class ShardIndex:
     def entries(self) -> npt.NDArray[np.void]:
         """The shard's entries, ENTRY [slots]: the shared ones, not a copy."""
         return self._entries
+
+    @property
+    def uses(self) -> npt.NDArray[np.uint64]:
+        """When the block at each slot was last used, ns since 1970, [slots]: not a copy."""
+        return self._uses
 
     @property
     def control(self) -> npt.NDArray[np.void]:

@@ -87,7 +87,7 @@ def _evict(engine: LocalStorageEngine, shard: int, slots: Ints, before: int) -> 
             if int(entry["tag"]) & fmt.STATE_MASK != fmt.LIVE or slot in index.leases.slots():
                 continue
             # Whatever is stored there now: what counts is that nobody has used it for so long.
-            old = int(entry["used"]) < before and not index.retention.is_pinned(slot)
+            old = int(index.uses[slot]) < before and not index.retention.is_pinned(slot)
             if old or index.retention.has_expired(slot):
                 nbytes += int(entry["nbytes"])
                 removed += 1

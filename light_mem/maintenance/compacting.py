@@ -78,7 +78,7 @@ class _Compaction:
         self._file = file
         self._owner = owner
         heads, several = blocks_in(index.entries, engine.geometry.page_bytes)
-        used = index.entries["used"][heads].tolist()
+        used = index.uses[heads].tolist()
         run = index.entries["run"][heads].tolist()
         worth = worth_of(index.entries["keep"][heads]).tolist()
         blocks = [

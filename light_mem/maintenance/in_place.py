@@ -160,6 +160,7 @@ def _list(index: ShardIndex, plan: Table, runs: list[tuple[int, int]]) -> None:
         entries["tag"][slot] = fmt.make_tag(fmt.FREE, 0, generation)
         for name in ("low", "high", "checksum", "nbytes", "used", "run", "next_run", "keep"):
             entries[name][slot] = plan[name][slot]
+        index.uses[slot] = plan["used"][slot]
         entries["next"][slot] = 0
         state = fmt.LIVE if at == 0 else fmt.EXTENT
         entries["tag"][slot] = fmt.make_tag(state, 0, generation + 1)

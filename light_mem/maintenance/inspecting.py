@@ -56,7 +56,7 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
             ShardReport(shard, live.size, int(table["nbytes"][live].sum()), slots, *counters)
         )
     uses, writes = np.concatenate(used), np.concatenate(written)
-    index_bytes = fmt.index_layout(g.shards, g.slots)[3]
+    index_bytes = fmt.index_layout(g.shards, g.slots).size
     totals = {n: sum(getattr(s, n) for s in shards) if store.usable else None for n in COUNTERS}
     lookups, hits = store.looked_up if store.usable else (None, None)
     known = uses.size > 0 and store.usable

@@ -98,39 +98,39 @@ class Store:
     def snapshot(self, shard: int) -> Snapshot:
         """One shard, read without a lock; zeros for what cannot be read."""
         g = self.geometry
-        control, heads, _, _ = fmt.index_layout(g.shards, g.slots)
+        layout = fmt.index_layout(g.shards, g.slots)
         buckets = fmt.buckets_for(g.slots)
         return Snapshot(
             shard,
             self.entries(shard),
-            self._read(np.dtype("<u4"), heads, buckets * shard, buckets),
-            self._read(fmt.CONTROL, control, shard, 1),
+            self._read(np.dtype("<u4"), layout.heads, buckets * shard, buckets),
+            self._read(fmt.CONTROL, layout.control, shard, 1),
             reindex.read_records(self.directory, g, shard),
         )
 
-    def _read(self, kind: np.dtype[Any], section: int, first: int, count: int) -> Table:
+    def _read(self, kind: np.dtype[Any], section: int, first: int, count: int) -> npt.NDArray[Any]:
         """Items of a section of the index file, which begins at byte `section`."""
-        raw = reindex.read_at(
-            self.index_path, section + kind.itemsize * first, kind.itemsize * count
-        )
-        return np.frombuffer(raw, kind)
+        return reindex.read_items(self.index_path, kind, section, first, count)
 
     def control(self) -> Table:
         """The control pages of all shards now, CONTROL [shards]; zeros for what cannot be read."""
         g = self.geometry
-        return self._read(fmt.CONTROL, fmt.index_layout(g.shards, g.slots)[0], 0, g.shards)
+        return self._read(fmt.CONTROL, fmt.index_layout(g.shards, g.slots).control, 0, g.shards)
 
     def entries(self, shard: int) -> Table:
-        """The entries of a shard now, ENTRY [slots]; zeros for what cannot be read."""
-        g = self.geometry
-        entries = fmt.index_layout(g.shards, g.slots)[2]
-        return self._read(fmt.ENTRY, entries, g.slots * shard, g.slots)
+        """The entries of a shard now, ENTRY [slots], with their last use as `used`; zeros for what
+        cannot be read."""
+        return self._entries(self.geometry.slots * shard, self.geometry.slots)
 
     def entry(self, shard: int, slot: int) -> Table:
         """One entry now, ENTRY [1]."""
-        g = self.geometry
-        entries = fmt.index_layout(g.shards, g.slots)[2]
-        return self._read(fmt.ENTRY, entries, g.slots * shard + slot, 1)
+        return self._entries(self.geometry.slots * shard + slot, 1)
+
+    def _entries(self, first: int, count: int) -> Table:
+        layout = fmt.index_layout(self.geometry.shards, self.geometry.slots)
+        entries = self._read(fmt.ENTRY, layout.entries, first, count)
+        entries["used"] = self._read(np.dtype("<u8"), layout.uses, first, count)
+        return entries
 
     def still_lists(self, shard: int, slot: int, entry: np.void) -> bool:
         """Whether the block of this entry is where it was: ask after reading its bytes. Without an

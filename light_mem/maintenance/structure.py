@@ -141,7 +141,7 @@ class StructureCheck:
     def _counts(self) -> Iterator[Finding]:
         control = self._s.control.copy()
         said = {name: int(control[name][0]) for name in ("blocks", "used_slots", *_RETENTION)}
-        Retention(control, self._entries, self._g.page_bytes).recount()
+        Retention(control, self._entries, self._entries["used"], self._g.page_bytes).recount()
         found = {name: int(control[name][0]) for name in _RETENTION}
         found["blocks"] = int(self._live.sum())
         found["used_slots"] = int(self._entries["run"][self._states != fmt.FREE].sum())

@@ -87,7 +87,8 @@ def _store(store: Store, ages: bool) -> StoreLook:
         lookups, hits = store.looked_up
         if ages:
             now = time.time_ns()
-            parts = [by_age(store.entries(shard), now) for shard in range(g.shards)]
+            tables = map(store.entries, range(g.shards))
+            parts = [by_age(table, table["used"], now) for table in tables]
             buckets = tuple(added(parts))
     return StoreLook(
         directory=str(store.directory.absolute()),

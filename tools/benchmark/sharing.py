@@ -85,6 +85,7 @@ class Watched(light_mem.LocalCacheService):
             "index: control": index.control,
             "index: chains": index.heads,
             "index: entries": index.entries,
+            "index: uses": index.uses,
         }
         records = [
             self._worker_engine.file(shard).records
