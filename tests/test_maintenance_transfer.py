@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from light_mem import StoreBusyError, maintenance
 from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance import import_store
@@ -73,6 +74,34 @@ def test_pages_of_another_size_are_refused(
         assert command("import", tmp_path / "target", exported, *more) == 2
         assert "1024" in command.err
     assert files(tmp_path / "target") == before
+
+
+def test_a_block_of_another_length_is_replaced(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
+    others = [Block(b.key, b.pages % 4 + 1) for b in BLOCKS[:5]]
+    target = make_store(tmp_path / "target", others)
+    code, report = command.json("import", target, exported, "--dry-run")
+    assert (code, report["present"], report["blocks"]) == (0, 0, len(BLOCKS))
+    code, report = command.json("import", target, exported)
+    assert (code, report["present"], report["blocks"]) == (0, 0, len(BLOCKS))
+    assert_holds(target, *BLOCKS)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_export_of_an_index_that_was_replaced_meanwhile_fails(
+    store: Path, tmp_path: Path, dry_run: bool
+) -> None:
+    once: list[None] = [None]
+
+    def replace(done: int, total: int) -> None:
+        if once and done < total // 2:
+            once.clear()
+            maintenance.rebuild(store)
+
+    with pytest.raises(StoreBusyError, match="replaced meanwhile"):
+        maintenance.export_store(store, tmp_path / "x", dry_run=dry_run, progress=replace)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == []
 
 
 def test_chosen_hashes_go_over_and_missing_ones_are_named(

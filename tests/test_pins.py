@@ -11,6 +11,7 @@ import pytest
 
 import light_mem
 from light_mem import LightMemError, PinLimitError, maintenance
+from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.index import keys as keymath
 from light_mem.index import retention
@@ -95,15 +96,96 @@ def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:
         store.write(Block(5, 6))
         assert store.stored(A, B, C, D, Block(5)) == [2, 5]
         store.close()
-    maintenance.resize(tmp_path / "store", 2 * 64)
-    store = Store(tmp_path / "store", 2, block_pages=2)
+    maintenance.resize(tmp_path / "store", 4 * 64)
+    store = Store(tmp_path / "store", 4, block_pages=2)
     assert store.stored(B, Block(5)) == [2]
     assert store.rig.read(B) == [Outcome.LOADED]
-    assert pinned(store) == (1, 2)  # more than half now, and so it stays
-    with pytest.raises(PinLimitError):
-        store.engine.pin(keys_of(B))
+    assert pinned(store) == (1, 2)
     store.close()
     assert maintenance.verify(tmp_path / "store").clean
+
+
+def test_a_store_does_not_shrink_until_more_than_half_of_it_is_pinned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path / "store", 8)
+    store.write(A, B, C, D)
+    store.engine.pin(keys_of(B, C))
+    store.close()
+    for dry_run in (True, False):
+        with pytest.raises(PinLimitError, match="4 slots of shard 0 are pinned; of 6 slots"):
+            maintenance.resize(tmp_path / "store", 6 * 64, dry_run=dry_run)
+    store = Store(tmp_path / "store", 6, block_pages=2)
+    assert "keeps its storage_size: 4 slots of shard 0 are pinned" in caplog.text
+    assert store.engine.geometry.slots == 8
+    assert store.stored(A, B, C, D) == [1, 2, 3, 4]
+    assert store.engine.unpin(keys_of(C)) == 1
+    store.close()
+    assert maintenance.resize(tmp_path / "store", 6 * 64).removed == 1
+    store = Store(tmp_path / "store", 6, block_pages=2)
+    assert (store.engine.geometry.slots, pinned(store)) == (6, (1, 2))
+    store.close()
+
+
+@pytest.mark.parametrize("kept", ["pinned", "leased", "both"])
+def test_what_can_never_have_room_evicts_nothing_and_makes_nobody_wait(
+    store: Store, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 3600.0)
+    if kept != "leased":
+        store.engine.pin(keys_of(A))
+    leased = None
+    if kept != "pinned":
+        leased = store.engine.lease(*keymath.as_key(A.key))
+        assert leased is not None
+    large, small = Block(50, 7), Block(51, 1)
+    assert store.write(large, small) == ["NO_ROOM", "STORED"]
+    assert store.stored(A, B, C, D, small) == [1, 3, 4, 51]  # one made room for the small one
+    assert store.write(Block(52, 6)) == ["STORED"]
+    assert store.stored(A, B, C, D, small, Block(52)) == [1, 52]
+    assert_consistent(store.engine._index)
+    if leased is not None:
+        store.engine.end_lease(leased)
+
+
+def test_what_was_taken_out_while_it_was_leased_has_no_room_to_give(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 3600.0)
+    store.engine.pin(keys_of(A))
+    leased = store.engine.lease(*keymath.as_key(A.key))
+    assert leased is not None
+    assert store.rig.delete(A) == 1
+    assert store.write(Block(50, 7)) == ["NO_ROOM"]
+    store.engine.end_lease(leased)
+    assert store.write(Block(50, 8)) == ["STORED"]
+
+
+def test_a_pin_outlives_the_length_of_its_block(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.engine.pin(keys_of(A))
+    before = int(store.engine._index.control["removals"][0])
+    assert store.write(Block(A.key, 3)) == ["STORED"]
+    assert int(store.engine._index.control["removals"][0]) == before + 1
+    assert pinned(store) == (1, 3)
+    assert store.write(Block(A.key, 5)) == ["STORED"]
+    assert pinned(store) == (0, 0)
+    assert "is not pinned: more than half" in caplog.text
+    control = store.engine._index.control
+    left = sum(int(control[name][0]) for name in ("evictions", "removals", "blocks"))
+    assert int(control["inserts"][0]) == left
+    store.engine.close()
+    assert maintenance.verify(store.engine.directory).clean  # records and entries agree
+
+
+def test_of_a_key_with_two_lengths_in_a_batch_the_last_one_stays(store: Store) -> None:
+    short, long = Block(60, 1), Block(60, 2)
+    assert store.write(short, long) == ["PRESENT", "STORED"]
+    assert store.rig.read(long) == [Outcome.LOADED]
+    assert store.write(Block(61, 2), Block(61, 1), Block(61, 1)) == ["PRESENT", "STORED", "PRESENT"]
+    assert store.rig.read(Block(61, 1)) == [Outcome.LOADED]
+    assert_consistent(store.engine._index)
 
 
 def test_a_shrinking_store_keeps_pinned_blocks_before_those_used_last(tmp_path: Path) -> None:
@@ -111,7 +193,7 @@ def test_a_shrinking_store_keeps_pinned_blocks_before_those_used_last(tmp_path: 
     blocks = [Block(key, 2) for key in range(8)]
     for block in blocks:
         store.write(block)
-    store.engine.pin(keys_of(blocks[0], blocks[3], blocks[6]))
+    store.engine.pin(keys_of(blocks[0], blocks[3]))
     store.close()
     report = maintenance.resize(tmp_path / "store", 8 * 64, dry_run=True)
     assert report.blocks == 4
@@ -119,7 +201,7 @@ def test_a_shrinking_store_keeps_pinned_blocks_before_those_used_last(tmp_path: 
     store = Store(tmp_path / "store", 8)
     assert store.stored(*blocks) == [0, 3, 6, 7]
     assert store.rig.read(*(blocks[n] for n in (0, 3, 6, 7))) == [Outcome.LOADED] * 4
-    assert pinned(store) == (3, 6)
+    assert pinned(store) == (2, 4)
     store.close()
     assert maintenance.verify(tmp_path / "store").clean
 
@@ -146,14 +228,6 @@ def test_pinned_blocks_can_be_taken_out(store: Store, how: str) -> None:
     store.write(A)
     assert store.engine.unpin(keys_of(A)) == 0  # a new block of an old key is not pinned
     assert_consistent(store.engine._index)
-
-
-def test_a_pinned_block_that_is_written_with_another_length_is_pinned_no_more(
-    store: Store,
-) -> None:
-    store.engine.pin(keys_of(A))
-    assert store.write(Block(A.key, 1)) == ["STORED"]
-    assert pinned(store) == (0, 0)
 
 
 def test_a_pin_is_beyond_time_and_gives_it_back(

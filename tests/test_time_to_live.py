@@ -17,7 +17,7 @@ from light_mem.index import retention
 from light_mem.index.lookup import SCALAR_LIMIT
 from light_mem.index.taking import Taking
 from tests.engine_helpers import Block, assert_consistent, open_local
-from tests.retention_helpers import START, Clock, Store
+from tests.retention_helpers import START, Clock, Store, keys_of
 from tests.service_rig import rig
 
 SHORT, LONG, EVER = Block(1, 2), Block(2, 2), Block(3, 2)
@@ -156,6 +156,37 @@ def test_an_export_carries_times_and_leaves_out_what_has_expired(
         keymath.key_text(2, 0): int(START + 1000) * 10**9,
         keymath.key_text(3, 0): None,
     }
+
+
+def test_an_import_keeps_what_only_its_pin_keeps(
+    store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    assert store.engine.pin(keys_of(SHORT)) == 1
+    clock.now = START + 20
+    assert maintenance.export_store(tmp_path / "store", tmp_path / "file").blocks == 3
+    other = tmp_path / "other"
+    report = maintenance.import_store(other, tmp_path / "file", storage_size=8 * 64)
+    assert (report.blocks, report.changed, report.complete) == (3, 0, True)
+    found = {block.key: (block.pinned, block.expires) for block in maintenance.blocks(other)}
+    assert found[keymath.key_text(1, 0)] == (True, int(START + 10) * 10**9)
+    # Two of three slots cannot be pinned, and without a pin its time is up.
+    maintenance.export_store(tmp_path / "store", tmp_path / "one", hashes=[SHORT.key])
+    report = maintenance.import_store(tmp_path / "tiny", tmp_path / "one", storage_size=3 * 64)
+    assert (report.blocks, report.nbytes, report.changed) == (0, 0, 1)
+    assert maintenance.verify(other).clean
+
+
+def test_an_import_takes_the_room_of_what_has_expired(
+    store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    other = Store(tmp_path / "other", 4, block_pages=2)
+    assert other.write(LONG, SHORT, time_to_live=10) == ["STORED"] * 2
+    other.close()
+    clock.now = START + 20
+    assert maintenance.export_store(tmp_path / "store", tmp_path / "file").blocks == 2
+    for dry_run in (True, False):
+        report = maintenance.import_store(tmp_path / "other", tmp_path / "file", dry_run=dry_run)
+        assert (report.blocks, report.present, report.no_room) == (2, 0, 0)
 
 
 def test_a_smaller_store_keeps_times_and_gives_up_what_has_expired_first(

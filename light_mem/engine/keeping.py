@@ -36,8 +36,9 @@ log = logging.getLogger("light_mem")
 Key = tuple[int, int]  # low, high
 
 
-def pin(engine: OpenStore, keys: KeyArray) -> int:
-    """Pin the stored blocks among these keys; returns how many are pinned now.
+def pin(engine: OpenStore, keys: KeyArray, expired: bool = False) -> int:
+    """Pin the stored blocks among these keys; returns how many are pinned now. `expired`: those too
+    whose time is up, and that nobody has taken out yet.
 
     Raises PinLimitError: then none of them is pinned that was not before.
     """
@@ -46,7 +47,7 @@ def pin(engine: OpenStore, keys: KeyArray) -> int:
     for shard, part in _by_shard(engine, keys):
         fresh: list[Key] = []
         with engine.change(shard) as (index, file):
-            slots = dict(_stored(index, part))
+            slots = dict(_stored(index, part, expired))
             excess = index.retention.excess(list(slots.values()))
             if not excess:
                 for key, slot in slots.items():
@@ -94,10 +95,11 @@ def _by_shard(engine: OpenStore, keys: KeyArray) -> list[tuple[int, list[Key]]]:
     ]
 
 
-def _stored(index: ShardIndex, keys: list[Key]) -> list[tuple[Key, int]]:
-    """Those of these keys that are stored and have not expired, with their first slots."""
+def _stored(index: ShardIndex, keys: list[Key], expired: bool = False) -> list[tuple[Key, int]]:
+    """Those of these keys that are stored, with their first slots; `expired`: also expired ones."""
     found = zip(keys, index.find_many(keys), strict=True)
-    return [(k, slot) for k, slot in found if slot >= 0 and not index.retention.has_expired(slot)]
+    gone = index.retention.has_expired
+    return [(k, slot) for k, slot in found if slot >= 0 and (expired or not gone(slot))]
 
 
 # --- leases ---------------------------------------------------------------------------------------

@@ -151,9 +151,9 @@ class OpenStore:
             return [usual] * len(keys)
         return [self.keeps.get(key, usual) for key in keys]
 
-    def pin(self, keys: KeyArray) -> int:
+    def pin(self, keys: KeyArray, expired: bool = False) -> int:
         """Pin blocks, so that they are not evicted; see `keeping.pin`. Any thread."""
-        return keeping.pin(self, keys)
+        return keeping.pin(self, keys, expired)
 
     def unpin(self, keys: KeyArray) -> int:
         """Take pins away; returns how many of the keys were pinned. Any thread."""

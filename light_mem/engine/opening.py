@@ -18,6 +18,7 @@ from light_mem.engine.reindex import make_index
 from light_mem.engine.shard_making import cut_shards, make_shards, remove_shards
 from light_mem.errors import (
     InvalidArgumentError,
+    PinLimitError,
     StoreBusyError,
     StoreFormatError,
 )
@@ -129,8 +130,12 @@ def prepare(
     drop_unfinished(directory)
     wanted = geometry
     if storage_size != geometry.storage_size:
-        if alone:
-            wanted = geometry.resized(storage_size)
+        smaller = geometry.resized(storage_size)
+        too_many = pinned_beyond(directory, geometry, smaller.slots) if alone else None
+        if too_many is not None:
+            log.warning("store %s keeps its storage_size: %s", directory, str(too_many))
+        elif alone:
+            wanted = smaller
         else:
             log.warning(
                 "store %s keeps its storage_size of %d bytes (%d were asked for): another "
@@ -146,6 +151,29 @@ def prepare(
     if alone:
         cut_shards(directory, wanted)
     return wanted
+
+
+def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitError | None:
+    """Why shards cannot have `slots` slots each: more than half of them would be pinned in one, and
+    writes would find no room. None: they can."""
+    try:
+        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
+    except (FileNotFoundError, IndexUnusable):
+        return None  # it is made anew, and who knows how many there are
+    pinned = file.control["pinned_slots"].tolist()
+    file.close()
+    most, limit = max(pinned), slots // 2
+    if slots >= geometry.slots or most <= limit:
+        return None
+    shard = pinned.index(most)
+    return PinLimitError(
+        f"{most} slots of shard {shard} are pinned; of {slots} slots at most {limit} may be: "
+        "unpin some",
+        shard=shard,
+        pinned=most,
+        needed=0,
+        limit=limit,
+    )
 
 
 def _wait_until_alone(owners: Owners) -> bool:

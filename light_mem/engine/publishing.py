@@ -6,6 +6,7 @@ One hold of the shard's lock a part of a batch: all become visible, or give thei
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.shard_file import ShardFile
     from light_mem.index.shard import ShardIndex
+
+log = logging.getLogger("light_mem")
 
 
 def is_present(index: ShardIndex, slot: int, nbytes: int) -> bool:
@@ -109,8 +112,10 @@ class Publisher:
                 elif block is None:
                     index.give_back(where.slot)
                     outcomes.append((at, Outcome.STOPPED))
-                elif fresh.setdefault(pairs[at], at) != at:  # twice in one batch
-                    self._withdraw(index, file, where.slot)
+                elif (other := fresh.setdefault(pairs[at], at)) != at:  # twice in one batch
+                    if written[other].nbytes != block.nbytes:  # the later one replaces it
+                        fresh[pairs[at]], at = at, other
+                    self._withdraw(index, file, written[at].runs[0][0])
                     outcomes.append((at, Outcome.PRESENT))
             if index.stamp() != before:  # damage was met, and the shard put in order
                 for key, at in list(fresh.items()):
@@ -139,6 +144,7 @@ class Publisher:
         meanwhile; returns which."""
         keys = part.job.keys.at(fresh)
         stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
+        pinned: list[int] = []
         if stored and max(stored) >= 0:
             left = []
             for at, slot in zip(fresh, stored, strict=True):
@@ -147,6 +153,8 @@ class Publisher:
                     self._withdraw(index, file, block.runs[0][0])
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
+                    pinned += [at] if index.retention.is_pinned(slot) else []
+                    index.control["removals"] += 1
                     index.remove(slot)
                     file.clear_records([slot])
                 left.append(at)
@@ -160,7 +168,21 @@ class Publisher:
             time.time_ns(),
             [block.keep for block in blocks],
         )
+        self._pin(index, file, [written[at].runs[0][0] for at in pinned])
         return fresh
+
+    def _pin(self, index: ShardIndex, file: ShardFile, slots: list[int]) -> None:
+        """Blocks replace pinned ones."""
+        for slot in slots:
+            if index.retention.excess([slot]):
+                log.warning(
+                    "a pinned block of shard %d of %s was replaced by a longer one, which is not "
+                    "pinned: more than half of the shard would be",
+                    index.shard,
+                    self._engine.directory,
+                )
+            else:
+                file.set_keep(slot, index.retention.pin(slot))
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:

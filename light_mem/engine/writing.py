@@ -257,10 +257,11 @@ class Writer:
         """Which blocks want room, and what became of the others; `found`: where they are stored."""
         wanted: list[int] = []
         outcomes: list[tuple[int, Outcome]] = []
+        most = index.most_slots()
         for at, stored in zip(positions, found, strict=True):
             if stored >= 0 and is_present(index, stored, job.nbytes[at]):
                 outcomes.append((at, Outcome.PRESENT))
-            elif job.slots[at] > self._geometry.slots:
+            elif job.slots[at] > most:  # nor ever, while what is pinned or viewed stays so
                 outcomes.append((at, Outcome.NO_ROOM))
             else:
                 wanted.append(at)

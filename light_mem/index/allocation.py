@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from light_mem.index.chains import Chains
 from light_mem.index.control import Control
+from light_mem.index.leases import ShardLeases
 from light_mem.index.order import EvictionOrder
 from light_mem.index.replica import Run, SpaceReplica
 from light_mem.index.retention import Retention
@@ -42,6 +43,7 @@ class Allocator:
         order: EvictionOrder,
         taking: Taking,
         retention: Retention,
+        leases: ShardLeases,
     ) -> None:
         self._control = Control(control)
         self._entries = entries
@@ -53,11 +55,20 @@ class Allocator:
         self._order = order
         self._taking = taking
         self._retention = retention
+        self._leases = leases
         self._swept = 0  # expired blocks among those that this hold evicted
 
     def begin(self) -> None:
         """A hold of the lock begins."""
         self._swept = 0
+
+    def most_slots(self) -> int:
+        """Slots that a block has at most: what is not pinned or leased may make room for it."""
+        kept = self._control.pinned_slots
+        for slot in self._leases.slots():
+            if not self._retention.counts_as_pinned(slot):
+                kept += self._retention.slots_of(slot)
+        return len(self._entries) - kept
 
     def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
         """Take room for one block, evicting where needed: expired blocks, then the least recently
@@ -67,10 +78,12 @@ class Allocator:
 
         The first slots of evicted blocks are appended to `evicted`: the caller clears their
         records before anything is copied. None: what is not free is being written, or the block
-        is larger than the shard. The room is the caller's only after `mark`.
+        has more than `most_slots`; then nothing is evicted for it. The room is the caller's only
+        after `mark`.
         """
         if slots > len(self._entries):
             return None
+        is_possible = False
         while True:
             space = self._space.runs  # evicting a damaged block reads it anew
             start = space.take(slots)
@@ -92,6 +105,9 @@ class Allocator:
                 break
             if self._sweep(evicted):
                 continue
+            if not is_possible and slots > self.most_slots():
+                return None
+            is_possible = True
             victim = self._order.oldest()
             if victim is None:
                 pieces = space.take_pieces(slots)

@@ -99,7 +99,7 @@ CONTROL = np.dtype(
         ("used_slots", "<u8"),  # slots of stored blocks and of blocks being written
         ("evictions", "<u8"),
         ("inserts", "<u8"),
-        ("removals", "<u8"),  # deleted, cleared or found damaged; evictions not among them
+        ("removals", "<u8"),  # deleted, cleared, damaged, replaced; evictions not among them
         ("damaged", "<u8"),  # blocks whose bytes did not fit their checksum
         ("pinned", "<u8"),  # pinned blocks
         ("pinned_slots", "<u8"),  # ... and their slots

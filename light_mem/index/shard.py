@@ -77,6 +77,7 @@ class ShardIndex:
             EvictionOrder(self._tags, self._uses, self._entries["keep"], self.leases.slots),
             self._taking,
             self.retention,
+            self.leases,
         )
 
     def prepare(self) -> None:
@@ -182,6 +183,10 @@ class ShardIndex:
     ) -> list[Allocation]:
         """Room for several blocks; see `Allocator.allocate_many`."""
         return self._allocator.allocate_many(lengths, evicted, evict)
+
+    def most_slots(self) -> int:
+        """Slots that a block of this shard has at most; see `Allocator.most_slots`."""
+        return self._allocator.most_slots()
 
     def has_room(self, slots: int) -> bool:
         """Whether so many slots are free, one after the other."""

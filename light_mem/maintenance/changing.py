@@ -14,7 +14,7 @@ import numpy as np
 
 from light_mem.blocks import seconds, whole_number
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.opening import check_sizes
+from light_mem.engine.opening import check_sizes, pinned_beyond
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index import retention
@@ -106,7 +106,8 @@ def resize(
     blocks that fit a shard's new size move to its front first; what is left behind the new end
     goes. Killed in the middle, the store has its old size and all blocks that are not yet given
     up, or the new one.
-    Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError.
+    Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError; PinLimitError when more
+    than half of a shard would be pinned. Then nothing was changed.
     """
     storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
     started = time.monotonic()
@@ -114,6 +115,9 @@ def resize(
     geometry = store.geometry
     check_sizes(geometry.page_bytes, geometry.shards, storage_size, 1)
     slots = geometry.resized(storage_size).slots
+    too_many = pinned_beyond(store.directory, geometry, slots)
+    if too_many is not None:
+        raise too_many
     before = _totals(store)
     if dry_run:
         kept = _would_keep(store, slots)

@@ -182,6 +182,8 @@ class _Export:
                     yield _header(entry), found.data
                 if self._progress is not None:
                     self._progress(done, total)
+            # What another index lists elsewhere looks as if it had been taken out.
+            self._store.require_unchanged()
         finally:
             reader.close()
 

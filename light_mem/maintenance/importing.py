@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from light_mem.errors import PinLimitError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
+from light_mem.maintenance.changing import evict
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
 from light_mem.maintenance.inspecting import listed
@@ -36,6 +37,7 @@ from light_mem.maintenance.store import Store
 
 log = logging.getLogger("light_mem")
 
+_EVER = 1e10  # seconds: no block is that old
 BATCH_BYTES = 8 << 20
 BATCH_BLOCKS = 64
 
@@ -65,6 +67,7 @@ def import_store(
             _require_same_pages(directory, source)
             importing.check(directory)
         else:
+            _take_out_expired(directory)
             engine = _open(directory, source, storage_size, shards)
             try:
                 importing.run(engine)
@@ -101,6 +104,14 @@ def _require_same_pages(directory: str | os.PathLike[str], source: ExportFile) -
         )
 
 
+def _take_out_expired(directory: str | os.PathLike[str]) -> None:
+    """An import evicts nothing, but what has expired is not to be in its way."""
+    if not Path(directory).is_dir() or describe(Path(directory)) is None:
+        return
+    if any(retention.expired(part.rows["keep"]).any() for part in listed(Store(directory))):
+        evict(directory, _EVER)
+
+
 def _open(
     directory: str | os.PathLike[str], source: ExportFile, storage_size: int | None, shards: int
 ) -> LocalStorageEngine:
@@ -125,7 +136,7 @@ class _Import:
         self._source = source
         self._progress = progress
         self._batch_slots: defaultdict[int, int] = defaultdict(int)  # a shard, of this batch
-        self._pins: list[tuple[int, int]] = []
+        self._pins: list[ExportedBlock] = []
         self.blocks = self.nbytes = self.present = self.no_room = self.expired = 0
 
     def check(self, directory: str | os.PathLike[str]) -> None:
@@ -136,14 +147,20 @@ class _Import:
             stored = set()
         else:
             stored = {
-                key
+                block
                 for part in listed(store)
-                for key in zip(part.rows["low"].tolist(), part.rows["high"].tolist(), strict=True)
+                for block in zip(
+                    *(
+                        part.rows[name][~retention.expired(part.rows["keep"])].tolist()
+                        for name in ("low", "high", "nbytes")
+                    ),
+                    strict=True,
+                )
             }
         for block in self._source.blocks():
             if retention.has_expired(block.keep):
                 self.expired += 1
-            elif (block.low, block.high) in stored:
+            elif (block.low, block.high, len(block.data)) in stored:
                 self.present += 1
             else:
                 self.blocks += 1
@@ -172,8 +189,8 @@ class _Import:
             self.expired += 1
             return False
         if block.keep & fmt.KEEP_PINNED:
-            self._pins.append((block.low, block.high))
-        if engine.lookup.find_one(block.low, block.high, touch=False) >= 0:
+            self._pins.append(block)
+        if engine.is_stored(block.low, block.high, len(block.data)):
             self.present += 1
             return False
         geometry = engine.geometry
@@ -192,10 +209,12 @@ class _Import:
             batch.append(BlockIO(block.low, block.high, place))
 
         failed: list[tuple[int, str]] = []
+        fresh: set[tuple[int, int]] = set()
 
         def report(positions: Sequence[int], outcome: Outcome) -> None:
             these = [blocks[at] for at in positions]
             if outcome is Outcome.STORED:
+                fresh.update((block.low, block.high) for block in these)
                 self.blocks += len(these)
                 self.nbytes += sum(len(block.data) for block in these)
                 for block in these:
@@ -213,16 +232,23 @@ class _Import:
         for low, name in failed:  # not in the report: there it would be taken for the shard's
             raise OSError(f"block {low:x} could not be stored: {name}")
         self._batch_slots.clear()
-        self._pin(engine)
+        self._pin(engine, fresh)
 
-    def _pin(self, engine: LocalStorageEngine) -> None:
+    def _pin(self, engine: LocalStorageEngine, fresh: Set[tuple[int, int]]) -> None:
+        """`fresh`: what was just stored."""
         pins, self._pins = self._pins, []
         refused = 0
-        for key in pins:
+        for block in pins:
             try:
-                engine.pin(np.array([key], np.uint64))
+                pinned = engine.pin(np.array([(block.low, block.high)], np.uint64), expired=True)
             except PinLimitError:
+                pinned = 0
                 refused += 1
+            is_over = retention.has_expired(block.keep & fmt.KEEP_TIME_MASK)
+            if not pinned and is_over and (block.low, block.high) in fresh:
+                self.expired += 1  # only the pin kept it
+                self.blocks -= 1
+                self.nbytes -= len(block.data)
         if refused:
             log.warning(
                 "%d pinned blocks of %s are not pinned here: as many are as may be",
