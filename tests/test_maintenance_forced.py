@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from light_mem.engine.base import Outcome
-from light_mem.errors import StoreBusyError
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.errors import StoreBusyError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.maintenance import rebuild
+from light_mem.maintenance.inspecting import listed
+from light_mem.maintenance.store import Store
 from tests.children import ROOT, line
 from tests.maintenance_helpers import (
     BLOCKS,
@@ -24,6 +27,7 @@ from tests.maintenance_helpers import (
     index_of,
     key_of,
     opened,
+    records_of,
     stored,
 )
 
@@ -192,3 +196,39 @@ def test_the_tool_in_a_checkout_does_the_same(store: Path) -> None:
         )
         assert done.returncode == code, done.stderr
     assert_holds(store, *reversed(BLOCKS))
+
+
+def test_an_index_of_another_version_that_is_in_use_stays_as_it_is(store: Path) -> None:
+    rig = opened(store)
+    try:
+        file = index_of(store)
+        file.header["version"] = 2
+        file.header["crc"] = fmt.header_crc(file.header, fmt.INDEX_HEADER_CRC)
+        before = files(store)
+        with pytest.raises(StoreBusyError, match="version 2"):
+            rebuild(store, force=True)
+        assert files(store) == before
+        with pytest.raises(StoreFormatError, match="another version"):
+            LocalStorageEngine(store, kind="worker")  # of a server before an upgrade
+    finally:
+        rig.engine.close()
+
+
+def test_times_of_use_that_were_lost_are_those_of_storing(store: Path) -> None:
+    rig = opened(store)
+    try:
+        index_of(store).uses[:] = 0
+        rebuild(store, force=True)
+    finally:
+        rig.engine.close()
+    assert_holds(store, *BLOCKS)
+
+
+def test_without_an_index_the_records_say_what_was_taken_out(store: Path) -> None:
+    (store / "index").unlink()
+    seen = Store(store)
+    [part, *_] = listed(seen)
+    shard, slot, entry = part.shard, int(part.heads[0]), part.rows[0]
+    assert seen.still_lists(shard, slot, entry)
+    records_of(store, shard)["tag"][slot] = fmt.FREE
+    assert not seen.still_lists(shard, slot, entry)

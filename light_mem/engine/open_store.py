@@ -22,11 +22,12 @@ from light_mem.engine import keeping, removing
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.open_shards import OpenShards
 from light_mem.engine.shard_file import ShardFile
-from light_mem.errors import LockTimeoutError, StoreBusyError
+from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description, retention
 from light_mem.index import file as index_file
 from light_mem.index.ages import AgeBucket, by_age
-from light_mem.index.file import IndexFile
+from light_mem.index.description import Geometry
+from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.format import CHANGING
 from light_mem.index.keys import KeyArray
 from light_mem.index.leases import Leases
@@ -66,7 +67,7 @@ class OpenStore:
         self.limited = Limited()  # for what a failing disk would say of every block
         self._owners = Owners(self.directory)
         try:
-            self._index = IndexFile(self.directory / index_file.NAME, geometry)
+            self._index = _index_of(self.directory, geometry)
             self.lookup = Lookup(self._index)
             # Before joining, which may reclaim: that changes shards. Of owner 0, who is nobody.
             self.leases = Leases(self._owners, 0)
@@ -204,7 +205,7 @@ class OpenStore:
         place in the order of use."""
         entry = self.lookup.find_one(low, high, touch=False)
         if entry >= 0:
-            self._index.uses[entry] = used
+            self._index.uses[entry] = self._index.entries["used"][entry] = used
 
     def count(self, lookups: int, hits: int) -> None:
         """Add to the store's statistics of look-ups."""
@@ -235,3 +236,14 @@ class OpenStore:
     def ages(self) -> list[AgeBucket]:
         """The stored blocks by the time since their last use. Takes no lock. Any thread."""
         return by_age(self._index.entries, self._index.uses, time.time_ns())
+
+
+def _index_of(directory: Path, geometry: Geometry) -> IndexFile:
+    """The index of a store that `opening.prepare` has put in order, unless that was another
+    version of this library's: a server's worker or client after an upgrade."""
+    try:
+        return IndexFile(directory / index_file.NAME, geometry)
+    except IndexUnusable as error:
+        raise StoreFormatError(
+            f"{error}; is the server of another version?", path=str(directory), field="index"
+        ) from None

@@ -28,7 +28,7 @@ from light_mem.index.recovery import Table
 # A clock that was set back since: what an entry says lies in the future by more is garbage, and
 # would keep its block from eviction for good.
 _CLOCK_SLACK_NS = 24 * 3600 * 10**9
-_WITHOUT_USES = 2  # the version of indexes whose entries have the time of last use themselves
+_VERSIONS = (2, fmt.INDEX_VERSION)  # in 2 `used` of an entry was its last use, and nothing follows
 _SECTOR = 4096
 _TAG_AT = fmt.RECORD.fields["tag"][1]  # type: ignore[index]
 _COUNTERS = ("evictions", "inserts", "removals", "damaged")
@@ -91,11 +91,10 @@ class OldIndex:
         self._shards = geometry.shards
         self._slots = geometry.slots
         header = np.frombuffer(read_at(path, 0, fmt.INDEX_HEADER.itemsize), fmt.INDEX_HEADER)
-        self._version = int(header["version"][0])
         self.sound = bool(
             bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
             and int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
-            and self._version in (_WITHOUT_USES, fmt.INDEX_VERSION)
+            and int(header["version"][0]) in _VERSIONS
             and bytes(header["store_id"][0]).ljust(16, b"\0").hex() == geometry.store_id
             and int(header["shards"][0]) == geometry.shards
         )
@@ -106,9 +105,10 @@ class OldIndex:
         """A copy of a shard's entries, as far as there are any; `used` is their last use."""
         layout, slots = fmt.index_layout(self._shards, self._slots), self._slots
         entries = read_items(self._path, fmt.ENTRY, layout.entries, slots * shard, slots)
-        if self._version != _WITHOUT_USES:
-            uses = read_items(self._path, np.dtype("<u8"), layout.uses, slots * shard, slots)
-            entries["used"] = uses
+        uses = read_items(self._path, np.dtype("<u8"), layout.uses, slots * shard, slots)
+        # No block was used before it was stored: an earlier time, as after a power cut, is that of
+        # the slot's block before, and none of an index that has no uses, or lost them.
+        entries["used"] = np.maximum(entries["used"], uses)
         return entries
 
     def counter(self, shard: int, name: str) -> int:

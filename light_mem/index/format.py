@@ -1,7 +1,8 @@
 """The on-disk format: bytes by name. `docs/format.md` says the same in tables.
 
 All numbers are little-endian. Every offset follows from the field before it. A change here is a
-new FORMAT_VERSION; `tests/test_format.py` compares literal bytes and the document.
+new FORMAT_VERSION, of the index alone a new INDEX_VERSION; `tests/test_format.py` compares literal
+bytes and the document.
 """
 
 from __future__ import annotations

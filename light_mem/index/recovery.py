@@ -38,7 +38,7 @@ def occupied_runs(table: Table) -> tuple[Ints, Ints]:
 def sound_blocks(table: Table, page_bytes: int) -> Ints:
     """First slots of all runs of blocks that make sense: lengths fit, no two overlap.
 
-    Of two that overlap the one used (written) later wins. Shape [runs], any order.
+    Of two that overlap the one stored later wins. Shape [runs], any order.
     """
     slots = len(table)
     states = states_of(table)
@@ -49,7 +49,7 @@ def sound_blocks(table: Table, page_bytes: int) -> Ints:
     pages = -(-table["nbytes"][heads].astype(np.float64) // page_bytes)
     fits = (run > 0) & (heads + run <= slots)
     single = fits & (follow == 0) & (~live | (pages == run))
-    blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # used, head, runs
+    blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # when stored, head, runs
     for head in heads[fits & (follow != 0)].tolist():
         runs = follow_runs(table, states, head)
         if runs is None:
@@ -230,7 +230,7 @@ def fill_shard(file: IndexFile, shard: int, entries: Table) -> int:
 
 
 def older_twins(entries: Table) -> list[int]:
-    """First slots of stored blocks whose key another one, used later, has too: who moves a block
+    """First slots of stored blocks whose key another one, stored later, has too: who moves a block
     lists it in its new place before it takes it out of the old one, and may die in between."""
     live = np.flatnonzero(states_of(entries) == fmt.LIVE)
     low, high, used = (entries[f][live] for f in ("low", "high", "used"))

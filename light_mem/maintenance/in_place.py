@@ -17,6 +17,7 @@ import numpy.typing as npt
 from light_mem.engine import reindex
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
+from light_mem.errors import StoreBusyError
 from light_mem.index import description, recovery
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
@@ -25,7 +26,7 @@ from light_mem.index.recovery import Table
 from light_mem.index.room import allocate
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance.opening import OPEN_SECONDS
-from light_mem.maintenance.owners import Ownership, maps_index
+from light_mem.maintenance.owners import Ownership, listing, maps_index
 from light_mem.maintenance.report import OwnerReport, RebuildReport
 from light_mem.maintenance.store import Store, blocks_in
 
@@ -79,6 +80,13 @@ def _restore_frame(store: Store) -> None:
     shards are then put in order by whoever takes their locks."""
     if store.usable:
         return
+    if store.index_version not in (None, fmt.INDEX_VERSION):
+        alive = Ownership(store.directory).alive
+        raise StoreBusyError(
+            f"the index of {store.directory} is of version {store.index_version}, and those who "
+            f"have it open go by that: {listing(alive)}; stop them first",
+            owners=alive,
+        )
     temporary = index_file.create(store.directory, store.geometry)
     if not store.index_path.exists():
         index_file.publish(store.directory, temporary)
@@ -111,6 +119,8 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
     heads, several = blocks_in(plan, store.geometry.page_bytes)
     same = reindex.same_block(plan[heads], entries[heads])
     entries["keep"][heads[same]] = plan["keep"][heads[same]]
+    lost = heads[same & (index.uses[heads] == 0)]
+    index.uses[lost] = entries["used"][lost]
     new: list[list[tuple[int, int]]] = []
     wanted = np.zeros(len(entries), bool)
     for head in heads[~same].tolist():

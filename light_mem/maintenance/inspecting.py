@@ -36,7 +36,7 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
     pinned = pinned_slots = expired = writing = held = 0
     for shard in range(g.shards):
         snapshot = store.snapshot(shard)
-        table = snapshot.entries if store.usable else store.table(shard)
+        table = store.table(shard)
         states = recovery.states_of(table)
         live = np.flatnonzero(states == fmt.LIVE)
         records = snapshot.records

@@ -134,7 +134,6 @@ class Repair(Closing):
         low, high, nbytes = int(entry["low"]), int(entry["high"]), int(entry["nbytes"])
         runs = self._engine.lookup.runs(index.shard, slot, nbytes)
         if runs is not None:
-            # When it was written nobody knows any more: not after its last use.
             used = int(entry["used"])
             checksum, keep = int(entry["checksum"]), int(entry["keep"])
             file.write_records([Written(low, high, checksum, nbytes, runs, used, keep)])

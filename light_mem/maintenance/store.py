@@ -36,7 +36,7 @@ class Snapshot(NamedTuple):
     """One shard: copies of what the index and the slots file say."""
 
     shard: int
-    entries: Table  # ENTRY [slots]
+    entries: Table  # ENTRY [slots], as they are: `used` is when a block was stored
     heads: Table  # uint32 [buckets]
     control: Table  # CONTROL [1]
     records: Table  # RECORD [slots]
@@ -102,7 +102,7 @@ class Store:
         buckets = fmt.buckets_for(g.slots)
         return Snapshot(
             shard,
-            self.entries(shard),
+            self._read(fmt.ENTRY, layout.entries, g.slots * shard, g.slots),
             self._read(np.dtype("<u4"), layout.heads, buckets * shard, buckets),
             self._read(fmt.CONTROL, layout.control, shard, 1),
             reindex.read_records(self.directory, g, shard),
@@ -134,17 +134,32 @@ class Store:
 
     def still_lists(self, shard: int, slot: int, entry: np.void) -> bool:
         """Whether the block of this entry is where it was: ask after reading its bytes. Without an
-        index that can be used nobody changes anything, so it is."""
-        if not self.usable:
-            return True
-        now = self.entry(shard, slot)
-        fields = ("low", "high", "tag", "checksum", "nbytes", "run", "next_run")
+        index that can be used, the records say so: servers of another version may use it."""
+        fields = ["low", "high", "checksum", "nbytes", "run", "next_run"]
+        if self.usable:
+            now = self.entry(shard, slot)
+            fields.append("tag")
+        else:
+            path = shard_header.slots_path(self.directory, shard)
+            now = reindex.read_items(path, fmt.RECORD, fmt.SHARD_HEADER_BYTES, slot, 1)
+            if recovery.states_of(now)[0] != fmt.LIVE:
+                return False
         return all(int(now[f][0]) == int(entry[f]) for f in fields)
+
+    @property
+    def index_version(self) -> int | None:
+        """The version that the header of the index names; None: there is no such header."""
+        header = reindex.read_items(self.index_path, fmt.INDEX_HEADER, 0, 0, 1)
+        if bytes(header["magic"][0]) != fmt.INDEX_MAGIC.rstrip(b"\0"):
+            return None
+        if int(header["crc"][0]) != fmt.header_crc(header, fmt.INDEX_HEADER_CRC):
+            return None
+        return int(header["version"][0])
 
     def table(self, shard: int) -> Table:
         """What lists the blocks of a shard: its entries, or its sound records without an index."""
         if self.usable:
-            return self.snapshot(shard).entries
+            return self.entries(shard)
         return reindex.plan_shard(
             self.directory, self.geometry, shard, reindex.OldIndex(self.index_path, self.geometry)
         ).entries
