@@ -128,7 +128,7 @@ def test_of_an_index_that_was_cut_short_the_rest_is_believed(store: Path, comman
 
 
 def test_a_block_was_not_used_before_it_was_stored(store: Path) -> None:
-    """A power cut can leave the entry of a block, and the time of use of the one before it there."""
+    """A power cut can leave a new block's entry, and the time of use of the one before it."""
     shard, slot = place_of(store, BLOCKS[3])
     index_of(store).uses[shard * SLOTS + slot] -= 10**18
     assert rebuild(store).kept_order == len(BLOCKS)
