@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from light_mem.task import CacheTask
+from light_mem.task import CacheTask, State
 
 
 @dataclass(eq=False)
@@ -40,6 +40,13 @@ class Job:
     left: int = 1  # tasks that are not over, and the thread while it hands them on
     given_up: bool = False
     spoiled: set[int] = field(default_factory=set)  # a load's: hashes that may be others' bytes
+
+    def finished(self) -> list[int]:
+        """Positions of the keys whose blocks are Finished, once all tasks are over: these have the
+        first of the chosen."""
+        states = [state for task in self.tasks for state in task.state()]
+        chosen = zip(self.chosen, states, strict=False)
+        return [at for at, state in chosen if state is State.Finished]
 
 
 class Inbox:

@@ -29,7 +29,7 @@ from light_mem.integrations.lmcache.jobs import Inbox, Job
 from light_mem.integrations.lmcache.under_way import UnderWay
 from light_mem.local_service import LocalCacheService
 from light_mem.logs import Limited
-from light_mem.task import CacheTask, State
+from light_mem.task import CacheTask
 
 log = logging.getLogger("light_mem")
 
@@ -207,7 +207,7 @@ class Transfers:
         late = not job.load and self._under_way.is_late(job)
         job.done = [False] * len(job.keys)
         spoiled = []
-        for at in _finished_of(job):
+        for at in job.finished():
             # Now, after the copy: LMCache marks an object before it gives its memory away.
             if late or not self._is_held(job.objects[at]):
                 spoiled.append(job.hashes[at])
@@ -295,10 +295,3 @@ class Transfers:
             self._limited.warning("a %s takes too long", "load" if job.load else "store")
             for task in list(job.tasks):
                 self._try(self.service().abort, task)
-
-
-def _finished_of(job: Job) -> list[int]:
-    """Positions of the keys whose blocks are Finished. The tasks, all of them over, have the first
-    of the chosen."""
-    states = [state for task in job.tasks for state in task.state()]
-    return [at for at, state in zip(job.chosen, states, strict=False) if state is State.Finished]
