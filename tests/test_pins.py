@@ -161,6 +161,25 @@ def test_what_was_taken_out_while_it_was_leased_has_no_room_to_give(
     assert store.write(Block(50, 8)) == ["STORED"]
 
 
+def test_damage_of_what_is_pinned_or_leased_does_not_stop_writes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "ROOM_SECONDS", 3600.0)
+    leased = store.engine.lease(*keymath.as_key(A.key))
+    assert leased is not None
+    index = store.engine._index
+    index.control["pinned_slots"][0] |= np.uint64(1 << 40)
+    index.entries["nbytes"][leased.slot] |= np.uint64(1 << 50)
+    assert store.write(Block(50, 2), Block(51, 1)) == ["STORED"] * 2
+    index.entries["nbytes"][leased.slot] ^= np.uint64(1 << 50)
+    leases = store.engine._owners.records["leases"][store.engine._owner.number]
+    leases[-1] = 1 + 99  # beyond the shard
+    assert store.write(Block(52, 2)) == ["STORED"]
+    leases[-1] = 0
+    assert int(index.control["dirty"][0]) == 0
+    store.engine.end_lease(leased)
+
+
 def test_a_pin_outlives_the_length_of_its_block(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:

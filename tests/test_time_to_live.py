@@ -169,11 +169,18 @@ def test_an_import_keeps_what_only_its_pin_keeps(
     assert (report.blocks, report.changed, report.complete) == (3, 0, True)
     found = {block.key: (block.pinned, block.expires) for block in maintenance.blocks(other)}
     assert found[keymath.key_text(1, 0)] == (True, int(START + 10) * 10**9)
+    used = {b.key: b.used for b in maintenance.blocks(tmp_path / "store")}
+    assert {b.key: b.used for b in maintenance.blocks(other)} == used
     # Two of three slots cannot be pinned, and without a pin its time is up.
     maintenance.export_store(tmp_path / "store", tmp_path / "one", hashes=[SHORT.key])
     report = maintenance.import_store(tmp_path / "tiny", tmp_path / "one", storage_size=3 * 64)
     assert (report.blocks, report.nbytes, report.changed) == (0, 0, 1)
     assert maintenance.verify(other).clean
+
+
+def exported_from(store: Path) -> Path:
+    maintenance.export_store(store, store.parent / "wide")
+    return store.parent / "wide"
 
 
 def test_an_import_takes_the_room_of_what_has_expired(
@@ -184,6 +191,10 @@ def test_an_import_takes_the_room_of_what_has_expired(
     other.close()
     clock.now = START + 20
     assert maintenance.export_store(tmp_path / "store", tmp_path / "file").blocks == 2
+    open_local(tmp_path / "pages", 8, page_bytes=128).close()
+    with pytest.raises(StoreFormatError):  # before anything is taken out
+        maintenance.import_store(tmp_path / "other", exported_from(tmp_path / "pages"))
+    assert len(list(maintenance.blocks(tmp_path / "other"))) == 2
     for dry_run in (True, False):
         report = maintenance.import_store(tmp_path / "other", tmp_path / "file", dry_run=dry_run)
         assert (report.blocks, report.present, report.no_room) == (2, 0, 0)

@@ -203,7 +203,7 @@ class OpenStore:
     def set_used(self, low: int, high: int, used: int) -> None:
         """Say when a stored block was last used, ns since 1970: one that was moved here keeps its
         place in the order of use."""
-        entry = self.lookup.find_one(low, high, touch=False)
+        entry = self.lookup.find_one(low, high, touch=False, expired=True)
         if entry >= 0:
             self._index.uses[entry] = self._index.entries["used"][entry] = used
 

@@ -144,7 +144,7 @@ class Publisher:
         meanwhile; returns which."""
         keys = part.job.keys.at(fresh)
         stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
-        pinned: list[int] = []
+        pinned: dict[int, int] = {}  # slots of pinned blocks, by what replaces them
         if stored and max(stored) >= 0:
             left = []
             for at, slot in zip(fresh, stored, strict=True):
@@ -153,7 +153,8 @@ class Publisher:
                     self._withdraw(index, file, block.runs[0][0])
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
-                    pinned += [at] if index.retention.is_pinned(slot) else []
+                    if index.retention.is_pinned(slot):
+                        pinned[at] = index.retention.slots_of(slot)
                     index.control["removals"] += 1
                     index.remove(slot)
                     file.clear_records([slot])
@@ -168,21 +169,22 @@ class Publisher:
             time.time_ns(),
             [block.keep for block in blocks],
         )
-        self._pin(index, file, [written[at].runs[0][0] for at in pinned])
+        for at, slots in pinned.items():
+            self._pin(index, file, written[at].runs[0][0], slots)
         return fresh
 
-    def _pin(self, index: ShardIndex, file: ShardFile, slots: list[int]) -> None:
-        """Blocks replace pinned ones."""
-        for slot in slots:
-            if index.retention.excess([slot]):
-                log.warning(
-                    "a pinned block of shard %d of %s was replaced by a longer one, which is not "
-                    "pinned: more than half of the shard would be",
-                    index.shard,
-                    self._engine.directory,
-                )
-            else:
-                file.set_keep(slot, index.retention.pin(slot))
+    def _pin(self, index: ShardIndex, file: ShardFile, slot: int, slots: int) -> None:
+        """The block at `slot` replaces a pinned one of so many slots."""
+        retention = index.retention
+        if retention.slots_of(slot) > slots and retention.excess([slot]):
+            log.warning(
+                "a pinned block of shard %d of %s was replaced by a longer one, which is not "
+                "pinned: more than half of the shard would be",
+                index.shard,
+                self._engine.directory,
+            )
+        else:
+            file.set_keep(slot, retention.pin(slot))
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:

@@ -64,10 +64,13 @@ class Allocator:
 
     def most_slots(self) -> int:
         """Slots that a block has at most: what is not pinned or leased may make room for it."""
+        limit = self._retention.limit
+        if self._control.pinned_slots > limit:  # a damaged page is not to stop all writes
+            self._retention.recount()
         kept = self._control.pinned_slots
         for slot in self._leases.slots():
-            if not self._retention.counts_as_pinned(slot):
-                kept += self._retention.slots_of(slot)
+            if self._retention.is_kept_by_lease(slot):
+                kept += min(self._retention.slots_of(slot), limit)  # no longer one is leased
         return len(self._entries) - kept
 
     def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:

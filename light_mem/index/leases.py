@@ -129,9 +129,13 @@ class ShardLeases:
     The shard's control page says whether any may be; where it says no, nothing is looked at.
     """
 
-    def __init__(self, control: npt.NDArray[np.void], read: Callable[[], set[int]] | None) -> None:
+    def __init__(
+        self, control: npt.NDArray[np.void], read: Callable[[], set[int]] | None, slots: int
+    ) -> None:
+        """`slots`: of the shard. What leases name beyond them is damage, and of no block."""
         self._control = Control(control)
         self._read = read
+        self._slots = slots
         self._known: Set[int] | None = None
 
     def forget(self) -> None:
@@ -148,7 +152,7 @@ class ShardLeases:
         if self._known is None:
             self._known = _NONE
             if self._read is not None and self._control.leased:
-                self._known = self._read()
+                self._known = {slot for slot in self._read() if slot < self._slots}
                 if not self._known:
                     self._control.leased = 0
         return self._known

@@ -85,9 +85,10 @@ class Retention:
         """Whether the block at `slot` is pinned."""
         return int(self._keeps[slot]) >= fmt.KEEP_PINNED
 
-    def counts_as_pinned(self, slot: int) -> bool:
-        """Whether the block at `slot` is among the `pinned`: HELD ones are not any more."""
-        return self.is_pinned(slot) and int(self._tags[slot]) & fmt.STATE_MASK == fmt.LIVE
+    def is_kept_by_lease(self, slot: int) -> bool:
+        """Whether a leased block at `slot` keeps its slots, and is not among the `pinned`."""
+        state = int(self._tags[slot]) & fmt.STATE_MASK
+        return state == fmt.HELD or (state == fmt.LIVE and not self.is_pinned(slot))
 
     def has_expired(self, slot: int) -> bool:
         """Whether the block that is listed at `slot` counts as absent."""

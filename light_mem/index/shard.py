@@ -61,7 +61,7 @@ class ShardIndex:
         self._tags = self._entries["tag"]
         self._chains = Chains(heads, self._entries)
         self._space = SpaceReplica(self._page, self._entries)
-        self.leases = ShardLeases(self._page, leased)
+        self.leases = ShardLeases(self._page, leased, file.slots)
         page_bytes = file.geometry.page_bytes
         self.retention = Retention(self._page, self._entries, self._uses, page_bytes)
         self._putting = Putting(file, shard, self._chains, self._control, self.retention)

@@ -67,6 +67,7 @@ def import_store(
             _require_same_pages(directory, source)
             importing.check(directory)
         else:
+            _require_same_pages(directory, source)
             _take_out_expired(directory)
             engine = _open(directory, source, storage_size, shards)
             try:
@@ -188,9 +189,9 @@ class _Import:
         if retention.has_expired(block.keep):
             self.expired += 1
             return False
-        if block.keep & fmt.KEEP_PINNED:
-            self._pins.append(block)
+        is_pinned = block.keep & fmt.KEEP_PINNED
         if engine.is_stored(block.low, block.high, len(block.data)):
+            self._pins += [block] if is_pinned else []
             self.present += 1
             return False
         geometry = engine.geometry
@@ -200,6 +201,7 @@ class _Import:
             self.no_room += 1
             return False
         self._batch_slots[shard] = needed
+        self._pins += [block] if is_pinned else []
         return True
 
     def _store(self, engine: LocalStorageEngine, blocks: list[ExportedBlock]) -> None:
@@ -239,13 +241,14 @@ class _Import:
         pins, self._pins = self._pins, []
         refused = 0
         for block in pins:
+            key = block.low, block.high
             try:
-                pinned = engine.pin(np.array([(block.low, block.high)], np.uint64), expired=True)
+                pinned = engine.pin(np.array([key], np.uint64), expired=key in fresh)
             except PinLimitError:
                 pinned = 0
                 refused += 1
             is_over = retention.has_expired(block.keep & fmt.KEEP_TIME_MASK)
-            if not pinned and is_over and (block.low, block.high) in fresh:
+            if not pinned and is_over and key in fresh:
                 self.expired += 1  # only the pin kept it
                 self.blocks -= 1
                 self.nbytes -= len(block.data)
