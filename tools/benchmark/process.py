@@ -56,7 +56,9 @@ def _memory(
     stop = threading.Event()
 
     def look() -> None:
-        while not stop.wait(0.02):
+        at_work = True
+        while at_work:
+            at_work = not stop.wait(0.02)  # once more at the end: it may not have taken that long
             most["worker"] = max(most["worker"], *map(_private, workers))
             most["server"] = max(most["server"], _private(own.pid) - before)
 
