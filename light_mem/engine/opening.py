@@ -130,12 +130,12 @@ def prepare(
     drop_unfinished(directory)
     wanted = geometry
     if storage_size != geometry.storage_size:
-        smaller = geometry.resized(storage_size)
-        too_many = pinned_beyond(directory, geometry, smaller.slots) if alone else None
+        resized = geometry.resized(storage_size)
+        too_many = pinned_beyond(directory, geometry, resized.slots) if alone else None
         if too_many is not None:
             log.warning("store %s keeps its storage_size: %s", directory, str(too_many))
         elif alone:
-            wanted = smaller
+            wanted = resized
         else:
             log.warning(
                 "store %s keeps its storage_size of %d bytes (%d were asked for): another "
@@ -156,6 +156,8 @@ def prepare(
 def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitError | None:
     """Why shards cannot have `slots` slots each: more than half of them would be pinned in one, and
     writes would find no room. None: they can."""
+    if slots >= geometry.slots:
+        return None
     try:
         file = IndexFile(directory / index_file.NAME, geometry, writable=False)
     except (FileNotFoundError, IndexUnusable):
@@ -163,7 +165,7 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
     pinned = file.control["pinned_slots"].tolist()
     file.close()
     most, limit = max(pinned), slots // 2
-    if slots >= geometry.slots or most <= limit:
+    if most <= limit:
         return None
     shard = pinned.index(most)
     return PinLimitError(

@@ -75,6 +75,15 @@ def read_items(
     )
 
 
+def index_header(path: Path) -> Table | None:
+    """The header of an index file of any version, INDEX_HEADER [1]; None: there is none, or it is
+    damaged."""
+    header = read_items(path, fmt.INDEX_HEADER, 0, 0, 1)
+    is_one = bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
+    fits = int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
+    return header if is_one and fits else None
+
+
 def read_records(directory: Path, geometry: Geometry, shard: int) -> Table:
     """A copy of a shard's records, RECORD [slots]; FREE for those that the file does not have."""
     path = shard_header.slots_path(directory, shard)
@@ -90,15 +99,16 @@ class OldIndex:
         self._path = path
         self._shards = geometry.shards
         self._slots = geometry.slots
-        header = np.frombuffer(read_at(path, 0, fmt.INDEX_HEADER.itemsize), fmt.INDEX_HEADER)
+        header = index_header(path)
         self.sound = bool(
-            bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
-            and int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
+            header is not None
             and int(header["version"][0]) in _VERSIONS
             and bytes(header["store_id"][0]).ljust(16, b"\0").hex() == geometry.store_id
             and int(header["shards"][0]) == geometry.shards
         )
-        if self.sound:  # else the size that the store has: only the header may be damaged
+        if (
+            header is not None and self.sound
+        ):  # else the size that the store has: only the header may be damaged
             self._slots = int(header["slots"][0])
 
     def entries(self, shard: int) -> Table:

@@ -63,11 +63,10 @@ def import_store(
     source = ExportFile(file)
     try:
         importing = _Import(source, progress)
+        _require_same_pages(directory, source)
         if dry_run:
-            _require_same_pages(directory, source)
             importing.check(directory)
         else:
-            _require_same_pages(directory, source)
             _take_out_expired(directory)
             engine = _open(directory, source, storage_size, shards)
             try:
@@ -116,7 +115,6 @@ def _take_out_expired(directory: str | os.PathLike[str]) -> None:
 def _open(
     directory: str | os.PathLike[str], source: ExportFile, storage_size: int | None, shards: int
 ) -> LocalStorageEngine:
-    _require_same_pages(directory, source)
     path = Path(directory)
     if storage_size is None or (path.is_dir() and describe(path) is not None):
         return open_tool(directory)

@@ -34,12 +34,12 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
     used: list[U64Array] = []
     written: list[U64Array] = []
     pinned = pinned_slots = expired = writing = held = 0
+    control = store.control()
     for shard in range(g.shards):
-        snapshot = store.snapshot(shard)
         table = store.table(shard)
         states = recovery.states_of(table)
         live = np.flatnonzero(states == fmt.LIVE)
-        records = snapshot.records
+        records = read_records(store.directory, g, shard)
         listed = np.flatnonzero(recovery.states_of(records) == fmt.LIVE)
         written.append(records["used"][listed])
         used.append(table["used"][live])
@@ -50,7 +50,7 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
         expired += int(np.count_nonzero(retention.expired(table["keep"][live])))
         writing += int(np.count_nonzero(states == fmt.WRITING))
         held += int(np.count_nonzero(states == fmt.HELD))
-        counters = [int(snapshot.control[n][0]) if store.usable else 0 for n in COUNTERS]
+        counters = [int(control[n][shard]) if store.usable else 0 for n in COUNTERS]
         slots = int(table["run"][states != fmt.FREE].sum())
         shards.append(
             ShardReport(shard, live.size, int(table["nbytes"][live].sum()), slots, *counters)

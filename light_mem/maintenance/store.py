@@ -149,12 +149,8 @@ class Store:
     @property
     def index_version(self) -> int | None:
         """The version that the header of the index names; None: there is no such header."""
-        header = reindex.read_items(self.index_path, fmt.INDEX_HEADER, 0, 0, 1)
-        if bytes(header["magic"][0]) != fmt.INDEX_MAGIC.rstrip(b"\0"):
-            return None
-        if int(header["crc"][0]) != fmt.header_crc(header, fmt.INDEX_HEADER_CRC):
-            return None
-        return int(header["version"][0])
+        header = reindex.index_header(self.index_path)
+        return None if header is None else int(header["version"][0])
 
     def table(self, shard: int) -> Table:
         """What lists the blocks of a shard: its entries, or its sound records without an index."""
