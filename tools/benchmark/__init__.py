@@ -13,6 +13,7 @@ growth       throughput by entries, shards, workers and servers
 flatness     what growth costs: shares of the smallest number; figures as CSV
 resident     how much of a file is in the page cache
 memory_limit a control group with a memory limit (tools/bench_beyond_memory.py)
+beyond_memory who moves the bytes there
 sharing      locks, system calls and cache lines of a batch (tools/count_sharing.py)
 process      start, idle use, memory
 report       tables, ratios first

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from vllm_restart import BLOCK, ENVIRONMENT, HERE, make_model, stored_blocks
+from vllm_lives import BLOCK, ENVIRONMENT, HERE, stored_blocks
+from vllm_model import make_model
 
 from light_mem import maintenance
 

@@ -12,195 +12,28 @@ PASS or FAIL, and exits with 1 when one failed.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
-from sglang_process import Checks, Process, extra_config
+from checks import Checks
+from sglang_pools import ELSEWHERE, NUMBERS, Ranks
+from sglang_process import Process
 from sglang_servers import Servers
-
-from light_mem import maintenance
-
-TOKENS = 512  # of a device pool; its host pool has twice as many
-PAGES = 48
-NUMBERS = list(range(PAGES))
-ELSEWHERE = [PAGES - 1 - n for n in NUMBERS]
-SHAPES = [(kind, layout) for kind in ("mha", "mla") for layout in ("page_first", "layer_first")]
-SHAPES.append(("mha", "page_first_direct"))
+from sglang_two_ranks import TwoRanks
 
 
-class Run:
-    """The checks, on stores in one directory."""
-
-    def __init__(self, directory: Path, check: Checks) -> None:
-        self.directory = directory
-        self.check = check
-
-    def arguments(
-        self, kind: str, layout: str, store: str, options: dict[str, Any], **config: Any
-    ) -> dict[str, Any]:
-        return {
-            "kind": kind,
-            "layout": layout,
-            "tokens": TOKENS,
-            "extra_config": extra_config(self.directory / store, **options),
-            "config": config,
-        }
-
-    def rank(self, **environment: str) -> Process:
-        return Process("sglang_rank.py", self.directory / "ranks.log", **environment)
-
-    def open(
-        self,
-        rank: Process,
-        name: str,
-        kind: str,
-        layout: str,
-        store: str,
-        options: dict[str, Any] | None = None,
-        **config: Any,
-    ) -> None:
-        error = rank.ask("open", name, self.arguments(kind, layout, store, options or {}, **config))
-        if error is not None:
-            raise SystemExit(f"the backend {name} does not start: {error}")
+class Run(Ranks):
+    """The checks with one rank."""
 
     def fakes(self) -> None:
         with self.rank() as rank:
             rank.answer()
             found = rank.ask("differences")
             self.check(not found, f"the fakes of the tests are as SGLang's classes: {found}")
-
-    # --- ranks ------------------------------------------------------------------------------------
-
-    def both(self) -> tuple[Process, Process]:
-        ranks = self.rank(), self.rank()
-        for rank in ranks:
-            rank.answer()
-        return ranks
-
-    def open_all(self, ranks: tuple[Process, Process]) -> None:
-        for kind, layout in SHAPES:
-            for n, rank in enumerate(ranks):
-                name = f"{kind}-{layout}"
-                self.open(rank, name, kind, layout, name, tp_rank=n, tp_size=2)
-
-    def ranks(self) -> None:
-        check = self.check
-        ranks = self.both()
-        with ranks[0], ranks[1]:
-            self.open_all(ranks)
-            about = ranks[0].ask("about", "mha-page_first")
-            print(f"      {json.dumps(about)}")
-            check(about["backend"] == "LightMemStorage", "the real factory loads the backend")
-            check(about["allocator"] == "ShmHostTensorAllocator", 'the pool is of allocator "shm"')
-            self.store_all(ranks)
-            samples = {
-                name: ranks[0].ask("sample", name, 20, salt_of(name, 0))
-                for name in ("mha-page_first", "mla-layer_first")
-            }
-            families = [process for rank in ranks for process in rank.kill()]
-        gone, alive = psutil.wait_procs(families, timeout=20)
-        check(len(gone) > 0 and not alive, f"SIGKILL of both ranks ends their {len(gone)} workers")
-        for name in samples:
-            maintenance.check(self.directory / name)
-        ranks = self.both()
-        with ranks[0], ranks[1]:
-            self.open_all(ranks)
-            self.load_all(ranks)
-            self.other_keys(ranks[0])
-            for rank in ranks:
-                check(rank.end() == 0, "a rank that leaves in order ends with status 0")
-        for name, sample in samples.items():
-            self.damage(name, sample)
-        self.damaged(samples)
-
-    def store_all(self, ranks: tuple[Process, Process]) -> None:
-        for kind, layout in SHAPES:
-            name = f"{kind}-{layout}"
-            found = [rank.ask("exists", name, NUMBERS) for rank in ranks]
-            self.check(found == [0, 0], f"{name}: nothing is found in a new store")
-            for n, rank in enumerate(ranks):  # both at once; of MLA both store the same keys
-                rank.send("store", name, NUMBERS, NUMBERS, salt_of(name, n))
-            done = [rank.answer() for rank in ranks]
-            self.check(done == [[True] * PAGES] * 2, f"{name}: both ranks store {PAGES} pages")
-            blocks = maintenance.inspect(self.directory / name).blocks
-            wanted = PAGES if kind == "mla" else 2 * PAGES
-            self.check(blocks == wanted, f"{name}: {blocks} blocks in the store")
-
-    def load_all(self, ranks: tuple[Process, Process]) -> None:
-        for kind, layout in SHAPES:
-            name = f"{kind}-{layout}"
-            found = [rank.ask("exists", name, [*NUMBERS, 999]) for rank in ranks]
-            self.check(found == [PAGES] * 2, f"{name}: after SIGKILL new ranks find {found}")
-            for n, rank in enumerate(ranks):
-                rank.send("load", name, NUMBERS, ELSEWHERE, salt_of(name, n))
-            results = [rank.answer() for rank in ranks]
-            fine = all(all(r["done"]) and all(r["right"]) for r in results)
-            self.check(fine, f"{name}: all pages load, byte by byte, into other pages")
-            strays = [r["strays"] for r in results]
-            self.check(strays == [0, 0], f"{name}: no other page is touched")
-            seconds = max(r["seconds"] for r in results)
-            print(f"      {name}: {PAGES} pages a rank in {seconds * 1000:.1f} ms")
-
-    def other_keys(self, rank: Process) -> None:
-        """What has other bytes is not found, whoever asks on the same store."""
-        others: dict[str, dict[str, Any]] = {
-            "another model": {"model_name": "another"},
-            "another number of ranks": {"tp_size": 4},
-            "another pipeline stage": {"pp_rank": 1, "pp_size": 2},
-            "another context-parallel rank": {"attn_cp_rank": 1, "attn_cp_size": 2},
-            "other weights": {"options": {"weights": "others"}},
-            "another namespace": {"options": {"namespace": "n"}},
-        }
-        for what, changes in others.items():
-            fields = {"tp_rank": 0, "tp_size": 2, **changes}
-            self.open(rank, what, "mha", "page_first", "mha-page_first", **fields)
-            found = rank.ask("exists", what, NUMBERS)
-            result = rank.ask("load", what, NUMBERS, NUMBERS, "")
-            nothing = found == 0 and not any(result["done"]) and result["strays"] == 0
-            self.check(nothing, f"{what} finds nothing")
-            rank.ask("close", what)
-        same = {"tp_rank": 0, "tp_size": 2, "dp_rank": 1}
-        self.open(rank, "replica", "mha", "page_first", "mha-page_first", **same)
-        self.check(rank.ask("exists", "replica", NUMBERS) == PAGES, "a replica finds all pages")
-        rank.ask("close", "replica")
-
-    # --- damage, eviction, stopped workers, private memory ----------------------------------------
-
-    def damage(self, name: str, sample: str) -> None:
-        """Turn one bit of the page that has these bytes."""
-        wanted = bytes.fromhex(sample)
-        for path in sorted((self.directory / name).glob("shard-*")):
-            at = path.read_bytes().find(wanted)
-            if at >= 0:
-                with path.open("r+b") as file:
-                    file.seek(at)
-                    first = file.read(1)[0]
-                    file.seek(at)
-                    file.write(bytes([first ^ 0x10]))
-                return
-        raise SystemExit(f"{name}: the page is in no file of the store")
-
-    def damaged(self, samples: dict[str, str]) -> None:
-        with self.rank() as rank:
-            rank.answer()
-            for name in samples:
-                kind, layout = name.split("-")
-                self.open(rank, name, kind, layout, name, tp_rank=0, tp_size=2)
-                result = rank.ask("load", name, NUMBERS, ELSEWHERE, salt_of(name, 0))
-                fine = [n != 20 for n in NUMBERS]
-                self.check(result["done"] == fine, f"{name}: a damaged page does not load")
-                self.check(
-                    all(r for r, f in zip(result["right"], fine, strict=True) if f),
-                    f"{name}: the other pages do, and are right",
-                )
-                found = rank.ask("exists", name, NUMBERS)
-                self.check(found == 20, f"{name}: the prefix ends at the damaged page: {found}")
 
     def eviction(self) -> None:
         with self.rank() as rank:
@@ -310,15 +143,10 @@ class Run:
             )
 
 
-def salt_of(name: str, rank: int) -> str:
-    """What makes a rank's bytes its own; MLA ranks hold the same."""
-    return name if name.startswith("mla") else f"{name}-{rank}"
-
-
 def run(directory: Path, check: Checks) -> None:
     checks = Run(directory, check)
     checks.fakes()
-    checks.ranks()
+    TwoRanks(directory, check).run()
     checks.eviction()
     checks.stopped_worker()
     checks.states()
@@ -341,8 +169,7 @@ def main() -> int:
         else:
             shutil.rmtree(directory)
     print(f"{time.monotonic() - began:.0f} s")
-    print(f"{check.failed} checks failed" if check.failed else "all checks passed")
-    return 1 if check.failed else 0
+    return check.end()
 
 
 if __name__ == "__main__":

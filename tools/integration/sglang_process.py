@@ -1,4 +1,4 @@
-"""Processes that `sglang_backend.py` talks to line by line, and what it prints."""
+"""Processes that `sglang_backend.py` talks to line by line."""
 
 from __future__ import annotations
 
@@ -15,17 +15,6 @@ import psutil
 
 HERE = Path(__file__).resolve().parent
 MARK = "@@ "  # of a line that is an answer
-
-
-class Checks:
-    """Lines of PASS and FAIL."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def __call__(self, fine: bool, what: str) -> None:
-        self.failed += not fine
-        print(f"{'PASS' if fine else 'FAIL'}  {what}", flush=True)
 
 
 class Process:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from sglang_process import Checks, Process, extra_config
+from checks import Checks
+from sglang_process import Process, extra_config
 
 from light_mem import maintenance
 
