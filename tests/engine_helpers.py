@@ -19,10 +19,12 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
+from light_mem.index.keys import MixedKeys
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.recovery import occupied_runs, states_of
-from light_mem.index.shard import ShardIndex
+from light_mem.index.shard import Allocation, Key, ShardIndex
+from light_mem.index.written import Written
 from tests.payload import block_bytes_of
 
 PAGE = 64
@@ -63,8 +65,18 @@ def put(index: ShardIndex, key: int, slots: int, now: int = 0, owner: int = 1) -
     where = index.allocate(slots, [])
     assert where is not None
     index.mark(where.runs, owner)
-    index.publish(where.slot, low, high, checksum=key, nbytes=slots * PAGE, now=now or 10**18 + key)
+    publish(index, [where], [(low, high)], now or 10**18 + key)
     return where.slot
+
+
+def publish(index: ShardIndex, room: list[Allocation], keys: list[Key], now: int) -> None:
+    """Make blocks visible that fill their room, inside `change()`; the checksum is the key's low
+    half."""
+    blocks = [
+        Written(low, high, low, sum(n for _, n in where.runs) * PAGE, where.runs, now)
+        for (low, high), where in zip(keys, room, strict=True)
+    ]
+    index.publish(blocks, MixedKeys.of(keys).mixed, now)
 
 
 def stored_keys(file: IndexFile) -> set[int]:

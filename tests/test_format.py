@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from light_mem.engine import shard_file, shard_header, slot_records
+from light_mem.engine import shard_file, shard_header
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.recovery import record_crc
+from light_mem.index.written import Written
 from tests.engine_helpers import STORE_ID, geometry_of, open_local
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -204,9 +205,7 @@ def test_a_record_has_these_bytes(tmp_path: Path) -> None:
     assert geometry is not None
     file = shard_file.ShardFile(tmp_path / "store", geometry, 0)
     runs = [(1, 2), (5, 1)]
-    file.write_records(
-        [slot_records.Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788, 0x80000009)]
-    )
+    file.write_records([Written(0x1122, 0x3344, 0x5566, 130, runs, 0x7788, 0x80000009)])
     file.close()
     raw = (tmp_path / "store" / "shard-000.slots").read_bytes()[4096:]
     key_to_nbytes = "2211000000000000 4433000000000000 TAG_____00000000 6655000000000000"

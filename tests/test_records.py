@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from light_mem.engine.shard_file import ShardFile
-from light_mem.engine.slot_records import Written
 from light_mem.index import description
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import record_crc
+from light_mem.index.written import Written
 from tests.engine_helpers import PAGE, assert_consistent, open_local
 
 PAGES = 20

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from light_mem.index import keys as keymath
-from light_mem.index.keys import MixedKeys
 from light_mem.index.shard import Allocation, ShardIndex
-from tests.engine_helpers import PAGE, assert_consistent, new_index, replica, stored_keys
+from tests.engine_helpers import PAGE, assert_consistent, new_index, publish, replica, stored_keys
 
 SLOTS = 64
 
@@ -22,9 +21,7 @@ def store(index: ShardIndex, keys: list[int], lengths: list[int], now: int) -> l
         where = index.allocate_many(lengths, [])
         index.mark_many(where, owner=1)
     with index.change():
-        pairs = MixedKeys.of([(key, 0) for key in keys[: len(where)]])
-        sizes = [length * PAGE for length in lengths[: len(where)]]
-        index.publish_many([w.slot for w in where], pairs, [0] * len(where), sizes, now)
+        publish(index, where, [(key, 0) for key in keys[: len(where)]], now)
     return where
 
 

@@ -12,11 +12,18 @@ from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
-from light_mem.index.keys import MixedKeys
 from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
 from tests.deaths import Files, moments, restore
-from tests.engine_helpers import PAGE, assert_consistent, new_index, put, replica, stored_keys
+from tests.engine_helpers import (
+    PAGE,
+    assert_consistent,
+    new_index,
+    publish,
+    put,
+    replica,
+    stored_keys,
+)
 
 SLOTS = 16
 KEPT = {1, 3, 5}  # stored before, and untouched by every scenario
@@ -41,7 +48,7 @@ def write(index: ShardIndex, slots: dict[int, int]) -> None:
         assert len(where.runs) == 3
         index.mark(where.runs, owner=1)
     with index.change():
-        index.publish(where.slot, 100, 0, checksum=0, nbytes=5 * PAGE, now=1)
+        publish(index, [where], [(100, 0)], now=1)
 
 
 def remove(index: ShardIndex, slots: dict[int, int]) -> None:
@@ -59,10 +66,7 @@ def write_many(index: ShardIndex, slots: dict[int, int]) -> None:
         index.mark_many(where, owner=1)
     with index.change():
         assert index.find_many([(key, 0) for key in (100, 101, 102, 103)]) == [-1] * 4
-        keys = MixedKeys.of([(key, 0) for key in (100, 101, 102, 103)])
-        index.publish_many(
-            [w.slot for w in where], keys, [0] * 4, [2 * PAGE] * 4, now=1, keeps=[0] * 4
-        )
+        publish(index, where, [(key, 0) for key in (100, 101, 102, 103)], now=1)
 
 
 def evict_many(index: ShardIndex, slots: dict[int, int]) -> None:
@@ -79,10 +83,7 @@ def evict_many(index: ShardIndex, slots: dict[int, int]) -> None:
         assert {w.slot for w in where} == set(evicted)
         index.mark_many(where, owner=1)
     with index.change():
-        keys = MixedKeys.of([(key, 0) for key in (100, 101, 102, 103)])
-        index.publish_many(
-            [w.slot for w in where], keys, [0] * 4, [2 * PAGE] * 4, now=1, keeps=[0] * 4
-        )
+        publish(index, where, [(key, 0) for key in (100, 101, 102, 103)], now=1)
 
 
 def write_in_vain(index: ShardIndex, slots: dict[int, int]) -> None:
@@ -218,7 +219,7 @@ def test_what_a_living_owner_is_writing_survives_a_recovery(tmp_path: Path) -> N
         assert int(file.control["used_slots"][0]) == 5 + 2 * 4 + 3
     with one.change():
         assert one.is_marked(where.slot, 9)
-        one.publish(where.slot, 100, 0, checksum=0, nbytes=5 * PAGE, now=1)
+        publish(one, [where], [(100, 0)], now=1)
     assert 100 in stored_keys(file)
 
 
@@ -320,6 +321,6 @@ def test_changes_go_on_in_a_damaged_shard(tmp_path: Path, seed: int, what: str) 
                 where = index.allocate(key % 3 + 1, [])
                 if where is not None:
                     index.mark(where.runs, 1)
-                    index.publish(where.slot, key, 0, 0, (key % 3 + 1) * PAGE, 10**9 + round_)
+                    publish(index, [where], [(key, 0)], 10**9 + round_)
     file.control["dirty"] = 1
     recover(tmp_path, file)

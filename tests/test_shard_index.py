@@ -17,10 +17,10 @@ from light_mem.index.recovery import states_of
 from light_mem.index.replica import SpaceReplica
 from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import (
-    PAGE,
     assert_consistent,
     let_go,
     new_index,
+    publish,
     put,
     replica,
     stored_keys,
@@ -64,7 +64,7 @@ def test_a_block_is_found_only_after_it_is_published(file: IndexFile, index: Sha
         assert index.is_marked(where.slot, 5)
         assert not index.is_marked(where.slot, 6)
         assert find(index, 77) is None
-        index.publish(where.slot, 77, 0, checksum=1, nbytes=3 * PAGE, now=2)
+        publish(index, [where], [(77, 0)], now=2)
         assert find(index, 77) == where.slot
         assert not index.is_marked(where.slot, 5)
     assert_consistent(file)
@@ -123,7 +123,7 @@ def test_a_block_lies_in_several_runs_when_free_space_is_in_pieces(
         assert where.runs == [(2, 1), (6, 2), (10, 2)]
         assert not evicted
         index.mark(where.runs, owner=1)
-        index.publish(where.slot, 99, 0, checksum=1, nbytes=5 * PAGE, now=1)
+        publish(index, [where], [(99, 0)], now=1)
     assert [state(file, slot) for slot in (2, 6, 10)] == [fmt.LIVE, fmt.EXTENT, fmt.EXTENT]
     assert_consistent(file)
     with index.change():
@@ -200,7 +200,7 @@ def test_clear_takes_out_what_is_stored_and_leaves_what_is_being_written(
         assert sorted(index.clear()) == sorted(gone)
         assert index.is_marked(writing.slot, 4)
         assert int(file.control["used_slots"][0]) == 5
-        index.publish(writing.slot, 3, 0, checksum=0, nbytes=5 * PAGE, now=1)
+        publish(index, [writing], [(3, 0)], now=1)
     assert stored_keys(file) == {3}
     assert int(file.control["removals"][0]) == 2
     assert_consistent(file)
@@ -230,7 +230,7 @@ def test_replicas_used_in_turns_see_one_shard(tmp_path: Path, file: IndexFile, s
                     assert where is not None
                     index.mark(where.runs, 1)
                     now = int(rng.integers(1, 10**6))
-                    index.publish(where.slot, key, 0, 0, (key % 5 + 1) * PAGE, now)
+                    publish(index, [where], [(key, 0)], now)
                     model[key] = key % 5 + 1
                     if evicted:
                         model = {k: n for k, n in model.items() if find(index, k) is not None}

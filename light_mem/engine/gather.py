@@ -11,8 +11,8 @@ from light_mem.engine.copy import Plan, Stopping, Update, new_checksum, pieces_o
 from light_mem.engine.page_views import PageViews
 from light_mem.engine.pieces import (
     has_short_regions,
-    has_small_rows,
     is_by_rows,
+    is_one_piece,
     joined_pieces,
     straight_pieces,
 )
@@ -58,8 +58,11 @@ class Gatherer:
         whole: list[int] = []  # the checksums of those that are None there
         for low, high, parts in blocks:
             place, sink = parts[0]
-            if len(parts) == 1 and has_small_rows(place):
-                views = self._of(place)
+            if (
+                len(parts) == 1
+                and is_one_piece(place)
+                and (views := self._of(place)).firsts is not None
+            ):
                 table = self._table(len(place.numbers), views)
                 store, first = sink.storing(0, len(table.piece))
                 key, rows = key_bytes(low, high), place.numbers

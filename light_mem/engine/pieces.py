@@ -24,10 +24,7 @@ def is_one_piece(place: Place) -> TypeGuard[Rows]:
 
 def has_small_rows(place: Place) -> TypeGuard[Rows]:
     """Whether it is small rows, and one piece."""
-    if type(place) is not Rows:
-        return False
-    row_bytes: int = place.memory.shape[1]
-    return row_bytes < SMALL_PAGE_BYTES and row_bytes * len(place.numbers) <= PIECE_BYTES
+    return is_one_piece(place) and place.memory.shape[1] < SMALL_PAGE_BYTES
 
 
 def is_put_straight(place: Place) -> bool:

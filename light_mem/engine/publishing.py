@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 from light_mem.engine.base import Outcome
 from light_mem.engine.intents import Intents
-from light_mem.engine.slot_records import Written
 from light_mem.engine.write_job import Failures, Part
 from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.owners import Owner
+from light_mem.index.written import Written
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
@@ -49,34 +50,31 @@ class Publisher:
     def publish(self, parts: list[Part]) -> Failures:
         """Wait for what is under way to the slots, and publish; tells the outcomes. Takes the parts
         from the list one by one. Returns what failed: its slots stay announced."""
-        failures: Failures = []  # without their frames, which refer to this
-        later: list[tuple[Part, dict[int, Written]]] = []
+        failures: Failures = []
+        later: deque[tuple[Part, dict[int, Written]]] = deque()  # described; somebody has the lock
         # None is to wait for the stopped holder of another's lock.
         alone = len(parts) == 1
         while True:
+            written: dict[int, Written] | None = None
             try:
                 part = parts.pop(0)
             except IndexError:  # not asked before: this very thread may close the engine meanwhile
-                break
+                if not later:
+                    return failures
+                part, written = later.popleft()
+            is_last_try = alone or written is not None
+            timeout = LOCK_TIMEOUT_SECONDS if is_last_try else 0 if later else SHORT_SECONDS
             try:
-                file = self._engine.file(part.shard)
-                file.land(part.under_way)
-                written = self._describe(part, file)
-                if alone:
-                    self._publish(part, written, LOCK_TIMEOUT_SECONDS)
-                    continue
-                try:
-                    self._publish(part, written, 0 if later else SHORT_SECONDS)
-                except LockTimeoutError:
+                if written is None:
+                    file = self._engine.file(part.shard)
+                    file.land(part.under_way)
+                    written = self._describe(part, file)
+                self._publish(part, written, timeout)
+            except (OSError, StoreFormatError) as error:
+                if isinstance(error, LockTimeoutError) and not is_last_try and written is not None:
                     later.append((part, written))
-            except (OSError, StoreFormatError) as error:
-                failures.append((part, error.with_traceback(None)))
-        for part, written in later:
-            try:
-                self._publish(part, written, LOCK_TIMEOUT_SECONDS)
-            except (OSError, StoreFormatError) as error:
-                failures.append((part, error.with_traceback(None)))
-        return failures
+                else:  # without its frames, which refer to the parts
+                    failures.append((part, error.with_traceback(None)))
 
     def _describe(self, part: Part, file: ShardFile) -> dict[int, Written]:
         """Write the records of what lies in its slots; by position in the batch."""
@@ -161,14 +159,7 @@ class Publisher:
                 left.append(at)
             fresh, keys = left, part.job.keys.at(left)
         blocks = [written[at] for at in fresh]
-        index.publish_many(
-            [block.runs[0][0] for block in blocks],
-            keys,
-            [block.checksum for block in blocks],
-            [block.nbytes for block in blocks],
-            time.time_ns(),
-            [block.keep for block in blocks],
-        )
+        index.publish(blocks, keys.mixed, time.time_ns())
         for at, slots in pinned.items():
             self._pin(index, file, written[at].runs[0][0], slots)
         return fresh

@@ -11,7 +11,6 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from light_mem.engine.shard_header import map_whole, slots_path
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.recovery import crc_of, record_crcs, states_of
+from light_mem.index.written import Written
 
 _KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc
 # A `format.RECORD` up to its crc, and the crc. To pack a record costs a part of what a table of one
@@ -27,18 +27,6 @@ _KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a re
 _RECORD, _CRC = struct.Struct("<6Q3I"), struct.Struct("<I")
 assert _RECORD.size == fmt.RECORD_CRC_BYTES
 assert _RECORD.size + _CRC.size == fmt.RECORD.itemsize
-
-
-class Written(NamedTuple):
-    """A block whose bytes lie in its slots."""
-
-    low: int
-    high: int
-    checksum: int
-    nbytes: int
-    runs: list[tuple[int, int]]
-    used: int  # ns since 1970
-    keep: int = 0  # time to live and pin, see `index/format.py`
 
 
 class SlotRecords:

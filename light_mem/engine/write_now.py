@@ -14,9 +14,9 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.gather import Gatherer
 from light_mem.engine.intents import Intents
 from light_mem.engine.publishing import is_present
-from light_mem.engine.slot_records import Written
 from light_mem.index.keys import mix_one, shard_of
 from light_mem.index.owners import Owner
+from light_mem.index.written import Written
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
@@ -79,8 +79,9 @@ class WriteNow:
             else:
                 now = time.time_ns()
                 [keep] = engine.keeps_for([(low, high)])
-                file.write_records([Written(low, high, checksum, nbytes, where.runs, now, keep)])
-                index.publish(where.slot, low, high, checksum, nbytes, now, keep)
+                written = Written(low, high, checksum, nbytes, where.runs, now, keep)
+                file.write_records([written])
+                index.publish([written], [mixed], now)
         if not engine.is_closed:  # by this very thread: the record may be another's by now
             self._intents.announce(shard, [])
         if failure is not None:

@@ -9,14 +9,16 @@ of a loop takes for ten blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from light_mem.index import format as fmt
 from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
-from light_mem.index.keys import MixedKeys
 from light_mem.index.lookup import CHECKSUM, ENTRY_WORDS, HIGH, LOW, NBYTES, RUNS, STORED, TAG
 from light_mem.index.replica import Run
 from light_mem.index.retention import Retention
+from light_mem.index.written import Written
 
 
 class Putting:
@@ -52,26 +54,16 @@ class Putting:
 
     def publish(
         self,
-        firsts: list[int],
-        keys: MixedKeys,
-        checksums: list[int],
-        nbytes: list[int],
+        blocks: Sequence[Written],
+        mixed: Sequence[int],
         now: int,
-        keeps: list[int] | None,
     ) -> None:
-        """Make blocks visible, by their first slots. Their bytes and their records are in place,
+        """Make blocks visible; `mixed`: their keys'. Their bytes and their records are in place,
         their keys differ, and none of these is stored."""
         words, first, uses = self._f.words64, self._first_word, self._uses_word
         keep_of, chains = self._keeps, self._chains
-        for slot, (low, high), mixed, checksum, size, keep in zip(
-            firsts,
-            keys.pairs,
-            keys.mixed,
-            checksums,
-            nbytes,
-            keeps or [0] * len(firsts),
-            strict=True,
-        ):
+        for (low, high, checksum, size, runs, _, keep), its_mix in zip(blocks, mixed, strict=True):
+            slot = runs[0][0]
             word = first + slot * ENTRY_WORDS
             words[word + LOW], words[word + HIGH] = low, high
             words[word + CHECKSUM], words[word + NBYTES], words[word + STORED] = checksum, size, now
@@ -79,6 +71,6 @@ class Putting:
             keep_of[slot] = keep
             if keep:
                 self._retention.arrives(slot)
-            chains.put_in(slot, mixed, fmt.live_tag(words[word + TAG]))
-        self._control.blocks += len(firsts)
-        self._control.inserts += len(firsts)
+            chains.put_in(slot, its_mix, fmt.live_tag(words[word + TAG]))
+        self._control.blocks += len(blocks)
+        self._control.inserts += len(blocks)

@@ -10,7 +10,7 @@ remove   see `taking.py`; who is removed for want of room, `allocation.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from light_mem.index.putting import Putting
 from light_mem.index.replica import Run, SpaceReplica
 from light_mem.index.retention import Retention
 from light_mem.index.taking import Taking
+from light_mem.index.written import Written
 
 Key = tuple[int, int]  # low, high
 
@@ -217,32 +218,9 @@ class ShardIndex:
         """`is_marked` for several."""
         return self._putting.are_marked(slots, owner)
 
-    def publish(
-        self,
-        slot: int,
-        low: int,
-        high: int,
-        checksum: int,
-        nbytes: int,
-        now: int,
-        keep: int = 0,
-    ) -> None:
-        """Make a block visible. Its bytes and its record are in place."""
-        self.publish_many(
-            [slot], MixedKeys.of([(low, high)]), [checksum], [nbytes], now, keeps=[keep]
-        )
-
-    def publish_many(
-        self,
-        firsts: list[int],
-        keys: MixedKeys,
-        checksums: list[int],
-        nbytes: list[int],
-        now: int,
-        keeps: list[int] | None = None,
-    ) -> None:
-        """`publish` for blocks of different keys, none of which is stored; by first slots."""
-        self._putting.publish(firsts, keys, checksums, nbytes, now, keeps)
+    def publish(self, blocks: Sequence[Written], mixed: Sequence[int], now: int) -> None:
+        """Make blocks visible; see `Putting.publish`."""
+        self._putting.publish(blocks, mixed, now)
 
     # --- taking blocks out -----------------------------------------------------------------------
 

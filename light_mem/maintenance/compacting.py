@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
-from light_mem.engine.slot_records import Written
 from light_mem.index import format as fmt
 from light_mem.index import recovery, retention
+from light_mem.index.keys import mix_one
 from light_mem.index.owners import Owner, Owners
 from light_mem.index.replica import Run
 from light_mem.index.shard import ShardIndex
 from light_mem.index.space import FreeRuns
+from light_mem.index.written import Written
 from light_mem.maintenance.store import blocks_in
 
 BATCH_BYTES = 256 << 20  # moved in one hold of the shard's lock
@@ -149,8 +150,9 @@ class _Compaction:
         target = np.concatenate([np.arange(a, a + n) for a, n in runs])
         for a, b in zip(source.tolist(), target.tolist(), strict=True):
             file.bytes(b, 1)[:] = file.bytes(a, 1)
-        file.write_records([Written(low, high, checksum, nbytes, runs, written, keep)])
-        index.publish(runs[0][0], low, high, checksum, nbytes, block.used, keep)
+        moved = Written(low, high, checksum, nbytes, runs, written, keep)
+        file.write_records([moved])
+        index.publish([moved], [mix_one(low, high)], block.used)
         index.remove(block.slot)
         file.clear_records([block.slot])
         self._owner.withdraw(0)

@@ -22,7 +22,7 @@ from itertools import groupby
 
 import numpy as np
 
-from light_mem.engine import reindex, shard_file, shard_header, slot_records
+from light_mem.engine import reindex, shard_file, shard_header
 from light_mem.engine.opening import drop_unfinished, prepare
 from light_mem.index import description, recovery
 from light_mem.index import file as index_file
@@ -31,6 +31,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.owners import Owners
 from light_mem.index.recovery import Table
+from light_mem.index.written import Written
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.in_place import rebuild_in_place
@@ -186,9 +187,7 @@ def _complete(store: Store, sums: _Sums) -> None:
             for _, entry, runs in rows:
                 names = ("low", "high", "checksum", "nbytes", "used", "keep")
                 low, high, checksum, nbytes, used, keep = (int(entry[n][0]) for n in names)
-                file.write_records(
-                    [slot_records.Written(low, high, checksum, nbytes, runs, used, keep)]
-                )
+                file.write_records([Written(low, high, checksum, nbytes, runs, used, keep)])
             file.sync()
         finally:
             file.close()

@@ -14,11 +14,11 @@ from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.shard_header import data_path
-from light_mem.engine.slot_records import Written
 from light_mem.errors import LightMemError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
+from light_mem.index.written import Written
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.opening import open_tool
