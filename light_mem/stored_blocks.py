@@ -114,7 +114,8 @@ class StoredBlocks(Closing, ABC):
         What is not stored, or has expired, is not pinned and not counted. A pin belongs to the
         store: it outlives services, and is the same for all of them. `delete` and `clear` take
         pinned blocks out all the same. Raises PinLimitError when more than half of a shard's slots
-        would be pinned: then none of these hashes is that was not before.
+        would be pinned, LockTimeoutError when a shard's lock is not free in time, OSError,
+        StoreFormatError: then none of these hashes is pinned that was not before.
         """
         self._check()
         return self._engine.pin(_keys(hashes))

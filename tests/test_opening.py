@@ -218,6 +218,29 @@ def test_a_lost_description_is_made_anew_from_the_shards(
     assert description.load(tmp_path / "store") == before
 
 
+def test_the_id_of_a_store_may_end_in_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    monkeypatch.setattr(os, "urandom", lambda n: bytes(range(1, n)) + b"\0")
+    rig = Rig(open_local(one, 8))
+    rig.write(Block(1))
+    rig.engine.close()
+    store_id = description.load(one).store_id
+    assert store_id.endswith("0f00")
+    (one / "store.json").unlink()
+    rig = Rig(open_local(one, 8))
+    assert rig.read(Block(1)) == [LOADED]
+    rig.engine.close()
+    assert description.load(one).store_id == store_id
+    monkeypatch.undo()
+    open_local(other, 8).close()
+    (one / "shard-000.slots").replace(other / "shard-000.slots")
+    with pytest.raises(StoreFormatError, match="another store") as caught:
+        open_local(other, 8)
+    assert caught.value.found == store_id  # type: ignore[attr-defined]
+
+
 def test_what_a_killed_process_was_about_to_rename_is_removed(tmp_path: Path) -> None:
     open_local(tmp_path / "store", 8).close()
     for name in ("index.12345.tmp", "store.json.99.tmp", "my.tmp"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import light_mem
 from light_mem import LightMemError, PinLimitError, maintenance
 from light_mem.engine import writing
 from light_mem.engine.base import Outcome
+from light_mem.engine.shard_file import ShardFile
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.order import MIN_BATCH
@@ -81,6 +84,28 @@ def test_a_refusal_in_one_shard_takes_back_the_pins_of_the_others(tmp_path: Path
         assert r.service.stats()["pinned_blocks"] == 2
         assert r.service.unpin(stored) == 2
         assert all(not b.pinned for b in maintenance.blocks(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("call", [0, 1, 5])
+def test_a_failure_takes_back_the_pins_of_its_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    calls, real = itertools.count(), ShardFile.set_keep
+
+    def set_keep(file: ShardFile, slot: int, keep: int) -> None:
+        if next(calls) == call:
+            raise OSError(errno.EIO, "no record can be written")
+        real(file, slot, keep)
+
+    with rig(tmp_path, shards=4, slots=256, pages=256) as r:
+        keys = list(range(8))
+        r.write(keys, keys)
+        monkeypatch.setattr(ShardFile, "set_keep", set_keep)
+        with pytest.raises(OSError, match="no record"):
+            r.service.pin(keys)
+        assert next(calls) > call
+        assert r.service.stats()["pinned_blocks"] == 0
+        assert r.service.pin(keys) == 8
 
 
 def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:

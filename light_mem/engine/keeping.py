@@ -40,36 +40,58 @@ def pin(engine: OpenStore, keys: KeyArray, expired: bool = False) -> int:
     """Pin the stored blocks among these keys; returns how many are pinned now. `expired`: those too
     whose time is up, and that nobody has taken out yet.
 
-    Raises PinLimitError: then none of them is pinned that was not before.
+    Raises PinLimitError, LockTimeoutError, OSError, StoreFormatError: then none of them is pinned
+    that was not before, unless a shard's lock was not free for that in time either, which is
+    logged.
     """
-    done: list[tuple[int, list[Key]]] = []
     count = 0
-    for shard, part in _by_shard(engine, keys):
-        fresh: list[Key] = []
-        with engine.change(shard) as (index, file):
-            slots = dict(_stored(index, part, expired))
-            excess = index.retention.excess(list(slots.values()))
-            if not excess:
-                for key, slot in slots.items():
-                    if not index.retention.is_pinned(slot):
-                        fresh.append(key)
-                        file.set_keep(slot, index.retention.pin(slot))
-            pinned, limit = int(index.control["pinned_slots"][0]), index.retention.limit
-        if excess:
-            for other, keys_there in done:
-                _unpin(engine, other, keys_there)
-            needed = excess + limit - pinned
-            raise PinLimitError(
-                f"{pinned} slots of shard {shard} are pinned and {needed} more would be; at most "
-                f"{limit} may be, half of them: nothing was pinned",
-                shard=shard,
-                pinned=pinned,
-                needed=needed,
-                limit=limit,
-            )
-        done.append((shard, fresh))
-        count += len(slots)
+    fresh: dict[int, list[Key]] = {}  # what was pinned here, by shard
+    try:
+        for shard, part in _by_shard(engine, keys):
+            count += _pin(engine, shard, part, expired, fresh.setdefault(shard, []))
+    except BaseException:
+        for shard, part in fresh.items():
+            _unpin_again(engine, shard, part)
+        raise
     return count
+
+
+def _pin(engine: OpenStore, shard: int, keys: list[Key], expired: bool, fresh: list[Key]) -> int:
+    """`pin` in one shard; adds to `fresh` what was not pinned before."""
+    with engine.change(shard) as (index, file):
+        slots = dict(_stored(index, keys, expired))
+        excess = index.retention.excess(list(slots.values()))
+        pinned, limit = int(index.control["pinned_slots"][0]), index.retention.limit
+        if not excess:
+            for key, slot in slots.items():
+                if not index.retention.is_pinned(slot):
+                    fresh.append(key)
+                    file.set_keep(slot, index.retention.pin(slot))
+            return len(slots)
+    needed = excess + limit - pinned
+    raise PinLimitError(
+        f"{pinned} slots of shard {shard} are pinned and {needed} more would be; at most "
+        f"{limit} may be, half of them: nothing was pinned",
+        shard=shard,
+        pinned=pinned,
+        needed=needed,
+        limit=limit,
+    )
+
+
+def _unpin_again(engine: OpenStore, shard: int, keys: list[Key]) -> None:
+    if not keys:
+        return
+    try:
+        _unpin(engine, shard, keys)
+    except (OSError, StoreFormatError) as error:
+        log.warning(
+            "%d blocks of shard %d of %s stay pinned by a call that failed: %s",
+            len(keys),
+            shard,
+            engine.directory,
+            str(error),
+        )
 
 
 def unpin(engine: OpenStore, keys: KeyArray) -> int:

@@ -247,7 +247,7 @@ def _from_shards(directory: Path) -> Geometry | None:
         log.warning(
             "store %s: its description is lost; the shards' headers say the same", directory
         )
-        store_id = bytes(header["store_id"]).ljust(16, b"\0").hex()
+        store_id = bytes(header["store_id"]).hex()
         return Geometry(store_id, page_bytes, shards, slots, slots * shards * page_bytes)
     return None
 

@@ -79,7 +79,7 @@ def index_header(path: Path) -> Table | None:
     """The header of an index file of any version, INDEX_HEADER [1]; None: there is none, or it is
     damaged."""
     header = read_items(path, fmt.INDEX_HEADER, 0, 0, 1)
-    is_one = bytes(header["magic"][0]) == fmt.INDEX_MAGIC.rstrip(b"\0")
+    is_one = bytes(header["magic"][0]) == fmt.INDEX_MAGIC
     fits = int(header["crc"][0]) == fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
     return header if is_one and fits else None
 
@@ -103,7 +103,7 @@ class OldIndex:
         self.sound = bool(
             header is not None
             and int(header["version"][0]) in _VERSIONS
-            and bytes(header["store_id"][0]).ljust(16, b"\0").hex() == geometry.store_id
+            and bytes(header["store_id"][0]).hex() == geometry.store_id
             and int(header["shards"][0]) == geometry.shards
         )
         if (

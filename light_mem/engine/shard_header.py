@@ -51,8 +51,7 @@ def read_header(path: Path) -> np.void | None:
     if len(raw) < fmt.SHARD_HEADER.itemsize:
         return None
     header = np.frombuffer(raw, fmt.SHARD_HEADER)
-    magics = (fmt.DATA_MAGIC.rstrip(b"\0"), fmt.SLOTS_MAGIC.rstrip(b"\0"))
-    if bytes(header["magic"][0]) not in magics:
+    if bytes(header["magic"][0]) not in (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC):
         return None
     if int(header["crc"][0]) != fmt.header_crc(header, fmt.SHARD_HEADER_CRC):
         return None

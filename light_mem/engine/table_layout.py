@@ -23,7 +23,7 @@ WORDS_PER_REGION = 4  # of page indices: offset and length, 64 bits each
 
 HEADER = np.dtype(
     [
-        ("magic", "S8"),
+        ("magic", "V8"),
         ("table_id", "S32"),
         ("server_pid", "<u8"),
         ("server_started", "<f8"),

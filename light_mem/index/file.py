@@ -30,11 +30,6 @@ def boot_id() -> bytes:
         return bytes(16)
 
 
-def _s16(raw: bytes) -> bytes:
-    # numpy's fixed strings drop trailing zero bytes when read back.
-    return raw.rstrip(b"\0")
-
-
 class IndexFile:
     """The mapped file. Single aligned stores are atomic; everything else is under a shard's lock.
 
@@ -81,7 +76,7 @@ class IndexFile:
 
     def _check_header(self) -> None:
         header, g = self.header, self.geometry
-        if bytes(header["magic"][0]) != _s16(fmt.INDEX_MAGIC):
+        if bytes(header["magic"][0]) != fmt.INDEX_MAGIC:
             raise IndexUnusable(f"{self.path} does not begin like an index")
         if int(header["version"][0]) != fmt.INDEX_VERSION:
             raise IndexUnusable(f"{self.path} has version {int(header['version'][0])}")
@@ -94,7 +89,7 @@ class IndexFile:
             int(header["slots"][0]),
             int(header["buckets"][0]),
         )
-        wanted = (_s16(bytes.fromhex(g.store_id)), g.page_bytes, g.shards, g.slots, self.buckets)
+        wanted = (bytes.fromhex(g.store_id), g.page_bytes, g.shards, g.slots, self.buckets)
         if found != wanted:
             raise IndexUnusable(f"{self.path} is the index of another store or size")
 
@@ -105,12 +100,12 @@ class IndexFile:
         After a power cut the file may mix pages of different times.
         """
         return bool(self.header["clean"][0]) or (
-            bytes(self.header["boot_id"][0]) == _s16(boot_id()) != b""
+            bytes(self.header["boot_id"][0]) == boot_id() != bytes(16)
         )
 
     def mark_open(self) -> None:
         """Pages of this file may from now on be newer in memory than on the device."""
-        if self.header["clean"][0] or bytes(self.header["boot_id"][0]) != _s16(boot_id()):
+        if self.header["clean"][0] or bytes(self.header["boot_id"][0]) != boot_id():
             self.header["boot_id"][0] = boot_id()
             self.header["clean"][0] = 0
             self.map.flush(0, fmt.BLOCK_ALIGN)

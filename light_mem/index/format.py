@@ -74,16 +74,16 @@ KEEP_EPOCH = 1577836800  # 2020-01-01T00:00:00Z in seconds since 1970
 INDEX_MAGIC = b"LMINDEX\x00"
 INDEX_HEADER = np.dtype(
     [
-        ("magic", "S8"),
+        ("magic", "V8"),
         ("version", "<u4"),
         ("crc", "<u4"),  # low half of xxh3-64 over the geometry fields below
-        ("store_id", "S16"),
+        ("store_id", "V16"),
         ("page_bytes", "<u8"),
         ("shards", "<u4"),
         ("slots", "<u4"),  # a shard
         ("buckets", "<u4"),  # a shard; a power of two
         ("clean", "<u4"),  # 1: synced by the last owner that left
-        ("boot_id", "S16"),  # of the kernel that may hold unsynced pages of this file
+        ("boot_id", "V16"),  # of the kernel that may hold unsynced pages of this file
         ("lookups", "<u8"),  # hashes that servers asked for ever; a statistic, not exact
         ("hits", "<u8"),  # ... and found
     ]
@@ -126,10 +126,10 @@ DATA_MAGIC = b"LMDATA\x00\x00"
 SLOTS_MAGIC = b"LMSLOTS\x00"
 SHARD_HEADER = np.dtype(
     [
-        ("magic", "S8"),
+        ("magic", "V8"),
         ("version", "<u4"),
         ("crc", "<u4"),  # low half of xxh3-64 over the fields below
-        ("store_id", "S16"),
+        ("store_id", "V16"),
         ("page_bytes", "<u8"),
         ("shard", "<u4"),
         ("shards", "<u4"),

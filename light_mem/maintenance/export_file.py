@@ -112,7 +112,7 @@ class ExportFile:
             self.problems.append(f"the file is cut short: {count} of {meant} blocks, no trailer")
         elif (int(trailer["blocks"]), int(trailer["nbytes"])) != (count, nbytes):
             self.problems.append(f"{count} of {int(trailer['blocks'])} blocks were found")
-        elif bytes(trailer["digest"]) != digest.rstrip(b"\0"):
+        elif bytes(trailer["digest"]) != digest:
             self.problems.append("its digest tells of other blocks, or of another order")
 
     def _next_part(self, at: int) -> int:

@@ -20,10 +20,10 @@ ALIGN = 64
 EXPORT_MAGIC = b"LMEXPORT"
 EXPORT_HEADER = np.dtype(
     [
-        ("magic", "S8"),
+        ("magic", "V8"),
         ("version", "<u4"),
         ("crc", "<u4"),  # low half of xxh3-64 over the other bytes; so too below
-        ("store_id", "S16"),  # of the store that it came from
+        ("store_id", "V16"),  # of the store that it came from
         ("page_bytes", "<u8"),
         ("made", "<u8"),  # ns since 1970
         ("blocks", "<u8"),  # how many were meant to follow; the trailer says how many did
@@ -54,7 +54,7 @@ TRAILER = np.dtype(
         ("crc", "<u4"),
         ("blocks", "<u8"),
         ("nbytes", "<u8"),  # of the blocks, without headers and padding
-        ("digest", "S16"),  # xxh3-128, big-endian, over all block headers in their order
+        ("digest", "V16"),  # xxh3-128, big-endian, over all block headers in their order
         ("spare", "<u8", (3,)),
     ]
 )
