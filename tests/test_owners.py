@@ -13,7 +13,8 @@ import pytest
 
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
-from light_mem.index.owners import Intent, Owners, process_start
+from light_mem.index.format import ShardSlot
+from light_mem.index.owners import Owners, process_start
 from tests.children import child, line
 from tests.engine_helpers import let_go
 
@@ -29,7 +30,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[Owners, Owners]]:
 
 
 Pair = tuple[Owners, Owners]
-Reclaimed = list[tuple[int, list[Intent]]]
+Reclaimed = list[tuple[int, list[ShardSlot]]]
 
 
 def reclaimed(owners: Owners) -> Reclaimed:
@@ -98,7 +99,7 @@ def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
     taken: list[int] = []
     second = threading.Event()
 
-    def take_back(owner: int, _: list[Intent]) -> None:
+    def take_back(owner: int, _: list[ShardSlot]) -> None:
         taken.append(owner)
         if len(taken) > 1:
             second.set()

@@ -14,8 +14,8 @@ import numpy as np
 
 from light_mem.errors import LockTimeoutError
 from light_mem.index import keys as keymath
+from light_mem.index.format import ShardSlot
 from light_mem.index.keys import KeyArray
-from light_mem.index.owners import Intent
 
 if TYPE_CHECKING:
     from light_mem.engine.open_store import OpenStore
@@ -77,7 +77,7 @@ def drop_damaged(
         engine.limited.warning("the damaged block stays listed: %s", str(error))
 
 
-def take_back(engine: OpenStore, owner: int, intents: list[Intent]) -> None:
+def take_back(engine: OpenStore, owner: int, intents: list[ShardSlot]) -> None:
     """Give back the slots that a dead owner was filling, and those that were taken out while only
     the dead had them leased."""
     geometry = engine.geometry

@@ -149,11 +149,22 @@ OWNER = np.dtype(
         ("kind", "S16"),  # "server", "worker", "client", "tool"
         ("joined", "<u8"),  # ns since 1970
         ("spare", "<u8", (11,)),
-        ("intents", "<u8", (MAX_INTENTS,)),  # 1 + (shard << 32 | first slot), 0: none
+        ("intents", "<u8", (MAX_INTENTS,)),  # see `slot_word`; 0: none
         ("leases", "<u8", (MAX_LEASES,)),  # the same, of blocks whose slots are not given away
     ]
 )
 assert OWNER.itemsize == BLOCK_ALIGN
+ShardSlot = tuple[int, int]  # shard, first slot of a block
+
+
+def slot_word(shard: int, slot: int) -> int:
+    """How an owner's record names a block."""
+    return 1 + (shard << 32 | slot)
+
+
+def named_slot(word: int) -> ShardSlot:
+    """The block that a word of an owner's record, not 0, names."""
+    return word - 1 >> 32, word - 1 & 0xFFFFFFFF
 
 
 def align(n: int) -> int:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.index.control import Control
+from light_mem.index.format import ShardSlot, named_slot, slot_word
 from light_mem.index.owners import Owners
 
-Lease = tuple[int, int]  # shard, first slot of the block
 _NONE: frozenset[int] = frozenset()
 
 
@@ -33,10 +33,12 @@ class Leases:
         self._owners = owners
         self.number = number
         self._words = owners.records["leases"][number]
-        self._held: Counter[Lease] = Counter()  # several on one block are one word in the record
+        self._held: Counter[ShardSlot] = (
+            Counter()
+        )  # several on one block are one word in the record
         self._guard = threading.RLock()  # a finalizer may close an engine while this thread has it
         # Of views that were dropped, not closed: their finalizers take no lock.
-        self.dropped: deque[Lease] = deque()
+        self.dropped: deque[ShardSlot] = deque()
         self.ending = threading.Lock()  # only tried: of the thread that ends these, once closed
         self.closed = False
 
@@ -82,7 +84,7 @@ class Leases:
                 if not free.size:
                     del self._held[shard, slot]
                     return False
-                self._words[free[0]] = _word(shard, slot)
+                self._words[free[0]] = slot_word(shard, slot)
             self._held[shard, slot] += 1
         return True
 
@@ -100,27 +102,19 @@ class Leases:
         """This process's record names the lease no more; its slots, if HELD, have been given back
         before: a kill in between leaves a lease too many, not slots that nobody gives back."""
         with self._guard:
-            self._words[self._words == _word(shard, slot)] = 0
+            self.forget(self.number, shard, slot)
 
-    def of_owner(self, number: int) -> list[Lease]:
+    def of_owner(self, number: int) -> list[ShardSlot]:
         """The leases of an owner, dead or alive."""
-        words = self._owners.records["leases"][number]
-        return [lease_of(word) for word in words[words != 0].tolist()]
+        return [
+            named_slot(word) for word in self._owners.records["leases"][number].tolist() if word
+        ]
 
     def forget(self, number: int, shard: int, slot: int) -> None:
         """A lease of a dead owner, whose byte the caller has locked, is no more. Under the shard's
         lock: to others that owner lives while its byte is locked, and so does its lease."""
         words = self._owners.records["leases"][number]
-        words[words == _word(shard, slot)] = 0
-
-
-def _word(shard: int, slot: int) -> int:
-    return 1 + (shard << 32 | slot)
-
-
-def lease_of(word: int) -> Lease:
-    """The block that a word of an owner's record names."""
-    return word - 1 >> 32, word - 1 & 0xFFFFFFFF
+        words[words == slot_word(shard, slot)] = 0
 
 
 class ShardLeases:

@@ -21,12 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.errors import StoreBusyError
-from light_mem.index.format import MAX_OWNERS, OWNER
+from light_mem.index.format import MAX_OWNERS, OWNER, ShardSlot, named_slot, slot_word
 from light_mem.index.locks import RangeLock
 from light_mem.index.room import allocate
 
 NAME = "owners"
-Intent = tuple[int, int]  # shard, first slot
 
 
 class OwnerInfo(NamedTuple):
@@ -46,11 +45,10 @@ class Owner:
         self.number = number
         self._words: memoryview[int] = owners.records["intents"][number].data
 
-    def announce(self, at: int, intent: Intent) -> None:
+    def announce(self, at: int, block: ShardSlot) -> None:
         """Say that a block is being filled, before its slots are marked; `at`: which of the
         record's MAX_INTENTS words says so."""
-        shard, slot = intent
-        self._words[at] = 1 + (shard << 32 | slot)
+        self._words[at] = slot_word(*block)
 
     def withdraw(self, at: int) -> None:
         """What a word says is published, or given back."""
@@ -104,7 +102,7 @@ class Owners:
             f"{MAX_OWNERS - 1} processes have the store open already", owners=self.alive()
         )
 
-    def reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
+    def reclaim(self, take_back: Callable[[int, list[ShardSlot]], None]) -> int:
         """Call `take_back(owner, intents)` for each dead owner, whose leases are ended there as
         well; returns how many there were.
 
@@ -113,7 +111,7 @@ class Owners:
         with self._guard:
             return self._reclaim(take_back)
 
-    def _reclaim(self, take_back: Callable[[int, list[Intent]], None]) -> int:
+    def _reclaim(self, take_back: Callable[[int, list[ShardSlot]], None]) -> int:
         dead = 0
         for number in np.flatnonzero(self.records["pid"].copy()).tolist():
             if number in self._joined or not self.locks.try_lock(number):
@@ -121,12 +119,8 @@ class Owners:
             try:
                 if not self.records["pid"][number]:
                     continue  # another process has just reclaimed it
-                intents = [
-                    (int(i - 1) >> 32, int(i - 1) & 0xFFFFFFFF)
-                    for i in self.records["intents"][number].tolist()
-                    if i
-                ]
-                take_back(number, intents)
+                words = self.records["intents"][number].tolist()
+                take_back(number, [named_slot(word) for word in words if word])
                 self.records[number] = np.zeros((), OWNER)
                 dead += 1
             finally:

@@ -17,7 +17,7 @@ import numpy as np
 from light_mem.errors import StoreBusyError
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
-from light_mem.index.leases import lease_of
+from light_mem.index.format import named_slot
 from light_mem.index.owners import NAME, Owners, process_start
 from light_mem.maintenance.report import OwnerReport
 
@@ -51,7 +51,7 @@ def named_by_owners(directory: Path) -> Named:
 
 
 def _blocks(words: np.ndarray[Any, Any]) -> Blocks:
-    return {lease_of(word) for word in words[words != 0].tolist()}
+    return {named_slot(word) for word in words[words != 0].tolist()}
 
 
 def _read(directory: Path) -> tuple[dict[int, np.void], set[int]]:
