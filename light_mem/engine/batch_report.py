@@ -108,7 +108,7 @@ class BatchReport:
             self._table.finish(row, self._worker)
 
     def _set_states(self, positions: Sequence[int], state: int) -> None:
-        states, start, cells = self._table.map, self._table.states_at, self._cells
+        states, start, cells = self._table.map, self._table.sections.states, self._cells
         for at in positions:
             states[start + cells[at]] = state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -50,78 +51,103 @@ class Sizes(NamedTuple):
         return cls(1 + CLIENT_LANES, max_blocks, max_blocks, max_blocks * PAGES_PER_CELL)
 
 
+class Sections(NamedTuple):
+    """Byte offsets of the sections of a table, in this order, and its size."""
+
+    header: int
+    lanes: int
+    workers: int
+    rows: int
+    active: int
+    states: int
+    cells: int
+    pages: int
+    reads: int  # the ring of blocks to read
+    writes: int  # ... and to write
+    latencies: int  # a histogram a worker and mode, from `create` to ready
+    end: int
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> Sections:
+        """Those of a table of these sizes."""
+        lanes, rows, cells, pages = sizes
+        ring = ring_length(sizes) * 4
+        lengths = (
+            HEADER.itemsize,
+            lanes * LANE.itemsize,
+            MAX_WORKERS * WORKER.itemsize,
+            lanes * rows * ROW.itemsize,
+            lanes * rows,
+            lanes * cells,
+            lanes * cells * CELL.itemsize,
+            lanes * pages * 4,
+            ring,
+            ring,
+            MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES,
+        )
+        return cls(*accumulate(lengths, lambda at, nbytes: align(at + nbytes), initial=0))
+
+
+def ring_length(sizes: Sizes) -> int:
+    """Entries of a ring: a cell may be queued again after a worker's death."""
+    return 2 * sizes.lanes * sizes.cells
+
+
 class TableMemory:
-    """A mapped table. Layout: header, lanes, workers, rows, active, states, cells, pages, rings,
-    latencies: a histogram a worker and mode, from `create` to ready."""
+    """A mapped table: arrays over its `Sections`, and words for scalar access."""
 
     def __init__(self, fd: int, sizes: Sizes | None, path: str = "", writable: bool = True) -> None:
-        """`writable=False`: for those who only look; they can neither wait nor wake."""
+        """`sizes`: of a table to be made; None: there is one. `writable=False`: for those who only
+        look; they can neither wait nor wake. Raises ServiceClosedError when there is no table."""
         self.fd = fd
         self.path = path
-        create = sizes is not None
-        if sizes is None:
-            with mmap.mmap(fd, align(HEADER.itemsize), access=mmap.ACCESS_READ) as first:
-                header = np.frombuffer(bytes(first[: HEADER.itemsize]), HEADER)
-            if bytes(header["magic"][0]) != MAGIC:
-                raise ServiceClosedError("there is no task table at that address any more")
-            sizes = Sizes(*(int(header[f][0]) for f in ("lanes", "rows", "cells", "pages")))
-        self.sizes = sizes
-        at = [0]
-
-        def place(nbytes: int) -> int:
-            start = at[0]
-            at[0] = align(start + nbytes)
-            return start
-
-        lanes, rows, cells, pages = sizes
-        self.ring_length = 2 * lanes * cells  # a cell may be queued again after a worker's death
-        header_at, lanes_at = place(HEADER.itemsize), place(lanes * LANE.itemsize)
-        workers_at, self.rows_at = (
-            place(MAX_WORKERS * WORKER.itemsize),
-            place(lanes * rows * ROW.itemsize),
-        )
-        self.active_at, self.states_at = place(lanes * rows), place(lanes * cells)
-        self._cells_at, pages_at = place(lanes * cells * CELL.itemsize), place(lanes * pages * 4)
-        read_at, write_at = place(self.ring_length * 4), place(self.ring_length * 4)
-        latencies = MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES
-        latencies_at = place(latencies)
-        self.nbytes = at[0]
-        if create and os.fstat(fd).st_size < self.nbytes:
+        self.sizes = sizes or _read_sizes(fd)
+        self.ring_length = ring_length(self.sizes)
+        self.sections = Sections.of(self.sizes)
+        self.nbytes = self.sections.end
+        if sizes is not None and os.fstat(fd).st_size < self.nbytes:
             os.ftruncate(fd, self.nbytes)  # pages come when they are touched
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         self.map = mmap.mmap(fd, self.nbytes, access=access)
-        self.header = np.frombuffer(self.map, HEADER, 1, header_at)
-        self.lanes = np.frombuffer(self.map, LANE, lanes, lanes_at)
-        self.workers = np.frombuffer(self.map, WORKER, MAX_WORKERS, workers_at)
-        self.rows = np.frombuffer(self.map, ROW, lanes * rows, self.rows_at)
-        self.states = np.frombuffer(self.map, np.uint8, lanes * cells, self.states_at)
-        self.active = np.frombuffer(self.map, np.uint8, lanes * rows, self.active_at)
-        self.cells = np.frombuffer(self.map, CELL, lanes * cells, self._cells_at)
-        self.pages = np.frombuffer(self.map, "<u4", lanes * pages, pages_at)
-        self.rings = {
-            READ: np.frombuffer(self.map, "<u4", self.ring_length, read_at),
-            WRITE: np.frombuffer(self.map, "<u4", self.ring_length, write_at),
-        }
+        self._map_arrays()
+        self._map_words()
         if writable:
             self.futex = FutexWords(self.map)
-        self.work_word = header_at + HEADER.fields["work_seq"][1]  # type: ignore[index]
-        self.done_word = header_at + HEADER.fields["done_seq"][1]  # type: ignore[index]
-        self._row_done = ROW.fields["done"][1]  # type: ignore[index]
+
+    def _map_arrays(self) -> None:
+        at, (lanes, rows, cells, pages) = self.sections, self.sizes
+        self.header = np.frombuffer(self.map, HEADER, 1, at.header)
+        self.lanes = np.frombuffer(self.map, LANE, lanes, at.lanes)
+        self.workers = np.frombuffer(self.map, WORKER, MAX_WORKERS, at.workers)
+        self.rows = np.frombuffer(self.map, ROW, lanes * rows, at.rows)
+        self.states = np.frombuffer(self.map, np.uint8, lanes * cells, at.states)
+        self.active = np.frombuffer(self.map, np.uint8, lanes * rows, at.active)
+        self.cells = np.frombuffer(self.map, CELL, lanes * cells, at.cells)
+        self.pages = np.frombuffer(self.map, "<u4", lanes * pages, at.pages)
+        self.rings = {
+            READ: np.frombuffer(self.map, "<u4", self.ring_length, at.reads),
+            WRITE: np.frombuffer(self.map, "<u4", self.ring_length, at.writes),
+        }
+        self.generations = self.rows["generation"]
         self._abort = self.rows["abort"]
         self._modes = self.cells["mode"]
-        self.generations = self.rows["generation"]
         self._row_start, self._row_count = self.rows["start"], self.rows["count"]
         self._row_done_words, self._done_seq = self.rows["done"], self.header["done_seq"]
         self._worker_done = self.workers["done"]
-        words = memoryview(self.map)
-        shutdown_at = header_at + HEADER.fields["shutdown"][1]  # type: ignore[index]
+
+    def _map_words(self) -> None:
+        at, words = self.sections, memoryview(self.map)
+        self.work_word = at.header + HEADER.fields["work_seq"][1]  # type: ignore[index]
+        self.done_word = at.header + HEADER.fields["done_seq"][1]  # type: ignore[index]
+        self._row_done = ROW.fields["done"][1]  # type: ignore[index]
+        shutdown_at = at.header + HEADER.fields["shutdown"][1]  # type: ignore[index]
         self._shutdown = words[shutdown_at : shutdown_at + 4].cast("I")
-        self._worker_words = words[workers_at : workers_at + self.workers.nbytes].cast("Q")
-        self._header_words = words[header_at : header_at + HEADER.itemsize].cast("Q")
-        self.latencies = Histograms(words[latencies_at : latencies_at + latencies].cast("Q"))
-        self._active_bytes = words[self.active_at : self.active_at + lanes * rows]
-        rows_end = self.rows_at + lanes * rows * ROW.itemsize
-        self._row_words = words[self.rows_at : rows_end].cast("Q")
+        self._worker_words = words[at.workers : at.workers + self.workers.nbytes].cast("Q")
+        self._header_words = words[at.header : at.header + HEADER.itemsize].cast("Q")
+        self._active_bytes = words[at.active : at.active + self.active.nbytes]
+        self._row_words = words[at.rows : at.rows + self.rows.nbytes].cast("Q")
+        latencies_end = at.latencies + MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES
+        self.latencies = Histograms(words[at.latencies : latencies_end].cast("Q"))
 
     def depth(self, mode: int) -> int:
         """Entries of a mode's ring from the first on that waits for a worker: also of blocks that
@@ -163,3 +189,12 @@ class TableMemory:
     def waiting(self, mode: int) -> int:
         """Blocks of a mode that wait for a worker, about now. No lock, no system call."""
         return int(np.count_nonzero(self.queued(mode)[1]))
+
+
+def _read_sizes(fd: int) -> Sizes:
+    """Sizes of a table that there is; raises ServiceClosedError when there is none."""
+    with mmap.mmap(fd, align(HEADER.itemsize), access=mmap.ACCESS_READ) as first:
+        header = np.frombuffer(bytes(first[: HEADER.itemsize]), HEADER)
+    if bytes(header["magic"][0]) != MAGIC:
+        raise ServiceClosedError("there is no task table at that address any more")
+    return Sizes(*(int(header[f][0]) for f in ("lanes", "rows", "cells", "pages")))

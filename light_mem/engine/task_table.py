@@ -156,7 +156,7 @@ class TaskTable(TableMemory):
 
     def read(self, cells: Sequence[int]) -> Cells:
         """The fields of cells that stay what they are, at least one: those that a worker does."""
-        start, size, unpack = self._cells_at, CELL.itemsize, CELL_FIELDS.unpack_from
+        start, size, unpack = self.sections.cells, CELL.itemsize, CELL_FIELDS.unpack_from
         columns = zip(*[unpack(self.map, start + cell * size) for cell in cells], strict=True)
         return Cells(*columns)
 
@@ -166,7 +166,7 @@ class TaskTable(TableMemory):
 
     def snapshot(self, start: int, end: int) -> bytes:
         """States of cells `[start, end)`. No lock, no system call."""
-        return self.map[self.states_at + start : self.states_at + end]
+        return self.map[self.sections.states + start : self.sections.states + end]
 
     def aborted(self, row: int) -> bool:
         """Whether the task of this row was aborted."""
@@ -194,13 +194,13 @@ class TaskTable(TableMemory):
         """Tasks of all lanes that are not ready. No lock, no system call."""
         count = 0
         for lane in np.flatnonzero(self.lanes["rows_top"].copy()).tolist():
-            start = self.active_at + lane * self.sizes.rows
+            start = self.sections.active + lane * self.sizes.rows
             count += self.map[start : start + int(self.lanes["rows_top"][lane])].count(mode)
         return count
 
     def row_word(self, row: int) -> int:
         """Offset of a row's `done` word, for `futex`."""
-        return self.rows_at + row * ROW.itemsize + self._row_done
+        return self.sections.rows + row * ROW.itemsize + self._row_done
 
     def finish(self, row: int, worker: int) -> bool:
         """Tell waiters when all blocks of the task are final; `worker` is 0 for the server.
