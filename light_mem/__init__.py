@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     )
     from light_mem.local_service import LocalCacheService
     from light_mem.service import CacheService
-    from light_mem.task import CacheBlock, CacheTask, State
+    from light_mem.states import CacheBlock, State
+    from light_mem.task import CacheTask
     from light_mem.views import BlockView
 
 _HOMES = {  # of the names in __all__; the others are errors

@@ -53,7 +53,8 @@ from light_mem.compat_arguments import (
 )
 from light_mem.errors import InvalidArgumentError
 from light_mem.local_service import LocalCacheService
-from light_mem.task import CacheTask, State
+from light_mem.states import State
+from light_mem.task import CacheTask
 
 if TYPE_CHECKING:
     import torch
@@ -246,12 +247,12 @@ class PyLocalCacheService(Closing):
             raise InvalidArgumentError(
                 f"kv_page_indexer has {len(pages)} pages for {len(row)} {name}: give one page each",
                 pages=len(pages),
-                values=len(row),
+                length=len(row),
             )
         start = operator.index(start_pos)
         if not 0 <= start <= len(row):
             raise InvalidArgumentError(
-                f"start_pos {start} is outside 0 to {len(row)}", start_pos=start, values=len(row)
+                f"start_pos {start} is outside 0 to {len(row)}", start_pos=start, length=len(row)
             )
         first = start // self._n
         task = self._service.create(

@@ -19,10 +19,10 @@ class LightMemError(Exception):
 
     def __init__(self, message: str, **values: Any) -> None:
         super().__init__(message)
-        self.message = message
-        self.values = values
         for name, value in values.items():
             setattr(self, name, value)
+        self.message = message
+        self.values = values  # after the attributes: one may have this name
 
     def __str__(self) -> str:
         return self.message

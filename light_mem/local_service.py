@@ -5,34 +5,37 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from light_mem import blocks
 from light_mem.client import CacheClient
-from light_mem.engine import page_cache as cache_policy
-from light_mem.engine.affinity import place_workers
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.in_server import InServer
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
 from light_mem.engine.small_reads import SmallReads
 from light_mem.engine.small_writes import SmallWrites
-from light_mem.engine.table_layout import MAX_BLOCKS, MAX_PATH_BYTES, MAX_WORKERS
+from light_mem.engine.table_layout import (
+    READ,
+    WRITE,
+)
 from light_mem.engine.table_memory import Sizes
 from light_mem.engine.task_table import TaskTable
-from light_mem.errors import InvalidArgumentError, WorkerStartError
+from light_mem.errors import InvalidArgumentError, ServiceClosedError, WorkerStartError
 from light_mem.filesystem import warn_of_network
 from light_mem.index.keys import HashValue, as_key
 from light_mem.layouts import Layout
 from light_mem.service import DEFAULT_CREATE_TIMEOUT, CacheService
+from light_mem.service_close import close_service
+from light_mem.service_settings import ServiceSettings
 from light_mem.session import Session
 from light_mem.startup import start_line
+from light_mem.waiting import LIVENESS_SECONDS
 
 if TYPE_CHECKING:
     import torch
@@ -101,74 +104,87 @@ class LocalCacheService(CacheService):
         create_timeout: float = DEFAULT_CREATE_TIMEOUT,
     ) -> None:
         super().__init__(blocks.seconds("create_timeout", create_timeout))
-        blocks.yes_or_no("verify", verify)
-        num_workers = blocks.whole_number("num_workers", num_workers, 1, MAX_WORKERS - 1)
-        num_of_shard = blocks.whole_number("num_of_shard", num_of_shard, 1, MAX_SHARDS)
-        storage_size = blocks.whole_number("storage_size", storage_size, 1, 2**63 - 1)
-        max_blocks = blocks.whole_number("max_blocks", max_blocks, 1, MAX_BLOCKS)
-        if durability not in ("kernel", "flush"):
-            raise InvalidArgumentError(
-                f'durability is "kernel" or "flush", not {durability!r}', durability=durability
-            )
-        page_cache = cache_policy.choose(page_cache)
-        cpus = place_workers(worker_cpus, num_workers)
-        if time_to_live is not None and not blocks.seconds("time_to_live", time_to_live):
-            raise InvalidArgumentError("time_to_live is more than 0 seconds, or None")
-        small_read_bytes = blocks.small_read_bytes(small_read_bytes)
-        small_write_bytes = blocks.small_write_bytes(small_write_bytes)
-        directory = blocks.store_path(file)
-        if len(os.fsencode(directory)) > MAX_PATH_BYTES:
-            raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
-        page_bytes, num_pages = blocks.tensor_sizes(kvcache)
-        per_block = blocks.pages_per_block(page_bytes)
-        check_sizes(page_bytes, num_of_shard, storage_size, per_block)
-        check_descriptors(num_of_shard)
+        settings = ServiceSettings.checked(
+            file,
+            storage_size,
+            num_of_shard,
+            kvcache,
+            num_workers,
+            verify=verify,
+            durability=durability,
+            page_cache=page_cache,
+            time_to_live=time_to_live,
+            worker_cpus=worker_cpus,
+            small_read_bytes=small_read_bytes,
+            small_write_bytes=small_write_bytes,
+            max_blocks=max_blocks,
+        )
+        source = self._open(settings, kvcache)
+        self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
+        self._started = False
+        self._start_guard = threading.Lock()
+        self._finalizer = weakref.finalize(
+            self,
+            close_service,
+            self._pool,
+            self._session,
+            self._engine,
+            source,
+            (self._small_reads, self._small_writes),
+            fork_token(),
+        )
+        if log.isEnabledFor(logging.INFO):
+            line = start_line(self._engine.geometry, self._session.table, source, settings)
+            log.info("%s", line)
+
+    def _open(self, settings: ServiceSettings, kvcache: torch.Tensor) -> MemorySource:
+        """Share the tensor, open the store, make the task table and the pool of workers; when one
+        of them fails none is left."""
+        s = settings
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)
             self._memory = kvcache.numpy()  # once it is shared: what is exported is not moved
             engine = LocalStorageEngine.open_store(
-                directory,
-                page_bytes=page_bytes,
-                num_of_shard=num_of_shard,
-                storage_size=storage_size,
-                block_pages=per_block,
-                verify=verify,
-                durability=durability,
-                time_to_live=time_to_live,
+                s.directory,
+                page_bytes=s.page_bytes,
+                num_of_shard=s.num_of_shard,
+                storage_size=s.storage_size,
+                block_pages=s.pages_per_block,
+                verify=s.verify,
+                durability=s.durability,
+                time_to_live=s.time_to_live,
                 recover=False,  # the pool's thread does it, off the way to the first request
             )
             undo.callback(engine.close)
-            warn_of_network(directory)
+            warn_of_network(s.directory)
             table = TaskTable.create(
-                Sizes.for_blocks(max_blocks),
-                store=os.fsdecode(directory),
-                page_bytes=page_bytes,
-                num_pages=num_pages,
-                pages_per_block=per_block,
-                workers=num_workers,
+                Sizes.for_blocks(s.max_blocks),
+                store=os.fsdecode(s.directory),
+                page_bytes=s.page_bytes,
+                num_pages=s.num_pages,
+                pages_per_block=s.pages_per_block,
+                workers=s.num_workers,
             )
             undo.callback(table.close)
             self._session = Session.open(table, table.lock_path())
             undo.callback(self._session.close)
-            # Where blocks are to leave the page cache, or to be on the device, workers see to that.
-            keep = page_cache == cache_policy.KEEP
-            self._small_read_bytes = small_read_bytes if keep else 0
-            self._small_write_bytes = small_write_bytes if keep and durability == "kernel" else 0
+            self._small_read_bytes = s.small_read_bytes
+            self._small_write_bytes = s.small_write_bytes
             self._small_reads = SmallReads(engine, table)
             self._small_writes = small_writes = SmallWrites(
-                engine, table, page_bytes <= self._small_write_bytes
+                engine, table, s.page_bytes <= s.small_write_bytes
             )
             self._pool = WorkerPool(
                 table,
                 self._session.queue,
-                num_workers,
+                s.num_workers,
                 source,
-                verify=verify,
-                durability=durability,
-                page_cache=page_cache,
-                time_to_live=time_to_live,
-                cpus=cpus,
+                verify=s.verify,
+                durability=s.durability,
+                page_cache=s.page_cache,
+                time_to_live=s.time_to_live,
+                cpus=s.cpus,
                 is_stored=engine.is_stored,
                 recover=engine.recover,
                 prepare=small_writes.prepare,
@@ -176,32 +192,7 @@ class LocalCacheService(CacheService):
             )
             undo.pop_all()
         self._engine = engine
-        self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
-        self._started = False
-        self._start_guard = threading.Lock()
-        self._finalizer = weakref.finalize(
-            self,
-            _close,
-            self._pool,
-            self._session,
-            engine,
-            source,
-            (self._small_reads, self._small_writes),
-            fork_token(),
-        )
-        if log.isEnabledFor(logging.INFO):
-            line = start_line(
-                directory,
-                engine.geometry,
-                table,
-                source,
-                verify=verify,
-                durability=durability,
-                page_cache=page_cache,
-                time_to_live=time_to_live,
-                cpus=cpus,
-            )
-            log.info("%s", line)
+        return source
 
     def run(self) -> None:
         """Start the workers and return when they are ready; raises WorkerStartError.
@@ -215,13 +206,17 @@ class LocalCacheService(CacheService):
                 self._started = True
 
     def _check(self) -> None:
-        super()._check() if not self._pool.failure else self._raise_failure()
+        self._check_open()
+        if self._pool.failure:
+            raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
+        if self._session.table.shutdown:
+            raise ServiceClosedError(
+                "the workers of the service were ended: what is left are delete, stats, check "
+                "and close"
+            )
 
     def _check_delete(self) -> None:
         self._check_open()  # no worker is wanted: what must not stay goes when none is left too
-
-    def _raise_failure(self) -> None:
-        raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
 
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:
         if len(hashes) > _SMALL_READ_BLOCKS or not self._is_small(layout, self._small_read_bytes):
@@ -264,32 +259,39 @@ class LocalCacheService(CacheService):
         self._small_writes.close()
         self._pool.stop()
 
-    def close(self) -> None:
+    def close(self, drain: float = 0.0) -> None:
         """Stop the workers after the blocks in their hands, abort what waits, leave the store.
 
-        Nothing stays behind but what open views hold, until they are closed too. Task objects
-        keep their states. Also happens when the object goes
-        and when the interpreter ends. Calling it again, or in a forked child, does nothing.
+        drain   seconds to wait before that for the tasks that there are, of clients too, to become
+                ready; this process can make no new ones meanwhile
+
+        Blocks that were to be written and are not are counted in a warning. Nothing stays behind
+        but what open views hold, until they are closed too. Task objects keep their states. Also
+        happens, without `drain`, at the end of a `with` block, when the object goes and when the
+        interpreter ends. Calling it again, or in a forked child, does nothing. Raises
+        InvalidArgumentError.
         """
-        self._closed = True
+        drain = blocks.seconds("drain", drain)
+        was_open, self._closed = not self._closed, True
+        if drain and was_open and self._started and self._fork_token == fork_token():
+            self._drain(time.monotonic() + drain)
         self._finalizer()
 
+    def _drain(self, deadline: float) -> None:
+        """Wait until no task is under way, or nobody is there to do them."""
+        table = self._session.table
+        while not (table.shutdown or self._pool.failure):
+            mark = int(table.header["done_seq"][0])  # before the look: what is ready after it wakes
+            left = deadline - time.monotonic()
+            if left <= 0 or not (table.active_tasks(READ) or table.active_tasks(WRITE)):
+                return
+            table.futex.wait(table.done_word, mark, min(left, LIVENESS_SECONDS))
 
-def _close(
-    pool: WorkerPool,
-    session: Session,
-    engine: LocalStorageEngine,
-    source: MemorySource,
-    in_server: Sequence[InServer],
-    token: int,
-) -> None:
-    if token != fork_token():
-        return  # a forked child: the workers and the locks are its parent's
-    with ExitStack() as steps:  # the last comes first, and none is left out when one fails
-        steps.callback(engine.close)
-        steps.callback(close_source, source)
-        steps.callback(session.table.close)
-        steps.callback(session.close)
-        steps.callback(pool.stop)
-        for mover in in_server:
-            steps.callback(mover.close)
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self.worker_pids)} workers"
+        return f"<LocalCacheService {str(self._engine.directory)!r}, {state}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise InvalidArgumentError(
+            "a LocalCacheService stays in its process: hand service.client() over instead"
+        )

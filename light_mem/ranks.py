@@ -34,7 +34,7 @@ from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue
 from light_mem.logs import Limited
 from light_mem.service import CacheService
-from light_mem.task import CacheTask, State
+from light_mem.task import CacheTask
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +109,7 @@ def finished_prefix(task: CacheTask) -> int:
     """
     if not task.ready():
         raise InvalidArgumentError(f"{task} is not ready: wait for it, or abort it")
-    states = task.state()
-    return next((at for at, s in enumerate(states) if s is not State.Finished), len(states))
+    return task.finished_prefix()
 
 
 def agreement(group: ProcessGroup | None = None) -> Agree:

@@ -178,8 +178,10 @@ class CacheService(StoredBlocks):
 
     def wait_ready(self, mark: int, timeout: float) -> None:
         """Sleep until a task becomes ready after `ready_mark` gave `mark`, at most `timeout`
-        seconds; may return early for no reason. Any thread; one that waits delays no other."""
+        seconds; may return early for no reason. Any thread; one that waits delays no other. Raises
+        InvalidArgumentError."""
         refuse_fork(self._fork_token, type(self).__name__)
+        mark = blocks.whole_number("mark", mark, 0, 2**32 - 1)
         table = self._session.table
         table.futex.wait(table.done_word, mark, blocks.seconds("timeout", timeout))
 

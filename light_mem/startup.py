@@ -7,7 +7,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import light_mem
@@ -19,34 +18,26 @@ if TYPE_CHECKING:
     from light_mem.engine.kvmemory import MemorySource
     from light_mem.engine.task_table import TaskTable
     from light_mem.index.description import Geometry
+    from light_mem.service_settings import ServiceSettings
 
 PACKAGES = ("torch", "numpy", "filelock", "sortedcontainers", "psutil", "xxhash")
 
 
 def start_line(
-    directory: Path,
-    geometry: Geometry,
-    table: TaskTable,
-    source: MemorySource,
-    *,
-    verify: bool,
-    durability: str,
-    page_cache: str,
-    time_to_live: float | None,
-    cpus: Sequence[Sequence[int]] | None,
+    geometry: Geometry, table: TaskTable, source: MemorySource, settings: ServiceSettings
 ) -> str:
     """Everything about a service in one line: versions, store, tensor, workers, settings."""
-    h, g = table.header[0], geometry
-    mount, kind = file_system(directory)
+    h, g, s = table.header[0], geometry, settings
+    mount, kind = file_system(s.directory)
     versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
     return (
-        f"LightMem {light_mem.__version__} (format {FORMAT_VERSION}): store {directory} "
+        f"LightMem {light_mem.__version__} (format {FORMAT_VERSION}): store {s.directory} "
         f"(id {g.store_id}, {kind or 'unknown file system'} at {mount or '?'}), {g.shards} shards "
         f"of {g.slots} slots of {g.page_bytes} bytes, storage_size {g.storage_size}; KV tensor "
         f"{int(h['num_pages'])} pages of {int(h['page_bytes'])} bytes, {memory_text(source)}, "
         f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers on "
-        f"{cpus_text(cpus)}, page_cache {page_cache}, "
-        f"durability {durability}, verify {verify}, time_to_live {time_to_live}, max_blocks "
+        f"{cpus_text(s.cpus)}, page_cache {s.page_cache}, "
+        f"durability {s.durability}, verify {s.verify}, time_to_live {s.time_to_live}, max_blocks "
         f"{table.sizes.cells}; pid {os.getpid()}, Python {platform.python_version()}, {versions}, "
         f"{platform.platform()}"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem import blocks
+from light_mem.blocks import whole_number
 from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token, refuse_fork
@@ -85,11 +86,21 @@ class StoredBlocks(Closing, ABC):
         self._count_lookups(len(found_all), int(found_all.sum()))
         return found_all.tolist()
 
-    def match_prefix(self, hashes: Sequence[HashValue]) -> int:
-        """How many leading hashes are stored. These count as used; those after the gap do not."""
+    def match_prefix(
+        self,
+        hashes: Sequence[HashValue],
+        pages: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    ) -> int:
+        """How many leading hashes are stored. These count as used; those after the gap do not.
+
+        `pages`: how many pages each block is wanted with, as of `query`.
+        """
         self._check()
         keys = keymath.as_keys(blocks.parse_hashes(hashes))
-        found = self._engine.find(keys, touch=False)
+        lengths = None
+        if pages is not None:
+            lengths = blocks.parse_lengths(pages, len(keys)) * self.page_size()
+        found = self._engine.find(keys, touch=False, nbytes=lengths)
         length = len(found) if found.all() else int(found.argmin())
         if length:
             self._engine.find(keys[:length])
@@ -175,9 +186,9 @@ class StoredBlocks(Closing, ABC):
 
     def count_dropped(self, blocks: int) -> None:
         """Count blocks that a server wanted to store and gave up before `create`: its own queue
-        was full. They show as `dropped_stores`."""
+        was full. They show as `dropped_stores`. Raises InvalidArgumentError."""
         self._check_open()
-        self._session.count("dropped", blocks)
+        self._session.count("dropped", whole_number("blocks", blocks, 0, 2**32))
 
     def check(self, repair: bool = False) -> VerifyReport:
         """Check every byte of the store; three outcomes: a clean report, a repaired one

@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import reprlib
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
-from enum import IntEnum
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from light_mem.engine import table_layout
+from light_mem.blocks import seconds
 from light_mem.engine.table_layout import READ, is_final, is_safe
 from light_mem.engine.task_table import TableAddress, TaskTable
-from light_mem.errors import LockTimeoutError, ServiceClosedError, TaskExpiredError
+from light_mem.errors import (
+    InvalidArgumentError,
+    LockTimeoutError,
+    ServiceClosedError,
+    TaskExpiredError,
+)
 from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout
+from light_mem.states import CacheBlock, State
 from light_mem.waiting import (
     LIVENESS_SECONDS,
     Outcome,
@@ -37,32 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("light_mem")
 
 
-class State(IntEnum):
-    """State of a block. Only a Finished block's bytes may be used."""
-
-    Initial = 0
-    Working = 1
-    Finished = 2
-    Aborted = 3
-
-
+_FINISHED = bytes([State.Finished])
 _PUBLIC = (State.Initial, State.Working, State.Finished, State.Aborted, State.Working)
-
-
-class CacheBlock(NamedTuple):
-    """One block of a task at the moment of asking: its hash, its pages in order, its state.
-
-    `regions`, (offset, length) in bytes, is set instead of `pages` by `create_regions`.
-    """
-
-    hash: HashValue
-    pages: tuple[int, ...]
-    state: State
-    regions: tuple[tuple[int, int], ...] = ()
-
-    def ready(self) -> bool:
-        """Whether the block is Finished."""
-        return self.state is State.Finished
 
 
 class CacheTask:
@@ -140,8 +122,20 @@ class CacheTask:
         """The state of each block, in the order of the hashes."""
         return [_PUBLIC[s] for s in self._states()]
 
+    def finished_prefix(self) -> int:
+        """How many leading blocks are Finished, so far: of a read, those whose pages may be used.
+
+        What lies behind them is of no use to a prefix, and a worker may be at it until `ready()`.
+        """
+        states = self._states()
+        return len(states) - len(states.lstrip(_FINISHED))
+
     def count(self, state: State) -> int:
         """How many blocks are in this state; cheaper than `state()` where there are many."""
+        if type(state) is not State:
+            raise InvalidArgumentError(
+                f"state is a light_mem.State, not {reprlib.repr(state)}", state=state
+            )
         if state is State.Working:  # has two values in the table
             return self.state().count(state)
         return self._states().count(int(state))
@@ -180,9 +174,9 @@ class CacheTask:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until the task is ready, at most `timeout` seconds; returns `ready()`.
 
-        Raises ServiceClosedError when the server dies meanwhile.
+        Raises ServiceClosedError when the server dies meanwhile, InvalidArgumentError.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + seconds("timeout", timeout)
         while True:
             table = self._table
             if table is None or self._final is not None:
@@ -281,11 +275,3 @@ def _restore(
         task._table = TaskTable.attach(address)
         task._row, task._start, task._end, task._generation = where
     return task
-
-
-assert [int(s) for s in State] == [
-    table_layout.INITIAL,
-    table_layout.WORKING,
-    table_layout.FINISHED,
-    table_layout.ABORTED,
-]

@@ -16,7 +16,7 @@ from functools import partial
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
-from light_mem.engine.table_layout import WORKER_COUNTERS
+from light_mem.engine.table_layout import WORKER_COUNTERS, WRITE
 from light_mem.engine.task_table import TaskTable
 from light_mem.engine.worker_processes import Process, WorkerProcesses
 from light_mem.errors import (
@@ -247,6 +247,13 @@ class WorkerPool:
     def _shut_down(self) -> None:
         """From now on nothing is queued, what waits is aborted, and idle workers leave."""
         table = self._table
+        unwritten = table.waiting(WRITE)
+        if unwritten:
+            log.warning(
+                "%d blocks that waited to be written are not stored: the service %s",
+                unwritten,
+                "has no workers any more" if self.failure else "is closed",
+            )
         table.header["shutdown"] = 1
         table.header["done_seq"] += 1  # whoever waits for a task to be ready looks again
         table.futex.wake(table.done_word)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from light_mem.task import CacheTask, State
+from light_mem.states import State
+from light_mem.task import CacheTask
 
 
 @dataclass(eq=False)

@@ -20,7 +20,8 @@ from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang.pool import HostPool
 from light_mem.logs import Limited
 from light_mem.service import CacheService
-from light_mem.task import CacheTask, State
+from light_mem.states import State
+from light_mem.task import CacheTask
 
 log = logging.getLogger("light_mem")
 

@@ -24,7 +24,7 @@ from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.vllm.jobs import Fence, Finished, Inbox, Item, Job, Stop, Touch
 from light_mem.logs import Limited
 from light_mem.service import CacheService
-from light_mem.task import State
+from light_mem.states import State
 
 log = logging.getLogger("light_mem")
 
