@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import psutil
 import pytest
 
+from light_mem.engine.process import is_alive
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index.format import ShardSlot
-from light_mem.index.owners import Owners, process_start
+from light_mem.index.owners import Owners, process_start, started_at
 from tests.children import child, line
 from tests.engine_helpers import let_go
 
@@ -152,5 +154,21 @@ def test_the_file_is_made_whole_and_kept(tmp_path: Path) -> None:
 
 
 def test_the_start_of_a_process_is_its_identity() -> None:
-    assert abs(process_start(os.getpid()) - psutil.Process().create_time()) < 1.5
-    assert process_start(2**22 + 1) == 0.0
+    assert abs(started_at(os.getpid()) - psutil.Process().create_time()) < 1.5
+    assert process_start(2**22 + 1) == started_at(2**22 + 1) == 0.0
+
+
+def test_a_process_stays_who_it_is_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux moves btime along (`getboottime64`), and with it what is counted from it."""
+    started, read = process_start(os.getpid()), Path.read_bytes
+    lines = read(Path("/proc/stat")).splitlines()
+    boot = next(int(line.split()[1]) for line in lines if line.startswith(b"btime"))
+    moved = [b"btime %d" % (boot + 60) if line.startswith(b"btime") else line for line in lines]
+    stat = b"\n".join(moved)
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: stat if str(path) == "/proc/stat" else read(path)
+    )
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 60)
+    assert is_alive(os.getpid(), started)
+    assert process_start(os.getpid()) == started

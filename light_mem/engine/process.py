@@ -40,7 +40,7 @@ def refuse_fork(token: int, what: str) -> None:
 
 
 def is_alive(pid: int, started: float) -> bool:
-    """Whether the process with this pid *and* start time runs; a pid alone is reused.
+    """Whether the process with this pid *and* `process_start` runs; a pid alone is reused.
 
     One that has ended and that its parent has not waited for yet (a zombie) does not run.
     """
@@ -53,7 +53,7 @@ def is_alive(pid: int, started: float) -> bool:
         except PermissionError:
             pass
         return True
-    return bool(found) and abs(found - started) < 1.5 and not _has_exited(pid)
+    return bool(found) and found == started and not _has_exited(pid)
 
 
 def _has_exited(pid: int) -> bool:

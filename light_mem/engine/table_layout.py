@@ -12,7 +12,7 @@ import numpy as np
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
 
-MAGIC = b"LMTABLE5"
+MAGIC = b"LMTABLE6"
 NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63

@@ -145,7 +145,7 @@ MAX_LEASES = 384  # blocks that one process may be looking at in place at a time
 OWNER = np.dtype(
     [
         ("pid", "<u8"),  # 0: the process left in order
-        ("started", "<f8"),  # start time of the process, s since 1970, as psutil gives it
+        ("started", "<f8"),  # start time of the process, s since 1970: for people, not identity
         ("kind", "S16"),  # "server", "worker", "client", "tool"
         ("joined", "<u8"),  # ns since 1970
         ("spare", "<u8", (11,)),

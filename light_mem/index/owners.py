@@ -83,7 +83,7 @@ class Owners:
         """Become an owner; `kind` is at most 16 ASCII letters. Raises StoreBusyError when full."""
         record = np.zeros((), OWNER)
         record["pid"] = os.getpid()
-        record["started"] = process_start(os.getpid())
+        record["started"] = started_at(os.getpid())
         record["kind"] = kind.encode()
         record["joined"] = time.time_ns()
         with self._guard:
@@ -161,19 +161,22 @@ class Owners:
 
 
 def process_start(pid: int) -> float:
-    """Start time of a process in seconds since 1970, the other half of its identity; 0: unknown.
+    """Start time of a process in seconds since the boot, the other half of its identity; 0:
+    unknown. Since 1970 it would be another one whenever the clock is set."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0.0
+    # starttime is field 22; the name before it may hold spaces and parentheses (proc(5)).
+    return int(stat[stat.rindex(b")") + 2 :].split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def started_at(pid: int) -> float:
+    """Start time of a process in seconds since 1970, for people; 0: unknown.
 
     As `psutil.Process(pid).create_time()`, which the workers do not import for its 26 ms.
     """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-        boot = next(
-            int(line.split()[1])
-            for line in Path("/proc/stat").read_bytes().splitlines()
-            if line.startswith(b"btime")
-        )
-    except (OSError, StopIteration):
+    start = process_start(pid)
+    if not start:
         return 0.0
-    # starttime is field 22; the name before it may hold spaces and parentheses (proc(5)).
-    ticks = int(stat[stat.rindex(b")") + 2 :].split()[19])
-    return boot + ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + start

@@ -18,7 +18,7 @@ from light_mem.errors import StoreBusyError
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.format import named_slot
-from light_mem.index.owners import NAME, Owners, process_start
+from light_mem.index.owners import NAME, Owners, started_at
 from light_mem.maintenance.report import OwnerReport
 
 Blocks = set[tuple[int, int]]  # (shard, first slot)
@@ -89,7 +89,7 @@ def _report(record: np.void) -> OwnerReport:
 
 def command_of(pid: int, started: float) -> str:
     """The command of a process, shortened; "" when it cannot be seen or is another process."""
-    if abs(process_start(pid) - started) > 1:
+    if abs(started_at(pid) - started) > 1:
         return ""  # not that process: another container's, or one that took the number over
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
