@@ -13,10 +13,13 @@ import pytest
 
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import StoreBusyError, StoreFormatError
 from light_mem.index import format as fmt
-from light_mem.maintenance import rebuild
+from light_mem.index.shard import ShardIndex
+from light_mem.maintenance import in_place, rebuild, rebuilding
 from light_mem.maintenance.inspecting import listed
+from light_mem.maintenance.owners import Ownership
 from light_mem.maintenance.store import Store
 from tests.children import ROOT, line
 from tests.maintenance_helpers import (
@@ -232,3 +235,27 @@ def test_without_an_index_the_records_say_what_was_taken_out(store: Path) -> Non
     assert seen.still_lists(shard, slot, entry)
     records_of(store, shard)["tag"][slot] = fmt.FREE
     assert not seen.still_lists(shard, slot, entry)
+
+
+def test_an_index_is_not_marked_clean_while_it_is_changed(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last server leaves, and marks it clean, right after it was seen."""
+    server = opened(store).engine
+    seen: list[int] = []
+    look, correct = rebuilding.Ownership, in_place._correct
+
+    def look_and_leave(directory: Path) -> Ownership:
+        found = look(directory)
+        server.close()
+        return found
+
+    def note(of: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int]:
+        seen.append(int(index_of(store).header["clean"][0]))
+        return correct(of, index, file)
+
+    monkeypatch.setattr(rebuilding, "Ownership", look_and_leave)
+    monkeypatch.setattr(in_place, "_correct", note)
+    assert rebuild(store, force=True).in_place
+    assert set(seen) == {0}
+    assert int(index_of(store).header["clean"][0]) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -270,3 +272,22 @@ def test_batches_of_two_processes_are_exact_around_pins_and_leases(
                 shard.leased.add(slot)
         elif slot not in shard.leased:
             shard.drop(slot)
+
+
+@pytest.mark.parametrize("slots", [64, 8 * MIN_BATCH])
+def test_what_a_clock_that_was_ahead_has_left_ages(slots: int) -> None:
+    """Blocks used in the future keep their order, and are older than what is stored from now on."""
+    shard, now, day = Shard(slots), time.time_ns(), 86400 * 10**9
+    for slot in range(slots):
+        shard.store(slot)
+    shard.used[:] = now + 365 * day + np.arange(slots, dtype=np.uint64)
+    shard.used[: slots // 4] = now - day + np.arange(slots // 4, dtype=np.uint64)
+    gone = []
+    for _ in range(slots):
+        slot = shard.order.oldest()
+        assert slot is not None
+        gone.append(slot)
+        shard.drop(slot)
+        shard.tags[slot] = make_tag(LIVE, 0, int(shard.tags[slot]) >> 32)
+        shard.used[slot] = time.time_ns()
+    assert gone == list(range(slots))

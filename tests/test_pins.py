@@ -16,6 +16,7 @@ from light_mem import LightMemError, PinLimitError, maintenance
 from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.shard_file import ShardFile
+from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.order import MIN_BATCH
@@ -149,6 +150,33 @@ def test_a_store_does_not_shrink_until_more_than_half_of_it_is_pinned(
     assert maintenance.resize(tmp_path / "store", 6 * 64).removed == 1
     store = Store(tmp_path / "store", 6, block_pages=2)
     assert (store.engine.geometry.slots, pinned(store)) == (6, (1, 2))
+    store.close()
+
+
+@pytest.mark.parametrize("state", ["lost", "of another version", "older than the pins"])
+def test_nor_does_one_whose_index_is_made_anew(tmp_path: Path, state: str) -> None:
+    index = tmp_path / "store" / "index"
+    store = Store(tmp_path / "store", 8)
+    store.write(A, B, C, D)
+    control = index.read_bytes()[fmt.BLOCK_ALIGN : 2 * fmt.BLOCK_ALIGN]
+    store.engine.pin(keys_of(B, C))
+    store.close()
+    if state == "lost":
+        index.unlink()
+    else:
+        raw = bytearray(index.read_bytes())
+        header = np.frombuffer(raw, fmt.INDEX_HEADER, 1)
+        if state == "of another version":
+            header["version"] = 2
+            header["crc"] = fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
+        else:  # as after a power cut
+            raw[fmt.BLOCK_ALIGN : 2 * fmt.BLOCK_ALIGN] = control
+            header["clean"], header["boot_id"] = 0, b"another boot"
+        del header
+        index.write_bytes(raw)
+    store = Store(tmp_path / "store", 6, block_pages=2)
+    assert store.engine.geometry.slots == 8
+    assert pinned(store) == (2, 4)
     store.close()
 
 

@@ -179,3 +179,12 @@ def test_what_is_no_stored_block_has_no_age(state: int) -> None:
 def test_many_entries_are_all_counted() -> None:
     assert sum(bucket.blocks for bucket in aged(entries(*[70] * 150_000))) == 150_000
     assert sum(bucket.blocks for bucket in aged(entries())) == 0
+
+
+def test_damage_of_the_counts_of_look_ups_stops_none(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        r.service._engine._index.header["lookups"] = 2**64 - 1
+        r.service._engine._index.header["hits"] = 2**64 - 1
+        assert r.service.query(["a", "b"]) == [False, False]
+        assert r.service.match_prefix(["a"]) == 0
+        assert r.service.query("a") is False

@@ -120,7 +120,7 @@ class LocalStorageEngine(Member, StorageEngine):
             engine = cls(
                 path, kind=kind, verify=verify, durability=durability, time_to_live=time_to_live
             )
-            engine._index.mark_open()
+            engine.mark_open()
         try:
             if recover:
                 engine.recover()

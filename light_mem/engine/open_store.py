@@ -207,6 +207,10 @@ class OpenStore:
         if entry >= 0:
             self._index.uses[entry] = self._index.entries["used"][entry] = used
 
+    def mark_open(self) -> None:
+        """Say, before it is so, that the index may be newer in memory than on the device."""
+        self._index.mark_open()
+
     def count(self, lookups: int, hits: int) -> None:
         """Add to the store's statistics of look-ups."""
         self._index.count(lookups, hits)

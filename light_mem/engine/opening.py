@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from light_mem.engine import shard_header
-from light_mem.engine.reindex import make_index
+from light_mem.engine.reindex import make_index, pinned_slots
 from light_mem.engine.shard_making import cut_shards, make_shards, remove_shards
 from light_mem.errors import (
     InvalidArgumentError,
@@ -158,12 +158,7 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
     writes would find no room. None: they can."""
     if slots >= geometry.slots:
         return None
-    try:
-        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
-    except (FileNotFoundError, IndexUnusable):
-        return None  # it is made anew, and who knows how many there are
-    pinned = file.control["pinned_slots"].tolist()
-    file.close()
+    pinned = _pinned_slots(directory, geometry)
     most, limit = max(pinned), slots // 2
     if most <= limit:
         return None
@@ -176,6 +171,20 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
         needed=0,
         limit=limit,
     )
+
+
+def _pinned_slots(directory: Path, geometry: Geometry) -> list[int]:
+    """Pinned slots of each shard: as the index says, or the records where it will be made anew."""
+    try:
+        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
+    except (FileNotFoundError, IndexUnusable):
+        return [pinned_slots(directory, geometry, shard) for shard in range(geometry.shards)]
+    pinned: list[int] = file.control["pinned_slots"].tolist()
+    is_trusted = file.trustworthy
+    file.close()
+    if is_trusted:
+        return pinned
+    return [pinned_slots(directory, geometry, shard) for shard in range(geometry.shards)]
 
 
 def _wait_until_alone(owners: Owners) -> bool:

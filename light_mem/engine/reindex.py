@@ -151,6 +151,14 @@ def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | 
     return Plan(entries, kept, int(listed - live.size))
 
 
+def pinned_slots(directory: Path, geometry: Geometry, shard: int) -> int:
+    """Slots of a shard's pinned blocks, as its records say."""
+    entries = plan_shard(directory, geometry, shard, None).entries
+    is_pinned = (recovery.states_of(entries) == fmt.LIVE) & (entries["keep"] >= fmt.KEEP_PINNED)
+    pages = -(-entries["nbytes"][is_pinned].astype(np.int64) // geometry.page_bytes)
+    return int(pages.sum())
+
+
 def _slots_within(directory: Path, geometry: Geometry, shard: int) -> int:
     """Slots that the data file really has: a file that was cut short has lost the others."""
     try:

@@ -19,6 +19,7 @@ from light_mem.index.room import allocate
 
 NAME = "index"
 _LOOKUPS_WORD, _HITS_WORD = (fmt.INDEX_HEADER.fields[f][1] // 8 for f in ("lookups", "hits"))  # type: ignore[index]
+_WORD = 2**64 - 1
 
 
 def boot_id() -> bytes:
@@ -118,8 +119,9 @@ class IndexFile:
 
     def count(self, lookups: int, hits: int) -> None:
         """Add to the statistics of look-ups; two processes at once may lose an addition."""
-        self.words64[_LOOKUPS_WORD] += lookups
-        self.words64[_HITS_WORD] += hits
+        words = self.words64  # damage may have left any number there
+        words[_LOOKUPS_WORD] = words[_LOOKUPS_WORD] + lookups & _WORD
+        words[_HITS_WORD] = words[_HITS_WORD] + hits & _WORD
 
     def close(self) -> None:
         """Let go of the mapping once nobody holds an array over it."""

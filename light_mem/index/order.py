@@ -14,6 +14,7 @@ A replica in one process, used under the shard's lock.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Set
 
 import numpy as np
@@ -26,6 +27,8 @@ MIN_BATCH = 1024  # blocks sorted out at a time at least
 MAX_BATCH = 16384  # sorting more would hold the lock for longer than the scan itself
 BATCH_PART = 8  # ... and an eighth of all, so that the scan costs little a block
 _STATE = np.uint64(STATE_MASK)
+# A use between our look at the clock and at it is no sign of a clock that was ahead.
+_AHEAD_NS = 10**9
 
 
 class EvictionOrder:
@@ -94,6 +97,20 @@ class EvictionOrder:
             if used <= self._horizon:  # used a moment ago, it comes back with the next ones sorted
                 self._again.add((used, slot))
 
+    def _not_ahead(self, live: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Times of use of these blocks. What a clock that was ahead has left is moved, its order
+        kept, to end now: else nothing that is stored from now on would be used later than it, and
+        be evicted before it."""
+        uses = np.asarray(self._uses)
+        used: npt.NDArray[np.uint64] = uses[live]
+        now = time.time_ns()
+        ahead = int(used.max()) - now
+        if ahead > _AHEAD_NS:
+            late = used > now
+            used[late] -= np.minimum(used[late], np.uint64(ahead))
+            uses[live[late]] = used[late]
+        return used
+
     def _refill(self) -> bool:
         states = np.asarray(self._tags) & _STATE
         live = np.flatnonzero((states == LIVE) & (np.asarray(self._keeps) < KEEP_PINNED))
@@ -102,7 +119,7 @@ class EvictionOrder:
             live = live[~np.isin(live, list(leased))]
         if not live.size:
             return False
-        used = np.asarray(self._uses)[live]
+        used = self._not_ahead(live)
         count = min(live.size, MAX_BATCH, max(MIN_BATCH, live.size // BATCH_PART))
         if count < live.size:
             part = np.argpartition(used, count - 1)[:count]

@@ -44,6 +44,8 @@ def rebuild_in_place(store: Store, started: float) -> RebuildReport:
             description.save(store.directory, store.geometry)
         _restore_frame(store)
         engine = LocalStorageEngine(store.directory, kind="tool")
+        # The last server may have left, and marked it clean, since we looked.
+        engine.mark_open()
     blocks = nbytes = added = removed = 0
     try:
         for shard in range(store.geometry.shards):
