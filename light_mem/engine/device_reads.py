@@ -27,7 +27,7 @@ from light_mem.engine.read_ahead import Span
 from light_mem.engine.scatter import Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index.lookup import Location
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run, cut_at_runs
 
 if TYPE_CHECKING:
     import xxhash
@@ -77,7 +77,8 @@ class DeviceReads:
             past_cache = self._drops or self._is_quiet(where.shard)
             try:
                 found[at] = [
-                    self._way(file, run, nbytes, past_cache) for run, nbytes in self.runs(where)
+                    self._way(file, run, end - start, past_cache)
+                    for run, start, end in cut_at_runs(where.runs, where.nbytes, self._page_bytes)
                 ]
             except OSError:
                 continue
@@ -105,17 +106,6 @@ class DeviceReads:
                 page_cache.drop(*span)
         if later is not None:
             self._later.add(later)
-
-    def runs(self, where: Location) -> list[tuple[Run, int]]:
-        """The runs of a block, and how many bytes of it lie in each."""
-        if len(where.runs) == 1:
-            return [(where.runs[0], where.nbytes)]
-        found, left = [], where.nbytes
-        for run in where.runs:
-            nbytes = min(left, run[1] * self._page_bytes)
-            found.append((run, nbytes))
-            left -= nbytes
-        return found
 
     @property
     def has_later(self) -> bool:
@@ -152,8 +142,8 @@ class DeviceReads:
         page cache: the ends of a run may have been read with its neighbours."""
         if len(where.runs) == 1:
             return file.address(where.slot) + where.nbytes // 2
-        (slot, _), nbytes = self.runs(where)[-1]
-        return file.address(slot) + nbytes // 2
+        (slot, _), start, end = cut_at_runs(where.runs, where.nbytes, self._page_bytes)[-1]
+        return file.address(slot) + (end - start) // 2
 
     def _way(self, file: ShardFile, run: Run, nbytes: int, past_cache: bool) -> Way:
         through_cache = file.span(run, nbytes)

@@ -29,7 +29,7 @@ from light_mem.engine.scatter import Scatter, Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run, cut_at_runs
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
@@ -250,14 +250,10 @@ class Reader:
 
     def _parts(self, where: Location, place: Place) -> list[tuple[Run, int, Place]]:
         """The runs of a block, how many bytes of it lie in each, and where they go."""
-        runs = self._device.runs(where)
-        if len(runs) == 1:
-            return [(*runs[0], place)]
-        parts, done = [], 0
-        for run, nbytes in runs:
-            parts.append((run, nbytes, place.part(done, done + nbytes)))
-            done += nbytes
-        return parts
+        if len(where.runs) == 1:
+            return [(where.runs[0], where.nbytes, place)]
+        parts = cut_at_runs(where.runs, where.nbytes, self._engine.geometry.page_bytes)
+        return [(run, end - start, place.part(start, end)) for run, start, end in parts]
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and

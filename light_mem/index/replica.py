@@ -15,9 +15,8 @@ import numpy.typing as npt
 from light_mem.index import format as fmt
 from light_mem.index.control import Control
 from light_mem.index.recovery import occupied_runs
+from light_mem.index.runs import Run
 from light_mem.index.space import FreeRuns
-
-Run = tuple[int, int]  # first slot, slots
 
 
 class SpaceReplica:

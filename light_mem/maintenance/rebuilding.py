@@ -31,6 +31,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.owners import Owners
 from light_mem.index.recovery import Table
+from light_mem.index.runs import Run
 from light_mem.index.written import Written
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
@@ -39,8 +40,6 @@ from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, require_alone
 from light_mem.maintenance.report import RebuildReport
 from light_mem.maintenance.store import Store, blocks_in
-
-Run = tuple[int, int]  # first slot, slots
 
 
 @dataclass
