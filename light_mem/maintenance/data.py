@@ -93,12 +93,12 @@ class _Unit(NamedTuple):
         apart = (offsets[1:] != offsets[:-1] + sizes[:-1]) | (sizes[1:] != sizes[:-1])
         first = np.concatenate([[0], np.flatnonzero(apart) + 1])
         count = np.diff(first, append=len(sizes))
-        runs = np.stack([first, count, offsets[first], sizes[first]], axis=1)
+        stretches = np.stack([first, count, offsets[first], sizes[first]], axis=1)
         return Batch(
             self.rows["low"].tobytes(),
             self.rows["high"].tobytes(),
             self.rows["checksum"].astype(">u8").tobytes(),
-            runs.astype(np.int64).tobytes(),
+            stretches.astype(np.int64).tobytes(),
         )
 
 

@@ -95,7 +95,7 @@ def rebuild(
     )
 
 
-def _plans(store: Store, sums: _Sums) -> Iterator[reindex.Plan]:
+def _plans(store: Store, sums: _Sums) -> Iterator[reindex.ShardPlan]:
     """The new entries, shard by shard: those of one shard are in memory at a time."""
     old = reindex.OldIndex(store.index_path, store.geometry)
     for shard in range(store.geometry.shards):

@@ -57,7 +57,7 @@ class ScanProcess:
                 written = os.pwrite(self._memory, view, at)
                 view, at = view[written:], at + written
         name = os.fsencode(path)
-        header = HEADER.pack(len(name), len(batch.low) // 8, len(batch.runs))
+        header = HEADER.pack(len(name), len(batch.low) // 8, len(batch.stretches))
         try:
             self._units.write(header + name)
         except BrokenPipeError:
