@@ -107,11 +107,6 @@ class OpenShards:
                     )
         return file
 
-    @property
-    def is_shut(self) -> bool:
-        """Whether no change begins any more."""
-        return self._fence.is_shut
-
     def shut(self, timeout: float) -> bool:
         """Let no change begin any more; whether those that had begun have ended; see `Fence`."""
         return self._fence.shut(timeout)

@@ -128,18 +128,13 @@ def link_chains(entries: Table, heads: npt.NDArray[np.uint32], buckets: int) -> 
     heads[:] = new_heads
 
 
-def record_crc(record: Table) -> int:
-    """The crc that a record must carry; `record` is one RECORD."""
-    return crc_of(record.tobytes()[: fmt.RECORD_CRC_BYTES])
-
-
 def crc_of(raw: bytes) -> int:
     """The crc of a record whose bytes up to the crc these are."""
     return xxhash.xxh3_64_intdigest(raw) & 0xFFFFFFFF
 
 
 def record_crcs(records: Table) -> list[int]:
-    """`record_crc` of a few records, shape [n]."""
+    """The crc that each of a few records, RECORD [n], must carry."""
     raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
     return [crc_of(raw[at : at + end]) for at in range(0, len(raw), size)]

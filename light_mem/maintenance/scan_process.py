@@ -83,13 +83,12 @@ class ScanProcess:
         """End it at once, whatever it does."""
         self._process.kill()
 
-    def close(self) -> int:
-        """Let it leave, wait for its end; returns its exit status. Once, when no
-        thread scans any more."""
+    def close(self) -> None:
+        """Let it leave, wait for its end. Once, when no thread scans any more."""
         self._units.close()
         self._answers.close()
         os.close(self._memory)
-        return self._process.wait()
+        self._process.wait()
 
 
 def _memory_file() -> int:
