@@ -172,7 +172,7 @@ def _allow_descriptors() -> None:
 
 
 def main(config: dict[str, Any]) -> None:
-    """Run one worker; `config` is what `pool.py` wrote."""
+    """Run one worker; `config` is what `worker_processes.py` wrote."""
     # A Ctrl-C in the terminal goes to the whole group; the server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -1,6 +1,6 @@
 """Free runs of slots of one shard: sorted by place, to merge; by length, for the best fit.
 
-A replica in one process; shard.py keeps it true by replaying the shared journal. Not thread-safe:
+A replica in one process; replica.py keeps it true by replaying the shared journal. Not thread-safe:
 used under the shard's lock. Also hands out ranges of the task table.
 """
 
