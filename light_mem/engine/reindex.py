@@ -106,9 +106,8 @@ class OldIndex:
             and bytes(header["store_id"][0]).ljust(16, b"\0").hex() == geometry.store_id
             and int(header["shards"][0]) == geometry.shards
         )
-        if (
-            header is not None and self.sound
-        ):  # else the size that the store has: only the header may be damaged
+        # Else the size that the store has: only the header may be damaged.
+        if header is not None and self.sound:
             self._slots = int(header["slots"][0])
 
     def entries(self, shard: int) -> Table:
