@@ -65,8 +65,9 @@ class DeviceReads:
         self._changes: dict[int, tuple[int, float]] = {}
 
     def begin(self, blocks: Blocks, stop: Stop, more: bool = False) -> Ways:
-        """A batch is read now, in this order: the device begins with what it is needed for, unless
-        that was aborted. `more`: after the batch before, which has not been read yet."""
+        """A batch is read next, in this order. The device begins with those of its blocks that need
+        it and were not aborted; returns how they are read. `more`: the batch before has not been
+        read yet, and comes first."""
         found: Ways = {}
         if not self._can_read:
             return found
@@ -153,8 +154,8 @@ class DeviceReads:
         return span, None if self._drops or span == through_cache else through_cache
 
     def _is_quiet(self, shard: int) -> bool:
-        """Whether nobody has been storing blocks in a shard lately, as far as can be told: at the
-        first look that is not at all."""
+        """Whether nobody has stored blocks in a shard lately. At the first look, with nothing to
+        compare with, the shard counts as quiet."""
         now, stored = time.monotonic(), self._stored(shard)
         before, since = self._changes.get(shard, (stored, now - QUIET_SECONDS))
         if stored != before:

@@ -193,8 +193,8 @@ def _checksum(
 
 
 def end_lease(engine: OpenStore, shard: int, slot: int) -> None:
-    """End a lease that was given. Any thread. A shard that is not to be had now is tried again by
-    `end_dropped`; until then the block stays leased."""
+    """End a lease. Any thread. If the shard's lock is not to be had in time, `end_dropped` tries
+    again; until then the block stays leased."""
     _end(engine, shard, [slot], LOCK_TIMEOUT_SECONDS)
 
 

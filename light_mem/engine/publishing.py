@@ -138,8 +138,8 @@ class Publisher:
         written: dict[int, Written],
         part: Part,
     ) -> list[int]:
-        """Publish blocks of different keys, by position, those aside that another process stored
-        meanwhile; returns which."""
+        """Publish the blocks at these positions (their keys differ), except those that another
+        process has stored meanwhile. Returns the positions that were published."""
         keys = part.job.keys.at(fresh)
         stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
         pinned: dict[int, int] = {}  # slots of pinned blocks, by what replaces them

@@ -77,8 +77,9 @@ class Reader:
         stop: Stop,
         entries: list[int] | None = None,
     ) -> None:
-        """`StorageEngine.read`, but where a device is waited for all may be told by the next call,
-        or by `finish`. `entries`: see `LocalStorageEngine.begin_read`."""
+        """`StorageEngine.read`, but if any block waits for a device, the outcomes of the batch may
+        be told only by the next call, or by `finish`. `entries`: see
+        `LocalStorageEngine.begin_read`."""
         job = ReadJob(batch, self._lookup, report, stop, entries)
         job.ahead = self._wanted(job)
         job.ways = self._device.begin(job.ahead, stop, more=self.has_begun)
@@ -114,8 +115,8 @@ class Reader:
         return True
 
     def _wanted(self, job: ReadJob) -> list[tuple[int, Location]]:
-        """The blocks to read, in this order; tells of those that are not, although they are there:
-        nobody waits for a device for them."""
+        """The blocks to read, in this order. Tells at once of stored blocks of another length,
+        which are misses: no device is waited for on their account."""
         wanted: list[tuple[int, Location]] = []
         for at, where in job.there():
             if where.nbytes == job.nbytes[at]:

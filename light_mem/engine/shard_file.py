@@ -77,8 +77,8 @@ class ShardFile(SlotRecords):
         blocks: Sequence[tuple[Sequence[Run], BlockIO]],
         by_calls: bool = False,
     ) -> Copies:
-        """Plan to copy blocks into their runs of slots; the next plan of this file comes after.
-        Their bytes are there after `land` of what `cut` returns once they were copied.
+        """Plan to copy blocks into their runs of slots. The copies must be made before the next
+        plan of this file. Once they were made, `land(cut())` waits until the bytes are there.
 
         `by_calls`: not through the mapping in any case.
         """

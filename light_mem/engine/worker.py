@@ -107,8 +107,9 @@ class Worker:
         return now - self._read_at >= QUIET_SECONDS
 
     def do(self, cells: Sequence[int]) -> None:
-        """Do one batch of claimed cells, all of one mode. What waits for a device may not be told
-        before the next batch has been begun, or the engine's `finish_reads` and `finish_writes`."""
+        """Do one batch of claimed cells, all of one mode. Where blocks wait for a device, their
+        outcomes are told when the next batch has been begun, or by the engine's `finish_reads` and
+        `finish_writes`."""
         table, engine = self._table, self._engine
         if not (engine.has_begun_reads or engine.has_begun_writes):
             self._stopwatch.start()

@@ -64,7 +64,7 @@ class Allocator:
         self._swept = 0
 
     def most_slots(self) -> int:
-        """Slots that a block has at most: what is not pinned or leased may make room for it."""
+        """The most slots that a block can get: all but those of pinned or leased blocks."""
         limit = self._retention.limit
         if self._control.pinned_slots > limit:  # a damaged page is not to stop all writes
             self._retention.recount()
