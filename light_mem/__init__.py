@@ -7,11 +7,13 @@
 service.py   CacheService: tasks; stored_blocks.py: all that moves no bytes, look-ups, keeping,
              deleting; local_service.py and client.py: in the server's process, and in its others
 session.py   one process's tasks in the shared task table; lane_room.py: its room there
-task.py      CacheTask: states, waiting; views.py: BlockView, a block looked at in place
+task.py      CacheTask: states, waiting; waiting.py: the thread that tells who waits
+views.py     BlockView, a block looked at in place
 blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor
 demo/        `light-mem demo`
 ranks.py     tensor-parallel ranks: keys, and lengths that all of them agree on
-compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem
+compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem;
+             compat_arguments.py: its arguments checked
 errors.py    the error tree; filesystem.py: what lies below a store; closing.py: `with`;
              lazy.py: names imported when they are used
 integrations/ what plugs into servers: vLLM, SGLang, LMCache

@@ -20,7 +20,7 @@ from light_mem.errors import InvalidArgumentError, PageIndexError
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    Regions: TypeAlias = "Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]"
+    RegionsArgument: TypeAlias = "Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]"
 
 
 class Layout(ABC):

@@ -36,12 +36,10 @@ class Limited:
         self,
         each: int = EACH,
         seconds: float = SECONDS,
-        logger: logging.Logger = log,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._each = each
         self._seconds = seconds
-        self._log = logger
         self._clock = clock
         self._kinds: dict[str, _Kind] = {}
         self._guard = threading.Lock()
@@ -54,7 +52,7 @@ class Limited:
             return
         if suppressed:
             template, arguments = template + " (suppressed %d similar)", (*arguments, suppressed)
-        self._log.warning(template, *arguments, stacklevel=2)
+        log.warning(template, *arguments, stacklevel=2)
 
     def _admit(self, template: str) -> int | None:
         """None: leave this one out; else how many were left out before it."""
@@ -79,4 +77,4 @@ class Limited:
             for text in left:
                 self._kinds[text].suppressed = 0
         for text, count in left.items():
-            self._log.warning("suppressed %d similar to: %s", count, text)
+            log.warning("suppressed %d similar to: %s", count, text)

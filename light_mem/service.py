@@ -24,7 +24,7 @@ from light_mem.task import CacheTask
 if TYPE_CHECKING:
     import torch
 
-    from light_mem.layouts import Regions
+    from light_mem.layouts import RegionsArgument
 
 DEFAULT_CREATE_TIMEOUT = 10.0
 # An abort waits for copies in hand: of 4 MiB each, some 700 us, or ms where it comes from a device.
@@ -70,7 +70,7 @@ class CacheService(StoredBlocks):
         return self._create(kind, hashes, layout)
 
     def create_regions(
-        self, mode: str, hash_values: Sequence[HashValue], regions: Regions
+        self, mode: str, hash_values: Sequence[HashValue], regions: RegionsArgument
     ) -> CacheTask:
         """`create` for blocks that are regions of the KV tensor's memory rather than pages.
 

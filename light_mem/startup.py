@@ -45,8 +45,8 @@ def start_line(
 
 def memory_text(source: MemorySource) -> str:
     """What memory the KV tensor lies in."""
-    if source.kind != "fd":
-        return "SysV segment" if source.kind == "sysv" else source.path
+    if source.kind == "sysv":
+        return "SysV segment"
     try:
         return os.readlink(f"/proc/self/fd/{source.fd}").removesuffix(" (deleted)")
     except OSError:

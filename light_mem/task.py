@@ -26,7 +26,7 @@ from light_mem.layouts import Layout
 from light_mem.states import CacheBlock, State
 from light_mem.waiting import (
     LIVENESS_SECONDS,
-    Outcome,
+    Settled,
     Waiting,
     check_server,
     complete,
@@ -214,7 +214,7 @@ class CacheTask:
         if table is None or outcome_of(self) is not None:
             _call(callback, self)
         else:
-            settle: Callable[[Outcome], None] = lambda _: _call(callback, self)  # noqa: E731
+            settle: Callable[[Settled], None] = lambda _: _call(callback, self)  # noqa: E731
             notifier_of(table).add(Waiting(self, settle, lambda: True))
 
     def abort(self, queue: TaskQueue, timeout: float) -> None:

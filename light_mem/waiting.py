@@ -45,7 +45,7 @@ class Waiting(NamedTuple):
     """Somebody who is to be told of a task, unless not `wanted()` any more."""
 
     task: Task
-    settle: Callable[[Outcome], None]
+    settle: Callable[[Settled], None]
     wanted: Callable[[], bool]
 
 
@@ -78,7 +78,7 @@ class Notifier:
         if outcome is not None:
             self._settle(number, outcome)
 
-    def _settle(self, number: int, outcome: Outcome) -> None:
+    def _settle(self, number: int, outcome: Settled) -> None:
         with self._guard:
             waiting = self._waiting.pop(number, None)
         if waiting is not None:
@@ -126,10 +126,10 @@ class Notifier:
         return None
 
 
-Outcome = Exception | bool  # True: ready; else what the one who waits gets raised
+Settled = Exception | bool  # True: ready; else what the one who waits gets raised
 
 
-def outcome_of(task: Task) -> Outcome | None:
+def outcome_of(task: Task) -> Settled | None:
     """None: not ready, and nothing is wrong."""
     try:
         return task.ready() or None
@@ -137,7 +137,7 @@ def outcome_of(task: Task) -> Outcome | None:
         return error
 
 
-def complete(future: asyncio.Future[None], outcome: Outcome) -> None:
+def complete(future: asyncio.Future[None], outcome: Settled) -> None:
     """Settle a future from another thread than its loop's."""
 
     def settle() -> None:

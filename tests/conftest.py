@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -31,6 +32,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 20.0, what: str
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
         time.sleep(0.002)
+
+
+def threads(prefix: str = "lightmem") -> int:
+    """How many threads of this process have such a name."""
+    return sum(thread.name.startswith(prefix) for thread in threading.enumerate())
 
 
 def _children() -> set[int]:

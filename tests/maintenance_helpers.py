@@ -80,9 +80,9 @@ def records_of(directory: Path, shard: int) -> np.ndarray:
 
 
 def reseal(records: np.ndarray, slot: int) -> None:
-    from light_mem.index.recovery import record_crc
+    from light_mem.index.recovery import record_crcs
 
-    records["crc"][slot] = record_crc(records[slot])
+    [records["crc"][slot]] = record_crcs(records[slot : slot + 1])
 
 
 def place_of(directory: Path, block: Block) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from light_mem import (
     State,
     TaskTableFullError,
 )
-from tests.conftest import wait_until
+from tests.conftest import threads, wait_until
 from tests.service_child import Child, pack, unpack
 from tests.service_rig import WAIT, rig
 
@@ -284,7 +284,8 @@ def test_a_wait_that_has_begun_ends_when_the_server_is_killed(tmp_path: Path) ->
         loop = asyncio.get_running_loop()
         waits = [loop.run_in_executor(None, task.wait), _awaited(task), _awaited(task)]
         gathered = asyncio.gather(*waits, return_exceptions=True)
-        await asyncio.sleep(0.1)
+        while not (threads("asyncio") and threads("lightmem-await")):  # of `wait`; of the awaits
+            await asyncio.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
         return await asyncio.wait_for(gathered, 5)
 

@@ -347,19 +347,6 @@ def test_a_numpy_memmap_is_used(tmp_path: Path) -> None:
     close_source(source)
 
 
-def test_a_path_source_is_opened_by_the_attacher(tmp_path: Path) -> None:
-    memory = map_path(tmp_path / "file")
-    tensor = over(memory, 5)
-    shared = share_tensor(tensor)
-    close_source(shared)
-    source = shared._replace(kind="path", fd=-1, path=str(tmp_path / "file"))
-    round_trip(tensor, source)
-    close_source(source)
-    (tmp_path / "other").write_bytes(bytes(2 * PAGE + NBYTES))
-    with pytest.raises(KVCacheMemoryError, match="another file"):
-        attach(source._replace(path=str(tmp_path / "other")))
-
-
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDONLY, os.O_PATH])
 def test_a_deleted_file_is_reached_through_any_open_descriptor(tmp_path: Path, flags: int) -> None:
     path = tmp_path / "file"
@@ -437,7 +424,7 @@ def test_a_sysv_segment_is_used(sysv: Callable[[int], tuple[int, Any]], offset: 
     shmid, memory = sysv(offset + NBYTES)
     tensor = over(memory, offset)
     source = share_tensor(tensor)
-    assert source == MemorySource("sysv", -1, "", 0, 0, shmid, offset, NBYTES)
+    assert source == MemorySource("sysv", -1, 0, 0, shmid, offset, NBYTES)
     round_trip(tensor, source)
     close_source(source)  # nothing to close
 
@@ -787,7 +774,7 @@ def test_a_sysv_segment_that_is_too_small_or_gone_is_refused(
 
 @pytest.mark.parametrize("change", [{"kind": "wire"}, {"nbytes": 0}, {"offset": -1}])
 def test_a_source_of_no_known_form_is_refused(change: dict[str, Any]) -> None:
-    source = MemorySource("fd", 0, "", 0, 0, -1, 0, 1)
+    source = MemorySource("fd", 0, 0, 0, -1, 0, 1)
     with pytest.raises(InvalidArgumentError):
         attach(source._replace(**change))
 

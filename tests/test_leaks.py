@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import threading
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 import light_mem
 from light_mem import CacheTask, LocalCacheService
-from tests.conftest import wait_until
+from tests.conftest import threads, wait_until
 from tests.service_child import Child, unpack
 from tests.service_rig import WAIT, Rig, rig
 
@@ -25,10 +24,6 @@ def descriptors() -> int:
 
 def mapped(text: str) -> int:
     return Path("/proc/self/maps").read_text().count(text)
-
-
-def threads(prefix: str = "lightmem") -> int:
-    return sum(thread.name.startswith(prefix) for thread in threading.enumerate())
 
 
 def test_services_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
@@ -123,9 +118,13 @@ def test_clients_that_come_and_go_leave_no_descriptor_and_no_thread(tmp_path: Pa
 def test_awaiting_leaves_no_thread(tmp_path: Path) -> None:
     async def some(r: Rig) -> None:
         tasks = [r.service.create("w", [f"k{n}"], [n]) for n in range(8)]
-        await asyncio.gather(*(_awaited(task) for task in tasks))
+        waits = asyncio.gather(*(_awaited(task) for task in tasks))
+        await asyncio.sleep(0)  # each gets to where it waits
+        assert threads("lightmem-await") == 1
+        r.service.run()
+        await waits
 
-    with rig(tmp_path) as r:
+    with rig(tmp_path, run=False) as r:
         asyncio.run(some(r))
         wait_until(lambda: threads("lightmem-await") == 0)
 

@@ -143,7 +143,7 @@ def test_who_leaves_waits_for_changes_that_have_begun_and_lets_them_lease_nothin
     def change() -> None:
         with engine.change(0) as (index, _):
             begun.set()
-            wait_until(lambda: engine._open.is_shut)
+            wait_until(lambda: engine._open._fence.is_shut)
             order.append(engine.leases.take(0, slot))
             index.control["removals"] += 7
             go_on.wait(20)

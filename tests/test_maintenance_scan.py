@@ -15,11 +15,11 @@ import psutil
 import pytest
 import xxhash
 
-from light_mem.index.recovery import crc_fits, record_crc
+from light_mem.index.recovery import crc_fits, record_crcs
 from light_mem.maintenance import scan_process, verify
 from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.scan_process import ScanProcess
-from light_mem.maintenance.scanning import BATCH_BYTES, Batch, Run, Scanner
+from light_mem.maintenance.scanning import BATCH_BYTES, Batch, Scanner, Stretch
 from tests.children import ROOT, child, line
 from tests.conftest import wait_until
 from tests.engine_helpers import Block
@@ -160,7 +160,7 @@ def test_the_scanner_computes_the_checksum_of_key_and_bytes(tmp_path: Path, size
         keys[:, 0].tobytes(),
         keys[:, 1].tobytes(),
         np.array(sums, ">u8").tobytes(),
-        np.array(Run(0, count, 5, size), np.int64).tobytes(),
+        np.array(Stretch(0, count, 5, size), np.int64).tobytes(),
     )
     file, told = DataFile(tmp_path / "file"), []
     try:
@@ -178,7 +178,7 @@ def test_crcs_of_many_records_at_once_are_those_of_each(many: Path) -> None:
     wrong = [0, 1023, 1024, len(records) - 1]
     records["crc"][wrong] ^= 1
     records["low"][700] += 1
-    expected = [int(r["crc"]) == record_crc(r) for r in records]
+    expected = (records["crc"] == record_crcs(records)).tolist()
     assert crc_fits(records).tolist() == expected
     assert expected.count(False) == 5
     reseal(records, 700)

@@ -11,7 +11,7 @@ from light_mem.engine.shard_file import ShardFile
 from light_mem.index import description
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
-from light_mem.index.recovery import record_crc
+from light_mem.index.recovery import record_crcs
 from light_mem.index.written import Written
 from tests.engine_helpers import PAGE, assert_consistent, open_local
 
@@ -92,7 +92,7 @@ def test_records_that_make_no_sense_are_dropped(
         record["low"], record["nbytes"], record["run"] = 1, nbytes, length
         record["tag"] = fmt.LIVE if at == 0 else fmt.EXTENT
         record["next_run"] = runs[at + 1][0] + 1 if at + 1 < len(runs) else 0
-        record["crc"] = record_crc(record)
+        [record["crc"]] = record_crcs(record)
         records[start] = record
     describe(empty, [(8, 1)], key=2, nbytes=PAGE, now=1)
     assert keys_found(empty) == {2}

@@ -16,7 +16,7 @@ import torch
 from light_mem import LockTimeoutError, State
 from light_mem.engine import queue
 from light_mem.engine.queue import QUEUE_BYTE
-from light_mem.engine.worker import SHORT_SECONDS, Worker
+from light_mem.engine.worker import BUSY_QUEUE_SECONDS, Worker
 from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
 from tests.payload import page_bytes_of
@@ -201,7 +201,7 @@ def test_what_a_worker_has_begun_waits_no_longer_for_a_queue_that_is_not_free(
     assert begun == [True, False, False]
     assert queue.claim_ahead.call_count == (what == "reads")
     assert not engine.rest.called
-    assert timeouts == [SHORT_SECONDS, None, None]
+    assert timeouts == [BUSY_QUEUE_SECONDS, None, None]
 
 
 def test_a_killed_server_takes_its_workers_along_and_leaves_a_sound_store(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,5 +318,12 @@ def test_the_short_name_is_registered_once(module: Any) -> None:
     assert fakes.SecondaryTierFactory.tiers == {"light_mem": (module.__name__, "LightMemTier")}
 
 
-def test_a_vllm_without_tiers_is_left_alone() -> None:
-    plugin.register()  # no vLLM here at all
+def test_a_vllm_without_tiers_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The very module, which is found without its package once it was imported.
+    monkeypatch.setitem(sys.modules, "vllm.v1.kv_offload.tiering.factory", None)
+    caplog.set_level(logging.DEBUG, "light_mem")
+    plugin.register()
+    [line] = caplog.messages
+    assert "this vLLM has no secondary tiers" in line

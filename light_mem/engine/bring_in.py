@@ -51,7 +51,8 @@ class BringIn:
             self._pop_first()
 
     def take(self, span: Span) -> bool:
-        """Whether a span that begins here was to be brought in; it is not any more."""
+        """Remove the span that begins where this one does from those to be brought in. Returns
+        whether there was one."""
         found = self._spans.pop(span[:2], None)
         if found is not None:
             self._nbytes -= found.nbytes

@@ -61,13 +61,15 @@ class Chooser:
         self._rings = {mode: ring.data for mode, ring in table.rings.items()}
 
     def choose(self, worker: int, mode: int, ahead: bool = False) -> Choice | None:
-        """For a worker, in the ring's order: blocks whose home it is, or that have none; where
-        there are none of these, what waits for others. At most a fair share of what waits, or
-        LEAST_BYTES if that is more, and no more than BATCH_BYTES beyond its first block.
+        """Choose blocks for a worker, in the ring's order: those whose home it is or that have no
+        home; if there are none, those that wait for other workers. At most a fair share of what
+        waits, or LEAST_BYTES if that is more; none is added once BATCH_BYTES are reached.
 
-        Looks at a part of the ring; where nothing in it waits the head is behind it then. What was
-        aborted beyond that part counts as waiting. `ahead`: a whole batch, and only if as much
-        waits for each of the other workers, else None.
+        Looks only at the first part of the ring; if nothing in it waits, the new head is behind
+        it. Entries behind that part count as waiting, even those of aborted blocks.
+
+        `ahead`: the worker still has reads to do. Returns a full batch, but only if as much waits
+        for every other worker; else None.
         """
         table = self._table
         workers = int(table.header["workers"][0])

@@ -27,7 +27,7 @@ from light_mem.engine.read_ahead import Span
 from light_mem.engine.scatter import Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index.lookup import Location
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run, cut_at_runs
 
 if TYPE_CHECKING:
     import xxhash
@@ -65,8 +65,9 @@ class DeviceReads:
         self._changes: dict[int, tuple[int, float]] = {}
 
     def begin(self, blocks: Blocks, stop: Stop, more: bool = False) -> Ways:
-        """A batch is read now, in this order: the device begins with what it is needed for, unless
-        that was aborted. `more`: after the batch before, which has not been read yet."""
+        """A batch is read next, in this order. The device begins with those of its blocks that need
+        it and were not aborted; returns how they are read. `more`: the batch before has not been
+        read yet, and comes first."""
         found: Ways = {}
         if not self._can_read:
             return found
@@ -77,7 +78,8 @@ class DeviceReads:
             past_cache = self._drops or self._is_quiet(where.shard)
             try:
                 found[at] = [
-                    self._way(file, run, nbytes, past_cache) for run, nbytes in self.runs(where)
+                    self._way(file, run, end - start, past_cache)
+                    for run, start, end in cut_at_runs(where.runs, where.nbytes, self._page_bytes)
                 ]
             except OSError:
                 continue
@@ -105,17 +107,6 @@ class DeviceReads:
                 page_cache.drop(*span)
         if later is not None:
             self._later.add(later)
-
-    def runs(self, where: Location) -> list[tuple[Run, int]]:
-        """The runs of a block, and how many bytes of it lie in each."""
-        if len(where.runs) == 1:
-            return [(where.runs[0], where.nbytes)]
-        found, left = [], where.nbytes
-        for run in where.runs:
-            nbytes = min(left, run[1] * self._page_bytes)
-            found.append((run, nbytes))
-            left -= nbytes
-        return found
 
     @property
     def has_later(self) -> bool:
@@ -152,8 +143,8 @@ class DeviceReads:
         page cache: the ends of a run may have been read with its neighbours."""
         if len(where.runs) == 1:
             return file.address(where.slot) + where.nbytes // 2
-        (slot, _), nbytes = self.runs(where)[-1]
-        return file.address(slot) + nbytes // 2
+        (slot, _), start, end = cut_at_runs(where.runs, where.nbytes, self._page_bytes)[-1]
+        return file.address(slot) + (end - start) // 2
 
     def _way(self, file: ShardFile, run: Run, nbytes: int, past_cache: bool) -> Way:
         through_cache = file.span(run, nbytes)
@@ -163,8 +154,8 @@ class DeviceReads:
         return span, None if self._drops or span == through_cache else through_cache
 
     def _is_quiet(self, shard: int) -> bool:
-        """Whether nobody has been storing blocks in a shard lately, as far as can be told: at the
-        first look that is not at all."""
+        """Whether nobody has stored blocks in a shard lately. At the first look, with nothing to
+        compare with, the shard counts as quiet."""
         now, stored = time.monotonic(), self._stored(shard)
         before, since = self._changes.get(shard, (stored, now - QUIET_SECONDS))
         if stored != before:

@@ -108,9 +108,12 @@ class DirectWrites:
         return cut
 
     def land(self, cut: Cut) -> None:
-        """Return when what a cut holds is on the device, but for its edges: if there are any,
-        nothing at all is under way then. Raises what failed first of it, an OSError: then its edges
-        are nobody's, and none of it is under way all the same."""
+        """Wait until the cut is on the device, except its edges. If it has edges, wait until no
+        request of any cut is under way.
+
+        Raises the first OSError of this cut; its edges must then be discarded. Nothing of the cut
+        is under way afterwards, whatever happens.
+        """
         while cut.under_way or (cut.edges and self._under_way):
             self._take_back()
         failed, cut.failed = cut.failed, None

@@ -53,7 +53,8 @@ class Dropper:
             finally:
                 self.wrote(span)
             return
-        # Of a block that is stopped in the middle the next one does not follow what was put.
+        # If a block stops midway, the next block's span does not continue it, and so starts a new
+        # sink.
         yield self._direct.sink(span, direct)
 
     def cut(self) -> Cut:

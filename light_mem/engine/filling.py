@@ -36,8 +36,8 @@ class Filler:
         self._touch = touch
 
     def fill(self, job: WriteJob, parts: Sequence[Part]) -> tuple[list[Part], Failures]:
-        """Copy the blocks of parts of a batch into their slots; tells COPIED. Returns what is to
-        be published, and what failed, of which nothing is under way."""
+        """Copy the blocks of parts of a batch into their slots; tells COPIED. Returns the parts to
+        publish, and those that failed, of which nothing is under way any more."""
         places = [job.batch[at].place for part in parts for at in part.positions]
         self._touch.before_copies(places, is_put_straight)
         files = [self._engine.file(part.shard) for part in parts]  # open: they were just changed
@@ -48,8 +48,9 @@ class Filler:
     def _fill_past(
         self, job: WriteJob, parts: Sequence[Part], files: list[ShardFile]
     ) -> tuple[list[Part], Failures]:
-        """`fill` past the page cache: each part by itself, for it lands by itself. There a copy may
-        wait for the device, so each block is a group: an abort is seen before the next one."""
+        """`fill` past the page cache. Each part is copied on its own, because each is awaited on
+        its own. Such a copy may wait for the device, so each block is a group of its own: an abort
+        is seen before the next block."""
         for part, file in zip(parts, files, strict=True):
             with suppress(OSError):  # a hint; the copy says what is wrong
                 file.expect(run for _, (_, runs) in part.taken for run in runs)

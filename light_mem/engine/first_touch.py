@@ -35,8 +35,8 @@ class FirstTouch:
         self, places: Sequence[Place], needed: Callable[[Place], bool] | None = None
     ) -> None:
         """Touch what lies at these places, or those of them where it is `needed`, unless that was
-        done before. Blocks that each have a memory of their own are none of a KV memory: whoever
-        made them has touched them."""
+        done before. Blocks that each bring their own memory (an import) are skipped: their maker
+        has just written that memory."""
         if self._is_done(places):
             return
         if needed is not None:

@@ -17,7 +17,7 @@ from light_mem.engine.pieces import (
     straight_pieces,
 )
 from light_mem.engine.places import Place, Regions, Rows
-from light_mem.engine.scratch import Scratch, Table
+from light_mem.engine.scratch import Scratch, ScratchTable
 from light_mem.engine.sinks import Sink
 from light_mem.index.keys import key_bytes
 
@@ -87,7 +87,7 @@ class Gatherer:
     def forget(self) -> None:
         """Let go of the memory that was copied from last."""
         self._views: PageViews | None = None
-        self._tables: dict[int, Table] = {}  # by rows, of this memory
+        self._tables: dict[int, ScratchTable] = {}  # by rows, of this memory
 
     def _of(self, place: Place) -> PageViews:
         views = self._views
@@ -96,7 +96,7 @@ class Gatherer:
             self._tables.clear()
         return views
 
-    def _table(self, count: int, views: PageViews) -> Table:
+    def _table(self, count: int, views: PageViews) -> ScratchTable:
         found = self._tables.get(count)
         if found is None:
             found = self._tables[count] = self._scratch.table(count, views.row_bytes)

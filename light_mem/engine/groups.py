@@ -29,8 +29,8 @@ def groups(
 
 
 def stop_of(group: Sequence[int], stop: Stop) -> Callable[[], bool]:
-    """Whether to stop in the middle of a group: when any of its blocks was aborted. The others are
-    then copied again. A Stop that knows which blocks are aborted together, as a worker's does,
-    has an `any_of(positions)` that gives the same for less."""
+    """A function that says whether to stop in the middle of a group: whether any of its blocks was
+    aborted. The others are then copied again. A Stop may have an `any_of(positions)`, which gives
+    the same for less; a worker's has, for it knows which blocks are aborted together."""
     any_of: Callable[[Sequence[int]], Callable[[], bool]] | None = getattr(stop, "any_of", None)
     return any_of(group) if any_of is not None else lambda: any(map(stop, group))

@@ -57,7 +57,8 @@ class InServer:
             self._guard.release()
 
     def _was_closed(self) -> bool:
-        """Whether this very thread has closed it in the middle of a block."""
+        """Whether it was closed in the middle of the block, by this very thread, or by another one
+        that did not wait any longer."""
         return self._closed
 
     def _count(self, blocks: int, nbytes: int, started: int) -> None:
@@ -70,9 +71,10 @@ class InServer:
         self._latencies.add(self._latency_at, spent)
 
     def close(self) -> None:
-        """No block is moved here any more, nor being moved, when this returns; one that this very
-        thread is moving is not believed. Of one that takes 10 s (a device that hangs) only the
-        latter is true."""
+        """When this returns, no block is being moved here and none will be. Except: a block that
+        the calling thread itself is in the middle of, and one in another thread that takes longer
+        than LOCK_TIMEOUT_SECONDS (a device that hangs). These end later, and what became of them
+        is discarded."""
         waited = self._guard.acquire(timeout=LOCK_TIMEOUT_SECONDS)
         self._closed = True
         if waited:

@@ -38,9 +38,9 @@ class Intents:
         return sum(map(len, self._words.values()))
 
     def announce(self, shard: int, slots: Sequence[int]) -> None:
-        """Announce the slots of one shard that are being filled, these and no others, and keep
-        announcing those that a failed lock left behind in others: they go back when we next write,
-        when we leave, or at our death. All of them are MAX_INTENTS at most."""
+        """Announce that these slots of one shard, and no others of it, are being filled. What is
+        announced in other shards, where a lock could not be had, stays announced: it is given back
+        at our next write, when we leave, or at our death. MAX_INTENTS at most in all."""
         words = self._words.setdefault(shard, {})
         if words:
             self.forget(shard, set(words).difference(slots))
@@ -62,8 +62,8 @@ class Intents:
     def give_back(
         self, shard: int, index: ShardIndex, file: ShardFile, but: Sequence[int] = ()
     ) -> None:
-        """Free what a failed batch left in a shard; under its lock. `announce` follows, of those
-        that are in hand as well, `but`."""
+        """Free the slots that failed batches left in a shard, all `but` those still in hand; under
+        its lock. The caller must then `announce` those in hand."""
         for slot in self._words.get(shard, ()):
             if slot not in but and index.is_marked(slot, self._owner.number):
                 file.clear_records([slot])

@@ -25,10 +25,10 @@ from light_mem.index import keys as keymath
 from light_mem.index.format import MAX_LEASES
 from light_mem.index.keys import KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
+from light_mem.index.runs import Run, cut_at_runs
 
 if TYPE_CHECKING:
     from light_mem.engine.open_store import OpenStore
-    from light_mem.index.replica import Run
     from light_mem.index.shard import ShardIndex
 
 log = logging.getLogger("light_mem")
@@ -179,8 +179,8 @@ def _take(
 ) -> LeaseLimitError | ServiceClosedError | None:
     shard, retention = index.shard, index.retention
     leased = engine.leases.of_shard(shard)
-    slots = sum(retention.slots_of(each) for each in leased)
-    needed = 0 if slot in leased else retention.slots_of(slot)
+    slots = sum(retention.slots_at(each) for each in leased)
+    needed = 0 if slot in leased else retention.slots_at(slot)
     if slots + needed > retention.limit:
         return LeaseLimitError(
             f"{slots} slots of shard {shard} are leased and {needed} more would be; at most "
@@ -208,17 +208,15 @@ def _checksum(
     engine: OpenStore, shard: int, runs: list[Run], nbytes: int, low: int, high: int
 ) -> int:
     digest = new_checksum(low, high)
-    file, left = engine.file(shard), nbytes
-    for start, length in runs:
-        part = file.read_only(start, length)[:left]
-        digest.update(part.data)
-        left -= len(part)
+    file = engine.file(shard)
+    for (slot, slots), start, end in cut_at_runs(runs, nbytes, engine.geometry.page_bytes):
+        digest.update(file.read_only(slot, slots)[: end - start].data)
     return digest.intdigest()
 
 
 def end_lease(engine: OpenStore, shard: int, slot: int) -> None:
-    """End a lease that was given. Any thread. A shard that is not to be had now is tried again by
-    `end_dropped`; until then the block stays leased."""
+    """End a lease. Any thread. If the shard's lock is not to be had in time, `end_dropped` tries
+    again; until then the block stays leased."""
     _end(engine, shard, [slot], LOCK_TIMEOUT_SECONDS)
 
 

@@ -45,11 +45,9 @@ _share_lock = threading.Lock()  # torch's sharing strategy is global, a tensor m
 class MemorySource(NamedTuple):
     """How another process on this machine maps the KV tensor; JSON through `_asdict()`.
 
-    `kind` says which fields count; the others are -1, "" or 0:
+    `kind` says which fields count; the others are -1 or 0:
     - "fd": `fd` is a descriptor in the server, handed down with `pass_fds=(source.fd,)` and so of
       the same number in the worker; `device` and `inode` (st_dev, st_ino) identify the object.
-    - "path": `path` is opened by the worker; `device` and `inode` as above. `share_tensor` never
-      answers with it (a descriptor outlives the name); it serves processes that inherit nothing.
     - "sysv": `shmid` is a System V segment's id; the worker must be in the same IPC namespace.
 
     `offset` is the tensor's first byte in the object, `nbytes` the tensor's size in bytes.
@@ -57,7 +55,6 @@ class MemorySource(NamedTuple):
 
     kind: str
     fd: int
-    path: str
     device: int
     inode: int
     shmid: int
@@ -117,7 +114,7 @@ def attach(source: MemorySource) -> npt.NDArray[np.uint8]:
     """Maps the source's memory: a writable 1-D uint8 array of `source.nbytes` bytes.
 
     The memory stays mapped while the array or any view of it lives, whatever becomes of the
-    descriptor, the path and the server. Thread-safe; writes reach all processes, but nothing here
+    descriptor and the server. Thread-safe; writes reach all processes, but nothing here
     orders them.
 
     Raises KVCacheMemoryError if the object is gone, another one, or too small (touching a mapping
@@ -128,12 +125,6 @@ def attach(source: MemorySource) -> npt.NDArray[np.uint8]:
     try:
         if source.kind == "fd":
             return _attach_file(source.fd, source)
-        if source.kind == "path":
-            fd = os.open(source.path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                return _attach_file(fd, source)
-            finally:
-                os.close(fd)
         if source.kind == "sysv":
             # Attached first: from then on the id cannot become another segment's.
             view = map_sysv(source.shmid, source.offset, source.nbytes)
@@ -172,7 +163,7 @@ def _share_region(region: Region) -> MemorySource:
         raise KVCacheMemoryError(f"the KV tensor's memory, {name}, is mapped read-only")
     nbytes = region.end - region.offset
     if _SYSV_PATH.fullmatch(region.path):  # the kernel shows the shmid as the inode
-        return MemorySource("sysv", -1, "", 0, 0, region.inode, region.offset, nbytes)
+        return MemorySource("sysv", -1, 0, 0, region.inode, region.offset, nbytes)
     fd = open_region(region)
     if fd is not None:
         return _fd_source(fd, region.offset, nbytes)
@@ -208,7 +199,7 @@ def _fd_source(fd: int, offset: int, nbytes: int) -> MemorySource:
     if os.fstat(fd).st_size < offset + nbytes:
         os.close(fd)
         raise KVCacheMemoryError("the KV tensor reaches past the end of the file behind it")
-    return MemorySource("fd", fd, "", device, inode, -1, offset, nbytes)
+    return MemorySource("fd", fd, device, inode, -1, offset, nbytes)
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -208,8 +208,9 @@ class LocalStorageEngine(Member, StorageEngine):
         return self._reader.has_begun
 
     def rest(self) -> bool:
-        """For a worker without work: do one piece of what can wait, or of what its first blocks
-        would wait for (80 ms, most of it imports); whether there was any."""
+        """For a worker without work: do one piece of the work that was put off, or of the
+        preparation that its first blocks would wait for (80 ms, most of it imports). Returns
+        whether there was any."""
         if self._dropper is not None and self._drop(self._dropper.drop_next):
             return True
         return self._open.prepare_next()

@@ -27,10 +27,11 @@ if sys.platform == "linux":
 _PAGE = mmap.PAGESIZE
 
 SOON_SECONDS = 5.0  # slots that are written again within them may be so once more
-# So often in a row slots go by calls before they go through the mapping. Where one fault maps many
-# pages, the first stores pay in the write after them: 5.4, 6.6, 8.5, 9.6 and 10.0 GB/s in the
-# first five writes after a `sync` (two workers, pages of 60 KB), with four calls 6.0, 6.0, 6.6,
-# 6.0 and 3.9. Where each page faults, they cost as much as they save in four to five writes.
+# How many times in a row a run is written by calls before it goes through the mapping. Where one
+# fault maps many pages, the first stores pay in the write after them: 5.4, 6.6, 8.5, 9.6 and 10.0
+# GB/s in the first five writes after a `sync` (two workers, pages of 60 KB), with four calls 6.0,
+# 6.0, 6.6, 6.0 and 3.9. Where each page faults, they cost as much as they save in four to five
+# writes.
 CALLS_BEFORE = 1
 CALLS_BEFORE_FAULTS = 4
 # Shorter slots share their folios with others that stay in the page table: there each page faults.
@@ -64,8 +65,8 @@ class MappedWrites:
         self._file.descriptor = -1
 
     def begin(self, now: float) -> None:
-        """Runs of slots are written now, s (monotonic): `sink` is asked for each, then `start` is
-        called, and when all were put `was_put` is told of each, unless it fails."""
+        """Begin to write runs of slots, at `now`, s (monotonic). The caller asks `sink` for each
+        run, calls `start`, puts them all, and calls `was_put` for each, unless a put failed."""
         self._now = now
         self._wanted = 0  # bytes of those runs
         self._taken_out = 0  # ... of which so many are taken out of the page table
@@ -92,7 +93,8 @@ class MappedWrites:
         return MappedSink(self._bytes[at : at + nbytes])
 
     def start(self) -> None:
-        """They are put from now on; other files' may have been since `begin`."""
+        """The runs are put from now on. Between `begin` and this call runs of other files may have
+        been put, whose faults are not these runs'."""
         if sys.platform == "linux" and self._taken_out:
             self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 

@@ -24,6 +24,7 @@ from light_mem.engine.base import (
 from light_mem.engine.places import Bytes1D
 from light_mem.errors import InvalidArgumentError
 from light_mem.index.keys import KeyArray
+from light_mem.index.runs import slots_needed
 
 Key = tuple[int, int]  # low, high
 
@@ -120,7 +121,7 @@ class MemoryStorageEngine(StorageEngine):
         """Nothing to let go of: what is stored stays, for as long as this object does."""
 
     def _pages_of(self, nbytes: int) -> int:
-        return -(-nbytes // self._page_bytes)
+        return slots_needed(nbytes, self._page_bytes)
 
     def _get(self, key: Key, touch: bool) -> Bytes1D | None:
         stored = self._blocks.get(key)

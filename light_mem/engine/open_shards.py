@@ -107,19 +107,14 @@ class OpenShards:
                     )
         return file
 
-    @property
-    def is_shut(self) -> bool:
-        """Whether no change begins any more."""
-        return self._fence.is_shut
-
     def shut(self, timeout: float) -> bool:
         """Let no change begin any more; whether those that had begun have ended; see `Fence`."""
         return self._fence.shut(timeout)
 
     def close(self) -> None:
-        """Close the files, once it is shut. Where a change is still being made, in the middle of
-        which this thread may be, its end does it: it may yet write to a descriptor, which must not
-        be another file's by then."""
+        """Close the files, after `shut`. While a change is still being made, perhaps further up in
+        this very thread, they stay open, and its end closes them: it may yet write to a descriptor,
+        whose number must not be another file's by then."""
         self._closing = True
         self._close_once_quiet()
 

@@ -86,8 +86,8 @@ def _sync(descriptor: int, at: int, nbytes: int, flags: int) -> None:
 def drop(descriptor: int, at: int, nbytes: int) -> None:
     """Take the range's clean pages out of the cache, those that nobody has mapped.
 
-    A page that it shares with what follows stays: whoever drops that drops it. One that it shares
-    with what comes before goes: of ranges dropped in their order nothing is left.
+    A page that is shared with the next range stays, until that range is dropped. A page that is
+    shared with the range before goes. So of ranges that are dropped in order nothing is left.
     """
     first = at - at % _PAGE
     last = at + nbytes

@@ -211,7 +211,7 @@ class WorkerPool:
             try:
                 self._spawn(number)
                 return
-            except (OSError, WorkerStartError) as error:
+            except OSError as error:
                 log.warning("worker %d cannot be started: %s", number, str(error))
                 time.sleep(pause)
         self._spawn(number)

@@ -138,8 +138,8 @@ class Publisher:
         written: dict[int, Written],
         part: Part,
     ) -> list[int]:
-        """Publish blocks of different keys, by position, those aside that another process stored
-        meanwhile; returns which."""
+        """Publish the blocks at these positions (their keys differ), except those that another
+        process has stored meanwhile. Returns the positions that were published."""
         keys = part.job.keys.at(fresh)
         stored = [] if index.stamp() == part.all_new else index.find_mixed(keys)
         pinned: dict[int, int] = {}  # slots of pinned blocks, by what replaces them
@@ -152,7 +152,7 @@ class Publisher:
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
                     if index.retention.is_pinned(slot):
-                        pinned[at] = index.retention.slots_of(slot)
+                        pinned[at] = index.retention.slots_at(slot)
                     index.control["removals"] += 1
                     index.remove(slot)
                     file.clear_records([slot])
@@ -167,7 +167,7 @@ class Publisher:
     def _pin(self, index: ShardIndex, file: ShardFile, slot: int, slots: int) -> None:
         """The block at `slot` replaces a pinned one of so many slots."""
         retention = index.retention
-        if retention.slots_of(slot) > slots and retention.excess([slot]):
+        if retention.slots_at(slot) > slots and retention.excess([slot]):
             log.warning(
                 "a pinned block of shard %d of %s was replaced by a longer one, which is not "
                 "pinned: more than half of the shard would be",

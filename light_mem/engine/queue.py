@@ -109,7 +109,8 @@ class TaskQueue:
         self._table.futex.wake(self._table.work_word, count)
 
     def wake_others(self) -> None:
-        """Wake the workers that whoever queued has left to this one, who was woken."""
+        """Wake the other workers: whoever queued blocks may have woken only this one, and left the
+        others to it."""
         count = self._table.to_wake
         if count:
             # A number that is stored between the two is lost: its task has the worker that was
@@ -165,9 +166,9 @@ class TaskQueue:
         return []
 
     def claim_ahead(self, worker: int, timeout: float | None = None) -> list[int]:
-        """Cells of reads for a worker that has other reads to do first: a whole batch, where one
-        waits for every other worker as well, and it is not the turn of writes. Else empty, for
-        what is claimed so waits for longer than it would if another worker took it.
+        """Cells of reads for a worker that has other reads to do first: a whole batch, if as much
+        waits for every other worker and it is not the turn of writes. Else empty: blocks that are
+        claimed ahead wait for longer than if another worker took them.
         """
         table = self._table
         if not table.depth(READ) or ((self._turn + 1) % WRITE_TURN == 0 and table.depth(WRITE)):
@@ -279,8 +280,8 @@ class TaskQueue:
         return begun
 
     def tell_ready(self) -> None:
-        """Tell, and count, the tasks that are ready without a worker having said so: none will, or
-        it has stored the last state and not come to that yet."""
+        """Tell of, and count, the ready tasks that no worker has told of yet: none will, or one has
+        stored the last state and not come to telling."""
         for row in self._table.active_rows():
             self._table.finish(row, 0)
 

@@ -71,7 +71,8 @@ class ReadAhead:
         self._next: deque[list[Span]] = deque()  # requests
 
     def plan(self, spans: Sequence[Span]) -> None:
-        """These are read next, in this order; each may be left out, or left before its end."""
+        """Read these next, in this order. Whoever takes their pieces may skip any of them, or
+        leave one before its end."""
         self._forget()
         self.extend(spans)
 

@@ -29,7 +29,7 @@ from light_mem.engine.scatter import Scatter, Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.lookup import Location
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run, cut_at_runs
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
@@ -77,8 +77,9 @@ class Reader:
         stop: Stop,
         entries: list[int] | None = None,
     ) -> None:
-        """`StorageEngine.read`, but where a device is waited for all may be told by the next call,
-        or by `finish`. `entries`: see `LocalStorageEngine.begin_read`."""
+        """`StorageEngine.read`, but if any block waits for a device, the outcomes of the batch may
+        be told only by the next call, or by `finish`. `entries`: see
+        `LocalStorageEngine.begin_read`."""
         job = ReadJob(batch, self._lookup, report, stop, entries)
         job.ahead = self._wanted(job)
         job.ways = self._device.begin(job.ahead, stop, more=self.has_begun)
@@ -114,8 +115,8 @@ class Reader:
         return True
 
     def _wanted(self, job: ReadJob) -> list[tuple[int, Location]]:
-        """The blocks to read, in this order; tells of those that are not, although they are there:
-        nobody waits for a device for them."""
+        """The blocks to read, in this order. Tells at once of stored blocks of another length,
+        which are misses: no device is waited for on their account."""
         wanted: list[tuple[int, Location]] = []
         for at, where in job.there():
             if where.nbytes == job.nbytes[at]:
@@ -250,14 +251,10 @@ class Reader:
 
     def _parts(self, where: Location, place: Place) -> list[tuple[Run, int, Place]]:
         """The runs of a block, how many bytes of it lie in each, and where they go."""
-        runs = self._device.runs(where)
-        if len(runs) == 1:
-            return [(*runs[0], place)]
-        parts, done = [], 0
-        for run, nbytes in runs:
-            parts.append((run, nbytes, place.part(done, done + nbytes)))
-            done += nbytes
-        return parts
+        if len(where.runs) == 1:
+            return [(where.runs[0], where.nbytes, place)]
+        parts = cut_at_runs(where.runs, where.nbytes, self._engine.geometry.page_bytes)
+        return [(run, end - start, place.part(start, end)) for run, start, end in parts]
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
         """Drop a block that is listed with runs that make no sense: it would be found for good and

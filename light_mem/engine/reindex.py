@@ -34,7 +34,7 @@ _TAG_AT = fmt.RECORD.fields["tag"][1]  # type: ignore[index]
 _COUNTERS = ("evictions", "inserts", "removals", "damaged")
 
 
-class Plan(NamedTuple):
+class ShardPlan(NamedTuple):
     """What a shard's new entries will be."""
 
     entries: Table  # ENTRY [slots], chains not linked
@@ -106,9 +106,8 @@ class OldIndex:
             and bytes(header["store_id"][0]).hex() == geometry.store_id
             and int(header["shards"][0]) == geometry.shards
         )
-        if (
-            header is not None and self.sound
-        ):  # else the size that the store has: only the header may be damaged
+        # Else the size that the store has: only the header may be damaged.
+        if header is not None and self.sound:
             self._slots = int(header["slots"][0])
 
     def entries(self, shard: int) -> Table:
@@ -137,7 +136,7 @@ class OldIndex:
         return int(header["lookups"][0]), int(header["hits"][0])
 
 
-def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | None) -> Plan:
+def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | None) -> ShardPlan:
     """The new entries of a shard; changes nothing."""
     records = read_records(directory, geometry, shard)
     listed = np.count_nonzero(recovery.states_of(records) == fmt.LIVE)
@@ -148,7 +147,7 @@ def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | 
     kept = 0
     if old is not None:
         kept = _keep_order(entries, live, old.entries(shard))
-    return Plan(entries, kept, int(listed - live.size))
+    return ShardPlan(entries, kept, int(listed - live.size))
 
 
 def pinned_slots(directory: Path, geometry: Geometry, shard: int) -> int:
@@ -185,7 +184,7 @@ def _keep_order(entries: Table, live: npt.NDArray[np.intp], old: Table) -> int:
     return int(np.count_nonzero(known))
 
 
-def fill(file: IndexFile, plans: Iterable[Plan], old: OldIndex | None) -> int:
+def fill(file: IndexFile, plans: Iterable[ShardPlan], old: OldIndex | None) -> int:
     """Fill a new index, one plan a shard; returns its blocks."""
     blocks = 0
     for shard, plan in enumerate(plans):

@@ -60,8 +60,9 @@ class Scatterer:
         fill: Callable[[Bytes1D], bool],
         checksum: int | None,
     ) -> bool:
-        """Have `fill` put a block that `has_small_rows` into private memory, and copy it to its
-        rows if it says so and the sum is `checksum` (None: any); whether it was copied."""
+        """Have `fill` put a block of small rows (`has_small_rows`) into private memory, and copy it
+        to its rows if `fill` returns True and its sum is `checksum` (None: any). Returns whether it
+        was copied."""
         if self._scratch is None:
             self._scratch = Scratch()
         nbytes = place.nbytes

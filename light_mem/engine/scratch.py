@@ -14,7 +14,7 @@ from light_mem.index.keys import KEY_BYTES
 _LINE = 64  # bytes of a cache line
 
 
-class Table(NamedTuple):
+class ScratchTable(NamedTuple):
     """Scratch memory that a block of small rows, or a piece of one, is gathered in."""
 
     rows: Bytes2D
@@ -43,8 +43,8 @@ class Scratch:
         self.key[:] = key
         return xxhash.xxh3_64_intdigest(self.keyed(nbytes))
 
-    def table(self, rows: int, row_bytes: int) -> Table:
+    def table(self, rows: int, row_bytes: int) -> ScratchTable:
         """So many rows of it."""
         nbytes = rows * row_bytes
         piece = self.bytes[:nbytes]
-        return Table(piece.reshape(rows, row_bytes), piece, self.key, self.keyed(nbytes))
+        return ScratchTable(piece.reshape(rows, row_bytes), piece, self.key, self.keyed(nbytes))

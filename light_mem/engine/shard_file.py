@@ -30,7 +30,7 @@ from light_mem.engine.slot_records import SlotRecords
 from light_mem.errors import ServiceClosedError
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run, cut_at_runs
 
 # Makes planned copies and returns the blocks' checksums; raises Stopped, OSError.
 Copies = Callable[[Stopping], list[int]]
@@ -77,8 +77,8 @@ class ShardFile(SlotRecords):
         blocks: Sequence[tuple[Sequence[Run], BlockIO]],
         by_calls: bool = False,
     ) -> Copies:
-        """Plan to copy blocks into their runs of slots; the next plan of this file comes after.
-        Their bytes are there after `land` of what `cut` returns once they were copied.
+        """Plan to copy blocks into their runs of slots. The copies must be made before the next
+        plan of this file. Once they were made, `land(cut())` waits until the bytes are there.
 
         `by_calls`: not through the mapping in any case.
         """
@@ -128,12 +128,8 @@ class ShardFile(SlotRecords):
         """What of a block goes to each of its runs."""
         if len(runs) == 1:
             return [(runs[0], place)]
-        parts, done = [], 0
-        for run in runs:
-            end = done + run[1] * self.page_bytes
-            parts.append((run, place.part(done, end)))
-            done = end
-        return parts
+        parts = cut_at_runs(runs, place.nbytes, self.page_bytes)
+        return [(run, place.part(start, end)) for run, start, end in parts]
 
     def cut(self) -> Cut | None:
         """What was copied since the last cut and does not lie in its slots yet."""
@@ -145,7 +141,7 @@ class ShardFile(SlotRecords):
         if self._dropper is not None and cut is not None:
             self._dropper.land(cut)
 
-    def expect(self, runs: Iterable[tuple[int, int]]) -> None:
+    def expect(self, runs: Iterable[Run]) -> None:
         """These slots are written soon: what their ends share with others is read meanwhile."""
         if self._dropper is not None and self.page_bytes % mmap.PAGESIZE:
             for run in runs:
@@ -155,11 +151,11 @@ class ShardFile(SlotRecords):
         """Where in this process a slot is mapped."""
         return self._address + slot * self.page_bytes
 
-    def span(self, run: tuple[int, int], nbytes: int) -> Span:
+    def span(self, run: Run, nbytes: int) -> Span:
         """Where in the data file the first `nbytes` of a run of slots lie."""
         return Span(self._data_fd, fmt.SHARD_HEADER_BYTES + run[0] * self.page_bytes, nbytes)
 
-    def past_cache(self, run: tuple[int, int], nbytes: int) -> Span:
+    def past_cache(self, run: Run, nbytes: int) -> Span:
         """`span`, for reading past the page cache where the file system has that. The thread that
         reads and writes."""
         span = self.span(run, nbytes)
@@ -175,7 +171,7 @@ class ShardFile(SlotRecords):
                 page_cache.read_no_further(self._data_fd)
         return self._direct_fd
 
-    def is_cached(self, run: tuple[int, int], nbytes: int) -> bool:
+    def is_cached(self, run: Run, nbytes: int) -> bool:
         """Whether the first `nbytes` of a run of slots lie in the page cache now."""
         return page_cache.holds(self.address(run[0]), nbytes)
 

@@ -62,7 +62,7 @@ class SlotRecords:
             slots[at : at + size] = record + _CRC.pack(crc_of(record))
 
     def set_keep(self, slot: int, keep: int) -> None:
-        """The stored block at `slot` is kept otherwise: one store, so that no kill tears it."""
+        """Set the `keep` of the stored block at `slot`, by one store, so that no kill tears it."""
         record = self.records[slot : slot + 1].copy()
         if record_crcs(record) != [int(record["crc"][0])]:
             return  # damaged: a fitting crc would make it believed

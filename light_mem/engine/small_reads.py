@@ -31,6 +31,7 @@ from light_mem.engine.table_layout import READ
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import StoreFormatError
 from light_mem.index.lookup import Location
+from light_mem.index.runs import Run, cut_at_runs
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -98,12 +99,11 @@ class SmallReads(InServer):
             if not self._read_run(where, where.runs[0], parts, nbytes):
                 return False
         else:
-            done = 0
-            for run in where.runs:
-                end = min(nbytes, done + run[1] * self._engine.geometry.page_bytes)
-                if not self._read_run(where, run, place.part(done, end).slices(), end - done):
+            for run, start, end in cut_at_runs(
+                where.runs, nbytes, self._engine.geometry.page_bytes
+            ):
+                if not self._read_run(where, run, place.part(start, end).slices(), end - start):
                     return False
-                done = end
         # First the tag, then the sum: after an eviction the sum says nothing about damage.
         if not lookup.is_unchanged(where):
             return False
@@ -114,9 +114,7 @@ class SmallReads(InServer):
             return bool(checksum.intdigest() == where.checksum)
         return True
 
-    def _read_run(
-        self, where: Location, run: tuple[int, int], parts: list[Bytes1D], nbytes: int
-    ) -> bool:
+    def _read_run(self, where: Location, run: Run, parts: list[Bytes1D], nbytes: int) -> bool:
         file = self._engine.file(where.shard)
         if not file.is_cached(run, nbytes):
             return False

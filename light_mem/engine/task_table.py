@@ -202,7 +202,7 @@ class TaskTable(TableMemory):
         """Offset of a row's `done` word, for `futex`."""
         return self.sections.rows + row * ROW.itemsize + self._row_done
 
-    def finish(self, row: int, worker: int) -> bool:
+    def finish(self, row: int, worker: int) -> None:
         """Tell waiters when all blocks of the task are final; `worker` is 0 for the server.
 
         The words get values that no other process writes (its number in the low byte), so that
@@ -210,7 +210,7 @@ class TaskTable(TableMemory):
         """
         start, count = int(self._row_start[row]), int(self._row_count[row])
         if not is_final(self.snapshot(start, start + count)):
-            return False
+            return
         mode = self._active_bytes[row]
         if mode:  # else another worker, with the task's last block at the same time, was first
             # Before it counts as told: whoever finds it not told counts it, and nobody else would.
@@ -224,7 +224,6 @@ class TaskTable(TableMemory):
         self._done_seq[0] = value
         self.futex.wake(self.row_word(row))
         self.futex.wake(self.done_word)
-        return True
 
     def worker_words(self, worker: int) -> memoryview:
         """A worker's WORKER as words, 0 the server's: an array's item costs ten times as much."""

@@ -41,7 +41,7 @@ log = logging.getLogger("light_mem")
 # Read by the server and logged there: level, then the text.
 LOG_FORMAT = "%(levelno)d %(message)s"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
-SHORT_SECONDS = 0.01  # how long what was begun waits for the queue, which takes microseconds
+BUSY_QUEUE_SECONDS = 0.01  # how long what was begun waits for the queue, which takes microseconds
 QUIET_SECONDS = 0.1  # longer than most batches take that come from a device
 
 
@@ -76,7 +76,7 @@ class Worker:
             has_begun = engine.has_begun_reads or engine.has_begun_writes
             claim = self._queue.claim_ahead if engine.has_begun_reads else self._queue.claim
             try:
-                cells = claim(self._number, SHORT_SECONDS if has_begun else None)
+                cells = claim(self._number, BUSY_QUEUE_SECONDS if has_begun else None)
             except LockTimeoutError as error:  # a client is stopped with the queue in hand
                 if not has_begun:
                     self._limited.warning("worker %d waits: %s", self._number, str(error))
@@ -107,8 +107,9 @@ class Worker:
         return now - self._read_at >= QUIET_SECONDS
 
     def do(self, cells: Sequence[int]) -> None:
-        """Do one batch of claimed cells, all of one mode. What waits for a device may not be told
-        before the next batch has been begun, or the engine's `finish_reads` and `finish_writes`."""
+        """Do one batch of claimed cells, all of one mode. Where blocks wait for a device, their
+        outcomes are told when the next batch has been begun, or by the engine's `finish_reads` and
+        `finish_writes`."""
         table, engine = self._table, self._engine
         if not (engine.has_begun_reads or engine.has_begun_writes):
             self._stopwatch.start()
@@ -172,7 +173,7 @@ def _allow_descriptors() -> None:
 
 
 def main(config: dict[str, Any]) -> None:
-    """Run one worker; `config` is what `pool.py` wrote."""
+    """Run one worker; `config` is what `worker_processes.py` wrote."""
     # A Ctrl-C in the terminal goes to the whole group; the server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

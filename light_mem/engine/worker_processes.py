@@ -64,7 +64,7 @@ class WorkerProcesses:
         return bool(self._pidfds)
 
     def start(self, number: int) -> None:
-        """Start a worker, after `open`; raises OSError, WorkerStartError."""
+        """Start a worker, after `open`; raises OSError."""
         assert self.log is not None
         config = {
             "number": number,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from light_mem.engine.direct_writes import Cut
     from light_mem.errors import StoreFormatError
     from light_mem.index.allocation import Allocation
-    from light_mem.index.replica import Run
+    from light_mem.index.runs import Run
 
 
 class WriteJob:

@@ -103,9 +103,9 @@ class Writer:
             wanted = _joined(waiting, later, busy)
 
     def _most_at_a_time(self) -> int:
-        """How many blocks are written at a time. They can be announced beside what failed, and so
-        can as many more, which are copied while these are on their way to the device or when these
-        have failed as well. 0: nothing can be announced any more."""
+        """How many blocks may be written at a time: so few that as many again can be announced
+        beside them and beside what failed. Those are copied while these are on their way to the
+        device, or when these have failed as well. 0: nothing can be announced any more."""
         failed = self._failed
         if failed or self._engine.drops:
             # The last one goes alone: whatever failed, nothing is on its way beside it.
@@ -171,8 +171,8 @@ class Writer:
         waiting: ByShard = {}
         busy: ByShard = {}
         for shard, positions in wanted.items():
-            # What was copied, or given room, is not to wait for a stopped holder of a lock, nor is
-            # what may find room soon.
+            # Blocks that were copied or given room, or that may find room soon, must not wait here
+            # for the stopped holder of a lock.
             brief = bool(parts or waiting) or self.has_begun
             timeout = LOCK_TIMEOUT_SECONDS
             if brief:

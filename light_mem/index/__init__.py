@@ -10,6 +10,7 @@ leases.py       blocks that processes look at in place
 file.py         the mapped index file: arrays over its sections
 control.py      the numbers of a shard's control page
 lookup.py       look-ups without a lock
+runs.py         runs of slots: what of a block lies in which
 space.py        free runs of slots of one shard
 replica.py      one process's copy of them, kept true by the shard's journal
 order.py        order of use: which block goes first; ages.py: how long ago

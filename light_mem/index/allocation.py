@@ -15,8 +15,9 @@ from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.leases import ShardLeases
 from light_mem.index.order import EvictionOrder
-from light_mem.index.replica import Run, SpaceReplica
+from light_mem.index.replica import SpaceReplica
 from light_mem.index.retention import Retention
+from light_mem.index.runs import Run
 from light_mem.index.taking import Taking
 
 # A block in more runs than this costs its reader more than evicting one block further does.
@@ -63,14 +64,14 @@ class Allocator:
         self._swept = 0
 
     def most_slots(self) -> int:
-        """Slots that a block has at most: what is not pinned or leased may make room for it."""
+        """The most slots that a block can get: all but those of pinned or leased blocks."""
         limit = self._retention.limit
         if self._control.pinned_slots > limit:  # a damaged page is not to stop all writes
             self._retention.recount()
         kept = self._control.pinned_slots
         for slot in self._leases.slots():
             if self._retention.is_kept_by_lease(slot):
-                kept += min(self._retention.slots_of(slot), limit)  # no longer one is leased
+                kept += min(self._retention.slots_at(slot), limit)  # no longer one is leased
         return len(self._entries) - kept
 
     def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
@@ -183,7 +184,7 @@ class Allocator:
         oldest = self._order.oldest_many(count)
         most = len(self._entries) - length
         for good, slot in enumerate(oldest):
-            pages = -(-self._nbytes[slot] // self._page_bytes)
+            pages = -(-self._nbytes[slot] // self._page_bytes)  # a call costs more
             one_run = self._runs[slot] == length and not self._next_runs[slot]
             if not one_run or pages != length or slot > most:
                 self._order.put_back(oldest[good:])

@@ -42,6 +42,7 @@ class Geometry(NamedTuple):
 
     def slots_of(self, nbytes: int) -> int:
         """Slots that a block of so many bytes takes."""
+        # Not by `slots_needed`: a look-up asks for each block, and would pay for a second call.
         return -(-nbytes // self.page_bytes)
 
 

@@ -104,10 +104,8 @@ CONTROL = np.dtype(
         ("damaged", "<u8"),  # blocks whose bytes did not fit their checksum
         ("pinned", "<u8"),  # pinned blocks
         ("pinned_slots", "<u8"),  # ... and their slots
-        (
-            "expires",
-            "<u8",
-        ),  # no stored block's time is up before this second of `keep`; 0: none has
+        # no stored block's time is up before this second of `keep`; 0: none has
+        ("expires", "<u8"),
         ("leased", "<u8"),  # 1: blocks may be leased: look into the owners file; 0: none is
         ("spare", "<u8", (51,)),
         ("journal", "<u8", (JOURNAL_LENGTH,)),  # last changes of free space: see `JOURNAL_FREE`

@@ -133,8 +133,9 @@ class MixedKeys(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[tuple[int, int]], mixed: Sequence[int] | None = None) -> MixedKeys:
-        """Of (low, high) each; `mixed` where it is known. Raises ValueError when that is not of
-        these keys, as far as the first one says: a block would be stored where nobody finds it."""
+        """From (low, high) pairs; `mixed`: their `mix_one`, where it is known. Raises ValueError
+        when its length or its first number does not fit the keys: a block would be stored where
+        nobody finds it."""
         pairs = list(keys)
         if mixed is None:
             return cls(pairs, [mix_one(low, high) for low, high in pairs])

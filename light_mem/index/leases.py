@@ -49,9 +49,11 @@ class Leases:
             return sum(self._held.values())
 
     def close(self) -> bool:
-        """Take no more leases, unless views are open; to one caller only: True, who then leaves.
+        """Take no more leases, unless views are still open. True to one caller only, who must then
+        leave the store.
 
-        Those of dropped views that could not be ended do not count: they end with the membership.
+        Leases of dropped views that could not be ended do not count as open: they end with the
+        membership.
         """
         with self._guard:  # as `take` does: else one would come between the look and the mark
             if self.closed or self.open > len(self.dropped):
@@ -89,7 +91,7 @@ class Leases:
         return True
 
     def ends(self, shard: int, slot: int) -> bool:
-        """One of this process's leases on a block ends: whether it was its last one, and so
+        """End one of this process's leases on a block. Returns whether it was the last one; then
         `forget_own` must follow in this hold of the shard's lock."""
         with self._guard:
             self._held[shard, slot] -= 1
@@ -99,8 +101,8 @@ class Leases:
         return last
 
     def forget_own(self, shard: int, slot: int) -> None:
-        """This process's record names the lease no more; its slots, if HELD, have been given back
-        before: a kill in between leaves a lease too many, not slots that nobody gives back."""
+        """Remove the lease from this process's record, after its slots, if HELD, were given back: a
+        kill in between leaves a lease too many, not slots that nobody gives back."""
         with self._guard:
             self.forget(self.number, shard, slot)
 
@@ -111,8 +113,8 @@ class Leases:
         ]
 
     def forget(self, number: int, shard: int, slot: int) -> None:
-        """A lease of a dead owner, whose byte the caller has locked, is no more. Under the shard's
-        lock: to others that owner lives while its byte is locked, and so does its lease."""
+        """Remove a lease of a dead owner, whose byte the caller has locked. Under the shard's lock:
+        while that byte is locked others take the owner for alive, and its lease too."""
         words = self._owners.records["leases"][number]
         words[words == slot_word(shard, slot)] = 0
 

@@ -23,6 +23,7 @@ from light_mem.index import retention
 from light_mem.index.file import IndexFile
 from light_mem.index.format import CONTROL, ENTRY, EXTENT, LIVE, STATE_MASK
 from light_mem.index.keys import KeyArray
+from light_mem.index.runs import Run
 
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
 RETRIES = 3
@@ -57,7 +58,7 @@ class Location(NamedTuple):
     tag: int
     checksum: int
     nbytes: int
-    runs: list[tuple[int, int]]  # (first slot, slots), in the order of the block's bytes
+    runs: list[Run]  # in the order of the block's bytes
 
 
 class Lookup:
@@ -197,7 +198,7 @@ class Lookup:
         if keep and retention.has_expired(keep):
             return None
         shard, slot = divmod(entry, f.slots)
-        runs: list[tuple[int, int]] | None
+        runs: list[Run] | None
         if not next_run and 0 < run <= f.slots - slot and f.geometry.slots_of(nbytes) == run:
             runs = [(slot, run)]
         else:
@@ -214,15 +215,13 @@ class Lookup:
             for entry, (low, high) in zip(entries, keys, strict=True)
         ]
 
-    def runs(
-        self, shard: int, slot: int, nbytes: int | None = None
-    ) -> list[tuple[int, int]] | None:
+    def runs(self, shard: int, slot: int, nbytes: int | None = None) -> list[Run] | None:
         """The runs of the block that starts at `slot`; None when they make no sense.
 
         `nbytes` is the length of a stored block, which its runs must fit.
         """
         f = self._f
-        runs: list[tuple[int, int]] = []
+        runs: list[Run] = []
         at, left = slot + 1, f.slots
         while at:
             if at > f.slots:

@@ -91,7 +91,7 @@ class EvictionOrder:
         return found
 
     def put_back(self, slots: list[int]) -> None:
-        """Blocks that were found oldest stay after all."""
+        """Take back blocks that `oldest_many` gave and that are not evicted after all."""
         for slot in slots:
             used = self._uses[slot]
             if used <= self._horizon:  # used a moment ago, it comes back with the next ones sorted

@@ -16,8 +16,8 @@ from light_mem.index.chains import Chains
 from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
 from light_mem.index.lookup import CHECKSUM, ENTRY_WORDS, HIGH, LOW, NBYTES, RUNS, STORED, TAG
-from light_mem.index.replica import Run
 from light_mem.index.retention import Retention
+from light_mem.index.runs import Run
 from light_mem.index.written import Written
 
 

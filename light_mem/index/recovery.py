@@ -17,6 +17,7 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
 from light_mem.index.retention import Retention
+from light_mem.index.runs import Run, slots_needed
 
 Table = npt.NDArray[np.void]  # of ENTRY or RECORD
 Ints = npt.NDArray[np.int64]
@@ -46,15 +47,16 @@ def sound_blocks(table: Table, page_bytes: int) -> Ints:
     run = table["run"][heads].astype(np.int64)
     follow = table["next_run"][heads].astype(np.int64)
     live = states[heads] == fmt.LIVE
-    pages = -(-table["nbytes"][heads].astype(np.float64) // page_bytes)
+    pages = slots_needed(table["nbytes"][heads].astype(np.float64), page_bytes)
     fits = (run > 0) & (heads + run <= slots)
     single = fits & (follow == 0) & (~live | (pages == run))
-    blocks: list[tuple[int, int, list[tuple[int, int]]]] = []  # when stored, head, runs
+    blocks: list[tuple[int, int, list[Run]]] = []  # when stored, head, runs
     for head in heads[fits & (follow != 0)].tolist():
         runs = follow_runs(table, states, head)
         if runs is None:
             continue
-        if states[head] == fmt.LIVE and sum(n for _, n in runs) != _pages(table, head, page_bytes):
+        pages_there = slots_needed(int(table["nbytes"][head]), page_bytes)
+        if states[head] == fmt.LIVE and sum(n for _, n in runs) != pages_there:
             continue
         blocks.append((int(table["used"][head]), head, runs))
     plain = heads[single]
@@ -72,12 +74,8 @@ def sound_blocks(table: Table, page_bytes: int) -> Ints:
     return np.array(kept, np.int64)
 
 
-def _pages(table: Table, head: int, page_bytes: int) -> int:
-    return -(-int(table["nbytes"][head]) // page_bytes)
-
-
 def _contested(
-    slots: int, starts: Ints, lengths: Ints, blocks: list[tuple[int, int, list[tuple[int, int]]]]
+    slots: int, starts: Ints, lengths: Ints, blocks: list[tuple[int, int, list[Run]]]
 ) -> npt.NDArray[np.bool_]:
     """Which of the runs have a slot that another run has too: only those need a decision."""
     change = np.zeros(slots + 1, np.int64)
@@ -91,10 +89,8 @@ def _contested(
     return np.asarray(double[starts + lengths] > double[starts])
 
 
-def follow_runs(
-    table: Table, states: npt.NDArray[np.uint64], head: int
-) -> list[tuple[int, int]] | None:
-    """The runs (first slot, slots) of the block at `head`; None when they make no sense."""
+def follow_runs(table: Table, states: npt.NDArray[np.uint64], head: int) -> list[Run] | None:
+    """The runs of the block at `head`; None when they make no sense."""
     runs = [(head, int(table["run"][head]))]
     at = int(table["next_run"][head])
     while at:
@@ -132,18 +128,13 @@ def link_chains(entries: Table, heads: npt.NDArray[np.uint32], buckets: int) -> 
     heads[:] = new_heads
 
 
-def record_crc(record: Table) -> int:
-    """The crc that a record must carry; `record` is one RECORD."""
-    return crc_of(record.tobytes()[: fmt.RECORD_CRC_BYTES])
-
-
 def crc_of(raw: bytes) -> int:
     """The crc of a record whose bytes up to the crc these are."""
     return xxhash.xxh3_64_intdigest(raw) & 0xFFFFFFFF
 
 
 def record_crcs(records: Table) -> list[int]:
-    """`record_crc` of a few records, shape [n]."""
+    """The crc that each of a few records, RECORD [n], must carry."""
     raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
     return [crc_of(raw[at : at + end]) for at in range(0, len(raw), size)]

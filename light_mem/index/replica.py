@@ -15,9 +15,8 @@ import numpy.typing as npt
 from light_mem.index import format as fmt
 from light_mem.index.control import Control
 from light_mem.index.recovery import occupied_runs
+from light_mem.index.runs import Run
 from light_mem.index.space import FreeRuns
-
-Run = tuple[int, int]  # first slot, slots
 
 
 class SpaceReplica:
@@ -35,7 +34,7 @@ class SpaceReplica:
 
     @property
     def runs(self) -> FreeRuns:
-        """The free runs; taking from them is told with `tell`."""
+        """The free runs; taking from them is told with `taken`."""
         assert self._runs is not None
         return self._runs
 
@@ -86,17 +85,17 @@ class SpaceReplica:
         """Runs are free again, and others are told; False: some were free already: damage."""
         if not self.put_back(runs):
             return False
-        self.tell(runs, freed=True)
+        self._tell(runs, freed=True)
         self._control.used_slots -= sum(length for _, length in runs)
         return True
 
     def taken(self, runs: list[Run]) -> None:
         """Tell others of runs that were taken from `runs`."""
-        self.tell(runs, freed=False)
+        self._tell(runs, freed=False)
         self._control.used_slots += sum(length for _, length in runs)
         self.unmarked += runs
 
-    def tell(self, runs: Iterable[Run], freed: bool) -> None:
+    def _tell(self, runs: Iterable[Run], freed: bool) -> None:
         """Write runs into the journal."""
         mark = fmt.JOURNAL_FREED if freed else 0
         journal = self._journal

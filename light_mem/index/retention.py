@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.control import Control
+from light_mem.index.runs import slots_needed
 
 Keeps = npt.NDArray[np.uint32]
 
@@ -77,9 +78,9 @@ class Retention:
         self._page_bytes = page_bytes
         self.limit = len(entries) // 2  # slots that may be pinned: writes always find the others
 
-    def slots_of(self, slot: int) -> int:
+    def slots_at(self, slot: int) -> int:
         """Slots of the block that begins at `slot`."""
-        return -(-int(self._nbytes[slot]) // self._page_bytes)
+        return slots_needed(int(self._nbytes[slot]), self._page_bytes)
 
     def is_pinned(self, slot: int) -> bool:
         """Whether the block at `slot` is pinned."""
@@ -96,7 +97,7 @@ class Retention:
 
     def excess(self, slots: list[int]) -> int:
         """Slots by which the limit would be exceeded if these blocks were pinned too; 0: none."""
-        needed = sum(self.slots_of(slot) for slot in slots if not self.is_pinned(slot))
+        needed = sum(self.slots_at(slot) for slot in slots if not self.is_pinned(slot))
         return max(0, self._control.pinned_slots + needed - self.limit)
 
     def pin(self, slot: int) -> int:
@@ -145,14 +146,14 @@ class Retention:
     def _count(self, slot: int, sign: int) -> None:
         control = self._control
         control.pinned = max(0, control.pinned + sign)
-        control.pinned_slots = max(0, control.pinned_slots + sign * self.slots_of(slot))
+        control.pinned_slots = max(0, control.pinned_slots + sign * self.slots_at(slot))
 
     def recount(self) -> None:
         """What the control page says of pins and expiry, from the entries."""
         live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
         keeps = self._keeps[live]
         pinned = keeps >= fmt.KEEP_PINNED
-        pages = -(-self._nbytes[live][pinned].astype(np.int64) // self._page_bytes)
+        pages = slots_needed(self._nbytes[live][pinned].astype(np.int64), self._page_bytes)
         self._control.pinned = int(np.count_nonzero(pinned))
         self._control.pinned_slots = int(pages.sum())
         self._control.expires = _first(keeps)

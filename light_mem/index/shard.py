@@ -29,8 +29,9 @@ from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.order import EvictionOrder
 from light_mem.index.putting import Putting
-from light_mem.index.replica import Run, SpaceReplica
+from light_mem.index.replica import SpaceReplica
 from light_mem.index.retention import Retention
+from light_mem.index.runs import Run
 from light_mem.index.taking import Taking
 from light_mem.index.written import Written
 

@@ -1,6 +1,6 @@
 """Free runs of slots of one shard: sorted by place, to merge; by length, for the best fit.
 
-A replica in one process; shard.py keeps it true by replaying the shared journal. Not thread-safe:
+A replica in one process; replica.py keeps it true by replaying the shared journal. Not thread-safe:
 used under the shard's lock. Also hands out ranges of the task table.
 """
 
@@ -10,11 +10,13 @@ from collections.abc import Iterable
 
 from sortedcontainers import SortedDict, SortedList
 
+from light_mem.index.runs import Run
+
 
 class FreeRuns:
     """Half-open runs `[start, start + length)` that do not touch each other."""
 
-    def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(self, runs: Iterable[Run] = ()) -> None:
         self._by_start: SortedDict = SortedDict()
         self._by_length: SortedList = SortedList()
         self.total = 0
@@ -33,7 +35,7 @@ class FreeRuns:
     def __len__(self) -> int:
         return len(self._by_start)
 
-    def runs(self) -> list[tuple[int, int]]:
+    def runs(self) -> list[Run]:
         """All runs by place."""
         return list(self._by_start.items())
 
@@ -54,7 +56,7 @@ class FreeRuns:
         self.total -= length
         return int(start)
 
-    def take_pieces(self, length: int) -> list[tuple[int, int]] | None:
+    def take_pieces(self, length: int) -> list[Run] | None:
         """Take `length` slots from the longest runs, in as few pieces as it goes, by place."""
         if self.total < length:
             return None

@@ -20,8 +20,9 @@ from light_mem.index.file import IndexFile
 from light_mem.index.leases import ShardLeases
 from light_mem.index.lookup import Lookup
 from light_mem.index.recovery import link_chains, older_twins, sound_blocks
-from light_mem.index.replica import Run, SpaceReplica
+from light_mem.index.replica import SpaceReplica
 from light_mem.index.retention import Retention
+from light_mem.index.runs import Run
 
 
 class Taking:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run
 
 
 class Written(NamedTuple):

@@ -60,8 +60,8 @@ def identify(
             return {"commit": commit}
     raise InvalidArgumentError(
         f"nothing here tells which weights {model!r} has: it is no local path with weights, and "
-        'its revision is not in the hub\'s cache. Set "weights" in the configuration of the tier '
-        "to a text that is another one for other weights",
+        "its revision is not in the hub's cache. Set \"weights\" in LightMem's options to a text "
+        "that is another one for other weights",
         model=model,
     )
 

@@ -19,6 +19,7 @@ from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index import retention
 from light_mem.index.recovery import Ints
+from light_mem.index.runs import slots_needed
 from light_mem.maintenance.compacting import compact, worth_of
 from light_mem.maintenance.inspecting import listed
 from light_mem.maintenance.opening import open_tool
@@ -162,7 +163,7 @@ def _would_keep(store: Store, slots: int) -> tuple[int, int]:
     for part in listed(store):
         order = np.lexsort((part.rows["used"], worth_of(part.rows["keep"])))[::-1]
         sizes = part.rows["nbytes"][order].astype(np.int64)
-        fits = np.cumsum(-(-sizes // store.geometry.page_bytes)) <= slots
+        fits = np.cumsum(slots_needed(sizes, store.geometry.page_bytes)) <= slots
         count += int(np.count_nonzero(fits))
         nbytes += int(sizes[fits].sum())
     return count, nbytes

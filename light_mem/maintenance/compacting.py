@@ -21,7 +21,7 @@ from light_mem.index import format as fmt
 from light_mem.index import recovery, retention
 from light_mem.index.keys import mix_one
 from light_mem.index.owners import Owner, Owners
-from light_mem.index.replica import Run
+from light_mem.index.runs import Run
 from light_mem.index.shard import ShardIndex
 from light_mem.index.space import FreeRuns
 from light_mem.index.written import Written

@@ -25,6 +25,7 @@ from light_mem.engine import shard_header
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.recovery import Ints, Table
+from light_mem.index.runs import Run, cut_at_runs
 from light_mem.maintenance.data_file import DataFile, Extents
 from light_mem.maintenance.report import DamagedBlock
 from light_mem.maintenance.scan_process import ScanProcess
@@ -52,16 +53,12 @@ class DataReport(NamedTuple):
     damaged: list[DamagedBlock]
 
 
-def block_at(
-    entry: np.void, slot: int, runs: Sequence[tuple[int, int]], page_bytes: int
-) -> Extents:
+def block_at(entry: np.void, slot: int, runs: Sequence[Run], page_bytes: int) -> Extents:
     """The block of an entry in these runs."""
-    left = int(entry["nbytes"])
-    pieces = []
-    for start, length in runs:
-        size = min(left, length * page_bytes)
-        pieces.append((fmt.SHARD_HEADER_BYTES + start * page_bytes, size))
-        left -= size
+    pieces = [
+        (fmt.SHARD_HEADER_BYTES + first * page_bytes, end - start)
+        for (first, _), start, end in cut_at_runs(runs, int(entry["nbytes"]), page_bytes)
+    ]
     key = keymath.key_bytes(int(entry["low"]), int(entry["high"]))
     return Extents(slot, key, int(entry["checksum"]), pieces)
 
@@ -80,7 +77,7 @@ class _Unit(NamedTuple):
     shard: int
     heads: Ints  # first slots
     rows: Table  # their entries, ENTRY [n]
-    runs: list[list[tuple[int, int]]] | None  # of each; None: each lies in one run
+    runs: list[list[Run]] | None  # of each; None: each lies in one run
     apart: bool  # to be read by a process
 
     def block(self, n: int, page_bytes: int) -> Extents:
@@ -96,12 +93,12 @@ class _Unit(NamedTuple):
         apart = (offsets[1:] != offsets[:-1] + sizes[:-1]) | (sizes[1:] != sizes[:-1])
         first = np.concatenate([[0], np.flatnonzero(apart) + 1])
         count = np.diff(first, append=len(sizes))
-        runs = np.stack([first, count, offsets[first], sizes[first]], axis=1)
+        stretches = np.stack([first, count, offsets[first], sizes[first]], axis=1)
         return Batch(
             self.rows["low"].tobytes(),
             self.rows["high"].tobytes(),
             self.rows["checksum"].astype(">u8").tobytes(),
-            runs.astype(np.int64).tobytes(),
+            stretches.astype(np.int64).tobytes(),
         )
 
 
@@ -166,7 +163,7 @@ class DataCheck(Closing):
         shard: int,
         heads: Ints,
         rows: Table,
-        runs: list[list[tuple[int, int]]] | None,
+        runs: list[list[Run]] | None,
         apart: bool,
     ) -> None:
         unit = _Unit(len(self._done), shard, heads, rows, runs, apart)

@@ -24,6 +24,7 @@ from light_mem.index import format as fmt
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.recovery import Table
 from light_mem.index.room import allocate
+from light_mem.index.runs import Run
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, listing, maps_index
@@ -123,7 +124,7 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
     entries["keep"][heads[same]] = plan["keep"][heads[same]]
     lost = heads[same & (index.uses[heads] == 0)]
     index.uses[lost] = entries["used"][lost]
-    new: list[list[tuple[int, int]]] = []
+    new: list[list[Run]] = []
     wanted = np.zeros(len(entries), bool)
     for head in heads[~same].tolist():
         runs = several.get(head) or [(head, int(plan["run"][head]))]
@@ -164,7 +165,7 @@ def _not_stored(entries: Table) -> npt.NDArray[np.bool_]:
     return taken
 
 
-def _list(index: ShardIndex, plan: Table, runs: list[tuple[int, int]]) -> None:
+def _list(index: ShardIndex, plan: Table, runs: list[Run]) -> None:
     entries = index.entries
     for at in reversed(range(len(runs))):  # the first slot, which look-ups find, comes last
         slot = runs[at][0]

@@ -18,6 +18,7 @@ from light_mem.index import keys as keymath
 from light_mem.index import recovery, retention
 from light_mem.index.keys import HashValue, KeyArray, U64Array
 from light_mem.index.recovery import Table
+from light_mem.index.runs import Run, slots_needed
 from light_mem.maintenance.owners import Ownership
 from light_mem.maintenance.report import BlockReport, ShardReport, StoreReport
 from light_mem.maintenance.store import Store, as_words, blocks_in
@@ -45,7 +46,7 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
         used.append(table["used"][live])
         is_pinned = table["keep"][live] >= fmt.KEEP_PINNED
         pinned += int(np.count_nonzero(is_pinned))
-        pages = -(-table["nbytes"][live][is_pinned].astype(np.int64) // g.page_bytes)
+        pages = slots_needed(table["nbytes"][live][is_pinned].astype(np.int64), g.page_bytes)
         pinned_slots += int(pages.sum())
         expired += int(np.count_nonzero(retention.expired(table["keep"][live])))
         writing += int(np.count_nonzero(states == fmt.WRITING))
@@ -103,9 +104,9 @@ class Listed(NamedTuple):
     shard: int
     heads: recovery.Ints  # first slots
     rows: Table  # their entries, ENTRY [n]
-    several: dict[int, list[tuple[int, int]]]  # by first slot: runs of those that have many
+    several: dict[int, list[Run]]  # by first slot: runs of those that have many
 
-    def runs(self, n: int) -> list[tuple[int, int]]:
+    def runs(self, n: int) -> list[Run]:
         """The runs of the n-th block."""
         slot = int(self.heads[n])
         return self.several.get(slot) or [(slot, int(self.rows["run"][n]))]

@@ -31,6 +31,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.owners import Owners
 from light_mem.index.recovery import Table
+from light_mem.index.runs import Run
 from light_mem.index.written import Written
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
@@ -39,8 +40,6 @@ from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, require_alone
 from light_mem.maintenance.report import RebuildReport
 from light_mem.maintenance.store import Store, blocks_in
-
-Run = tuple[int, int]  # first slot, slots
 
 
 @dataclass
@@ -96,7 +95,7 @@ def rebuild(
     )
 
 
-def _plans(store: Store, sums: _Sums) -> Iterator[reindex.Plan]:
+def _plans(store: Store, sums: _Sums) -> Iterator[reindex.ShardPlan]:
     """The new entries, shard by shard: those of one shard are in memory at a time."""
     old = reindex.OldIndex(store.index_path, store.geometry)
     for shard in range(store.geometry.shards):

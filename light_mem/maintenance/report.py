@@ -113,7 +113,8 @@ KINDS = {
 
 
 class VerifyReport(NamedTuple):
-    """What a check of every byte found. `clean`: nothing; `sound`: nothing is left of it."""
+    """What a check of every byte found. `clean`: nothing was found. `sound`: nothing was found, or
+    everything found was repaired."""
 
     directory: str
     blocks: int  # blocks whose bytes were read

@@ -16,7 +16,7 @@ from light_mem.engine.program import die_with
 from light_mem.maintenance.data_file import DataFile
 from light_mem.maintenance.scanning import Batch, Scanner
 
-HEADER = struct.Struct("<IIQ")  # bytes of the path, blocks, bytes of the runs
+HEADER = struct.Struct("<IIQ")  # bytes of the path, blocks, bytes of the stretches
 ANSWER = struct.Struct("<BQ")  # kind, number
 DONE_BYTES, FAILED_BLOCK, END = range(3)
 TELL_BYTES = 4 << 20
@@ -33,7 +33,7 @@ def main(config: dict[str, Any]) -> None:
         header = _take(HEADER.size)
         if not header:
             return
-        path_bytes, blocks, run_bytes = HEADER.unpack(header)
+        path_bytes, blocks, stretch_bytes = HEADER.unpack(header)
         path = Path(os.fsdecode(_take(path_bytes)))
         memory = config["memory"]
         column = 8 * blocks
@@ -41,7 +41,7 @@ def main(config: dict[str, Any]) -> None:
             os.pread(memory, column, 0),
             os.pread(memory, column, column),
             os.pread(memory, column, 2 * column),
-            os.pread(memory, run_bytes, 3 * column),
+            os.pread(memory, stretch_bytes, 3 * column),
         )
         file = DataFile(path)
         try:

@@ -57,7 +57,7 @@ class ScanProcess:
                 written = os.pwrite(self._memory, view, at)
                 view, at = view[written:], at + written
         name = os.fsencode(path)
-        header = HEADER.pack(len(name), len(batch.low) // 8, len(batch.runs))
+        header = HEADER.pack(len(name), len(batch.low) // 8, len(batch.stretches))
         try:
             self._units.write(header + name)
         except BrokenPipeError:
@@ -83,13 +83,12 @@ class ScanProcess:
         """End it at once, whatever it does."""
         self._process.kill()
 
-    def close(self) -> int:
-        """Let it leave, wait for its end; returns its exit status. Once, when no
-        thread scans any more."""
+    def close(self) -> None:
+        """Let it leave, wait for its end. Once, when no thread scans any more."""
         self._units.close()
         self._answers.close()
         os.close(self._memory)
-        return self._process.wait()
+        self._process.wait()
 
 
 def _memory_file() -> int:

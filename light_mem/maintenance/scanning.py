@@ -27,7 +27,7 @@ _WORD, _KEY = 8, 16
 Told = Callable[[int], None]  # bytes done since it was called last
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """Blocks of one size, each following the last in the file."""
 
     first: int  # number in the batch
@@ -42,12 +42,12 @@ class Batch(NamedTuple):
     low: bytes  # 8 bytes a block
     high: bytes  # the same
     sums: bytes  # the same, big-endian: as xxh3 gives digests
-    runs: bytes  # four int64 a Run
+    stretches: bytes  # four int64 a Stretch
 
-    def each_run(self) -> list[Run]:
-        """The runs, by place."""
-        numbers = array("q", self.runs).tolist()
-        return [Run(*numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
+    def each_stretch(self) -> list[Stretch]:
+        """The stretches, by place."""
+        numbers = array("q", self.stretches).tolist()
+        return [Stretch(*numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
 
     def key(self, n: int) -> bytes:
         """The key of the n-th block."""
@@ -98,17 +98,17 @@ class Scanner:
         `stopped`."""
         failed: list[int] = []
         low, high = memoryview(batch.low).cast("Q"), memoryview(batch.high).cast("Q")
-        for run in batch.each_run():
-            if run.size > BATCH_BYTES:
-                failed += self._large(file, batch, run, told, stopped)
+        for stretch in batch.each_stretch():
+            if stretch.size > BATCH_BYTES:
+                failed += self._large(file, batch, stretch, told, stopped)
                 continue
-            frames = self._frames_for(run.size)
-            end = run.first + run.blocks
-            for at in range(run.first, end, frames.count):
+            frames = self._frames_for(stretch.size)
+            end = stretch.first + stretch.blocks
+            for at in range(stretch.first, end, frames.count):
                 if stopped():
                     return failed
                 to = min(at + frames.count, end)
-                place = run.offset + (at - run.first) * run.size
+                place = stretch.offset + (at - stretch.first) * stretch.size
                 sums = batch.sums[_WORD * at : _WORD * to]
                 found = frames.digests(file.fileno(), place, low[at:to], high[at:to])
                 if found is None:
@@ -120,7 +120,7 @@ class Scanner:
                         for word in words
                         if found[word : word + _WORD] != sums[word : word + _WORD]
                     ]
-                told((to - at) * run.size)
+                told((to - at) * stretch.size)
         return failed
 
     def _frames_for(self, size: int) -> _Frames:
@@ -132,15 +132,15 @@ class Scanner:
 
     @staticmethod
     def _large(
-        file: DataFile, batch: Batch, run: Run, told: Told, stopped: Callable[[], bool]
+        file: DataFile, batch: Batch, stretch: Stretch, told: Told, stopped: Callable[[], bool]
     ) -> list[int]:
         failed = []
-        for n in range(run.first, run.first + run.blocks):
+        for n in range(stretch.first, stretch.first + stretch.blocks):
             if stopped():
                 break
-            at = run.offset + (n - run.first) * run.size
+            at = stretch.offset + (n - stretch.first) * stretch.size
             checksum = int.from_bytes(batch.sums[_WORD * n : _WORD * n + _WORD], "big")
-            if file.problem(Extents(0, batch.key(n), checksum, [(at, run.size)])):
+            if file.problem(Extents(0, batch.key(n), checksum, [(at, stretch.size)])):
                 failed.append(n)
-            told(run.size)
+            told(stretch.size)
         return failed

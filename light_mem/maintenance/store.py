@@ -27,6 +27,7 @@ from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.recovery import Table
+from light_mem.index.runs import Run, slots_needed
 from light_mem.maintenance.report import Finding
 
 _FOREIGN = "belongs to another store or shard"
@@ -231,24 +232,21 @@ def as_words(table: Table) -> npt.NDArray[np.uint64]:
     return np.asarray(table).view("<u8").reshape(len(table), -1)
 
 
-def blocks_in(
-    table: Table, page_bytes: int
-) -> tuple[recovery.Ints, dict[int, list[tuple[int, int]]]]:
+def blocks_in(table: Table, page_bytes: int) -> tuple[recovery.Ints, dict[int, list[Run]]]:
     """First slots of all LIVE blocks that make sense, by place, and the runs of those that have
     several."""
     states = recovery.states_of(table)
     heads = np.flatnonzero(states == fmt.LIVE)
     run = table["run"][heads].astype(np.int64)
     # Float: a length out of a garbage entry may not fit int64.
-    pages = -(-table["nbytes"][heads].astype(np.float64) // page_bytes)
+    pages = slots_needed(table["nbytes"][heads].astype(np.float64), page_bytes)
     fits = (run > 0) & (heads + run <= len(table))
     single = fits & (table["next_run"][heads] == 0) & (pages == run)
-    several: dict[int, list[tuple[int, int]]] = {}
+    several: dict[int, list[Run]] = {}
     for head in heads[fits & (table["next_run"][heads] != 0)].tolist():
         runs = recovery.follow_runs(table, states, head)
-        if runs is not None and sum(n for _, n in runs) == -(
-            -int(table["nbytes"][head]) // page_bytes
-        ):
+        needed = slots_needed(int(table["nbytes"][head]), page_bytes)
+        if runs is not None and sum(n for _, n in runs) == needed:
             several[head] = runs
     good = np.concatenate([heads[single], np.array(list(several), np.int64)])
     return np.sort(good), several

@@ -168,9 +168,7 @@ class StructureCheck:
             bucket, slot = bucket[inside], at[inside] - 1
             good = (mine[slot] == bucket) & ~seen[slot]
             for b, s in zip(bucket[~good].tolist(), slot[~good].tolist(), strict=True):
-                yield self._say(
-                    "chain", s, f"bucket {b} leads to slot {s}, {self._not(s, b, seen)}"
-                )
+                yield self._say("chain", s, f"bucket {b} leads to slot {s}, {self._not(s, seen)}")
             bucket, slot = bucket[good], slot[good]
             seen[slot] = True
             at = self._entries["next"][slot].astype(np.int64)
@@ -178,7 +176,7 @@ class StructureCheck:
         for slot in np.flatnonzero(self._live & ~seen).tolist():
             yield self._say("unchained", slot, "no look-up reaches it")
 
-    def _not(self, slot: int, bucket: int, seen: Bools) -> str:
+    def _not(self, slot: int, seen: Bools) -> str:
         if not self._live[slot]:
             return "where no block is stored"
         return "a second time" if seen[slot] else "which belongs to another bucket"
