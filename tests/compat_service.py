@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import xxhash
 
@@ -18,6 +19,7 @@ PAGE = 512  # bytes
 N = 64  # pages a block: small pages make full blocks
 PAGES = 512
 STORAGE = 4 * 16 * N * PAGE  # four shards of 16 full blocks
+FINISHED, ABORTED = PyState.Finished, PyState.Aborted
 
 
 @contextmanager
@@ -57,6 +59,19 @@ class Rig:
 
     def expected(self, prompt: object, at: int) -> torch.Tensor:
         return torch.from_numpy(page_bytes_of(prompt, at, self.kv.shape[1]))
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with opened(tmp_path / "cache_file") as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """One service for calls that must change nothing."""
+    with opened(tmp_path_factory.mktemp("idle") / "cache_file") as rig:
+        yield rig
 
 
 def finish(task: PyTask) -> list[PyState]:

@@ -21,7 +21,7 @@ from tests import maintenance_helpers
 SHM = Path("/dev/shm")
 
 # The tests' blocks are short: read by `create` itself, none would go the workers' way. Inherited by
-# the processes that tests start; tests/test_small_reads.py and the stress runs turn it on.
+# the processes that tests start; the users of tests/small_rig.py and the stress runs turn it on.
 os.environ["LIGHTMEM_SMALL_READ_BYTES"] = "0"
 os.environ["LIGHTMEM_SMALL_WRITE_BYTES"] = "0"
 

@@ -149,6 +149,11 @@ def blocks_of_shard(shard: int, shards: int, count: int, first: int = 0) -> list
     return list(itertools.islice(of_shard, count))
 
 
+def blocks_of(memory: npt.NDArray[np.uint8], count: int) -> list[BlockIO]:
+    """Blocks of a row each of some memory, with keys from 0 on."""
+    return [BlockIO(*keymath.as_key(n), Rows(memory, np.array([n], np.intp))) for n in range(count)]
+
+
 def lent(engine: LocalStorageEngine) -> Iterator[LocalStorageEngine]:
     """What a fixture yields from."""
     yield engine

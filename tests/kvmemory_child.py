@@ -1,4 +1,4 @@
-"""What a worker does with a MemorySource, for test_kvmemory: `kvmemory_child.py SOURCE_JSON`.
+"""What a worker does with a MemorySource, for kvmemory_helpers: `kvmemory_child.py SOURCE_JSON`.
 
 Prints "attached", waits for a line, then checks that the parent's bytes are there and writes its
 own. Exits with a message on stderr when anything is wrong.

@@ -14,6 +14,7 @@ import torch
 
 from tests import sglang_fakes as fakes
 from tests.payload import page_bytes_of
+from tests.sglang_fake_pools import MHATokenToKVPoolHost
 
 PAGES, PAGE = 32, 4  # pages of a pool, indices of a page
 UNTOUCHED = 0xA5
@@ -129,7 +130,7 @@ def live(module: Any, tmp_path: Path) -> Iterator[Live]:
     lives: list[Life] = []
 
     def make(pool: Any = None, side_pools: dict[str, Any] | None = None, **changes: Any) -> Life:
-        pool = pool or fakes.MHATokenToKVPoolHost()
+        pool = pool or MHATokenToKVPoolHost()
         lives.append(Life(module, tmp_path / "store", pool, side_pools or {}, **changes))
         return lives[-1]
 

@@ -15,25 +15,8 @@ from light_mem.index import format as fmt
 from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
 from tests.deaths import Files, moments, restore
-from tests.engine_helpers import Block, Rig, assert_whole_after_death, open_local
-
-PAGES = 12
-BEFORE = [Block(key, 2 if key < 2 else 1) for key in range(9)]
-FRESH = [Block(100, 3), Block(101, 2), Block(102, 1)]
-EVERY = [*BEFORE, *FRESH]
-
-
-def opened(directory: Path, verify: bool = True) -> Rig:
-    return Rig(open_local(directory, PAGES, block_pages=8, verify=verify))
-
-
-def prepared(directory: Path) -> Rig:
-    """Blocks 0 to 8 without 3 and 5, whose slots are holes; 0 and 1 are the oldest."""
-    rig = opened(directory)
-    for block in BEFORE:
-        assert rig.write(block)[0][-1] is Outcome.STORED
-    rig.delete(BEFORE[3], BEFORE[5])
-    return rig
+from tests.engine_helpers import Block, Rig, open_local
+from tests.killed_store import BEFORE, FRESH, KEPT, PAGES, check, opened, prepared
 
 
 def write_now(rig: Rig, block: Block) -> None:
@@ -42,7 +25,6 @@ def write_now(rig: Rig, block: Block) -> None:
 
 
 Scenario = tuple[Callable[[Rig], object], set[int]]  # and the keys it does not touch
-KEPT = {2, 4, 6, 7, 8}
 SCENARIOS: dict[str, Scenario] = {
     "write into pieces, evicting": (lambda rig: rig.write(*FRESH), KEPT - {2}),
     "write twice": (lambda rig: rig.write(FRESH[2], FRESH[2]), KEPT | {0, 1}),
@@ -52,13 +34,6 @@ SCENARIOS: dict[str, Scenario] = {
     "delete": (lambda rig: rig.delete(BEFORE[0], BEFORE[4]), KEPT - {4} | {1}),
     "clear": (lambda rig: rig.engine.clear(), set()),
 }
-
-
-def check(directory: Path, kept: set[int], verify: bool) -> None:
-    """Open the store as the next process does, and look at every block."""
-    rig = opened(directory, verify)
-    assert_whole_after_death(rig, EVERY, kept)
-    rig.engine.close()
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -17,42 +17,19 @@ from light_mem import State
 from light_mem.engine import page_cache, read_ahead
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.device_threads import DeviceThreads
-from light_mem.engine.dropping import Dropper
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions, Rows
 from light_mem.engine.read_ahead import Span
 from light_mem.index import keys as keymath
-from tests.cached import cached, can_forget, forget
 from tests.conftest import wait_until
+from tests.dropping_rig import SHARD, cache_that_drops, in_cache, open_dropping
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig
 from tests.service_rig import WAIT, rig
 
+__all__ = ["cache_that_drops"]  # fixtures
+
 MIB = 1 << 20
-SHARD = "shard-000.data"
 BLOCK = 64  # pages
-
-
-@pytest.fixture(autouse=True)
-def _cache_that_drops(tmp_path: Path) -> None:
-    if not page_cache.can_drop() or not can_forget(tmp_path):
-        pytest.skip("this system or file system drops no pages")
-
-
-def open_dropping(directory: Path, pages: int, page_bytes: int, **options: Any) -> Rig:
-    LocalStorageEngine.open_store(
-        directory,
-        page_bytes=page_bytes,
-        num_of_shard=1,
-        storage_size=pages * page_bytes,
-        block_pages=1,
-    ).close()
-    engine = LocalStorageEngine(directory, kind="worker", page_cache="drop", **options)
-    return Rig(engine, page_bytes)
-
-
-def in_cache(directory: Path) -> int:
-    """Kernel pages of the shard's data in the cache, its header aside."""
-    return int(cached(directory / SHARD)[1:].sum())
 
 
 @pytest.mark.parametrize(("policy", "durability"), [("drop", "kernel"), ("drop", "flush")])
@@ -244,33 +221,6 @@ def test_a_kill_while_pages_wait_to_be_dropped_costs_nothing(tmp_path: Path) -> 
         assert not r.service.check().damaged
 
 
-def test_no_more_than_the_window_waits_to_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    waited: list[int] = []
-    finish = page_cache.finish_write_out
-
-    def finish_and_note(descriptor: int, at: int, nbytes: int) -> None:
-        waited.append(at)
-        finish(descriptor, at, nbytes)
-
-    monkeypatch.setattr(page_cache, "finish_write_out", finish_and_note)
-    dropper = Dropper(window=4 * MIB)
-    for n in range(16):
-        os.pwrite(descriptor, bytes(MIB), n * MIB)
-        dropper.wrote(Span(descriptor, n * MIB, MIB))
-        dropper.keep_up()
-        assert waited == [at * MIB for at in range(n - 3)]  # the oldest first, four are left
-    assert cached(path)[12 * 256 :].all()
-    assert not cached(path)[: 12 * 256].any()
-    dropper.finish()
-    assert not cached(path).any()
-    assert not dropper.drop_next()
-    os.close(descriptor)
-
-
 def test_a_write_out_that_fails_is_logged_and_the_blocks_are_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,68 +239,6 @@ def test_a_write_out_that_fails_is_logged_and_the_blocks_are_stored(
     r = Rig(LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop"), 4096)
     assert r.read(Block(1), Block(2)) == [Outcome.LOADED] * 2
     r.engine.close()
-
-
-def test_a_range_drops_the_page_it_shares_with_the_one_before_and_not_the_next(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "file"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    page = mmap.PAGESIZE
-    for n in range(8):  # one write might make one folio, which goes whole or not at all
-        os.pwrite(descriptor, bytes(page), n * page)
-    os.fsync(descriptor)
-    page_cache.drop(descriptor, 2 * page + 10, 2 * page)
-    assert cached(path).tolist() == [True, True, False, False, True, True, True, True]
-    page_cache.drop(descriptor, 6 * page + 1, 100)  # inside one page
-    assert cached(path)[6]
-    os.close(descriptor)
-
-
-def test_each_of_many_bytes_is_in_the_cache_or_not(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(64 * mmap.PAGESIZE))
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-        page_cache.drop(file.fileno(), 0, 64 * mmap.PAGESIZE)
-        mapped = mmap.mmap(file.fileno(), 0)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing around what is read
-        for page in (3, 17, 18, 40):
-            os.pread(file.fileno(), 1, page * mmap.PAGESIZE)
-    start = np.frombuffer(mapped, np.uint8).ctypes.data
-    asked = [start + at for at in range(0, 64 * mmap.PAGESIZE, 1023)]
-    held = page_cache.hold_each(asked)
-    assert held == [page_cache.holds(address, 1) for address in asked]
-    found = {
-        (a - start) // mmap.PAGESIZE for a, is_held in zip(asked, held, strict=True) if is_held
-    }
-    assert found == {3, 17, 18, 40}
-    assert page_cache.hold_each([]) == []
-
-
-def test_where_the_system_does_not_tell_what_is_cached_all_counts_as_cached(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(page_cache, "_mincore", None)
-    assert page_cache.hold_each([1, 2]) == [True, True]
-    monkeypatch.setattr(page_cache, "_mincore", lambda *_: -1)
-    assert page_cache.hold_each([1, 2]) == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("at", "nbytes", "edges"),
-    [(0, 4096, []), (0, 100, [0]), (10, 4086, [0]), (10, 8192, [0, 2]), (4096, 4097, [2])],
-)
-def test_only_pages_that_are_shared_are_read_before_a_write(
-    tmp_path: Path, at: int, nbytes: int, edges: list[int]
-) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(4 * 4096))
-    forget(path)
-    descriptor = os.open(path, os.O_RDWR)
-    page_cache.read_edges(descriptor, at, nbytes)
-    wait_until(lambda: np.flatnonzero(cached(path)).tolist() == edges)
-    os.close(descriptor)
 
 
 def test_a_system_that_cannot_drop_keeps_and_says_so(

@@ -17,7 +17,9 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.errors import LockTimeoutError
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, lent, let_go
-from tests.test_parts import SHARDS, SLOTS, around_changes, is_clean, of_shard, opened
+from tests.parts_rig import SHARDS, SLOTS, around_changes, engine, is_clean, of_shard, opened
+
+__all__ = ["engine"]  # fixtures
 
 
 class Clock:
@@ -36,11 +38,6 @@ class Clock:
         self.pauses += 1
         self.now += 0.5
         self.pause(self.pauses)
-
-
-@pytest.fixture(params=["keep", "drop"])
-def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalStorageEngine]:
-    yield from lent(opened(tmp_path / "store", request.param))
 
 
 @pytest.fixture

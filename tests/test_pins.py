@@ -1,45 +1,27 @@
-"""Pins: left alone by eviction and expiry, kept over restarts, at most half of a shard."""
+"""Pins: left alone by eviction and expiry, at most half of a shard."""
 
 from __future__ import annotations
 
 import errno
 import itertools
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import light_mem
 from light_mem import LightMemError, PinLimitError, maintenance
 from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.shard_file import ShardFile
-from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.order import MIN_BATCH
-from light_mem.monitor import look
 from tests.engine_helpers import Block, assert_consistent
-from tests.retention_helpers import START, Clock, Store, keys_of
+from tests.retention_helpers import START, A, B, C, Clock, D, Store, keys_of, pinned, store
 from tests.service_rig import rig
 
-A, B, C, D = (Block(key, 2) for key in range(1, 5))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    """A full store of A to D, used in this order."""
-    store = Store(tmp_path / "store", 8)
-    store.write(A, B, C, D)
-    yield store
-    store.close()
-
-
-def pinned(store: Store) -> tuple[int, int]:
-    stats = store.engine.stats()
-    return stats["pinned_blocks"], stats["pinned_slots"]
+__all__ = ["store"]  # fixtures
 
 
 def test_eviction_leaves_pinned_blocks_alone(store: Store) -> None:
@@ -107,77 +89,6 @@ def test_a_failure_takes_back_the_pins_of_its_call(
         assert next(calls) > call
         assert r.service.stats()["pinned_blocks"] == 0
         assert r.service.pin(keys) == 8
-
-
-def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store", 8)
-    store.write(A, B, C, D)
-    store.engine.pin(keys_of(B))
-    store.close()
-    for lose in (False, True):
-        if lose:
-            (tmp_path / "store" / "index").unlink()
-        store = Store(tmp_path / "store", 8)
-        assert pinned(store) == (1, 2)
-        store.write(Block(5, 6))
-        assert store.stored(A, B, C, D, Block(5)) == [2, 5]
-        store.close()
-    maintenance.resize(tmp_path / "store", 4 * 64)
-    store = Store(tmp_path / "store", 4, block_pages=2)
-    assert store.stored(B, Block(5)) == [2]
-    assert store.rig.read(B) == [Outcome.LOADED]
-    assert pinned(store) == (1, 2)
-    store.close()
-    assert maintenance.verify(tmp_path / "store").clean
-
-
-def test_a_store_does_not_shrink_until_more_than_half_of_it_is_pinned(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = Store(tmp_path / "store", 8)
-    store.write(A, B, C, D)
-    store.engine.pin(keys_of(B, C))
-    store.close()
-    for dry_run in (True, False):
-        with pytest.raises(PinLimitError, match="4 slots of shard 0 are pinned; of 6 slots"):
-            maintenance.resize(tmp_path / "store", 6 * 64, dry_run=dry_run)
-    store = Store(tmp_path / "store", 6, block_pages=2)
-    assert "keeps its storage_size: 4 slots of shard 0 are pinned" in caplog.text
-    assert store.engine.geometry.slots == 8
-    assert store.stored(A, B, C, D) == [1, 2, 3, 4]
-    assert store.engine.unpin(keys_of(C)) == 1
-    store.close()
-    assert maintenance.resize(tmp_path / "store", 6 * 64).removed == 1
-    store = Store(tmp_path / "store", 6, block_pages=2)
-    assert (store.engine.geometry.slots, pinned(store)) == (6, (1, 2))
-    store.close()
-
-
-@pytest.mark.parametrize("state", ["lost", "of another version", "older than the pins"])
-def test_nor_does_one_whose_index_is_made_anew(tmp_path: Path, state: str) -> None:
-    index = tmp_path / "store" / "index"
-    store = Store(tmp_path / "store", 8)
-    store.write(A, B, C, D)
-    control = index.read_bytes()[fmt.BLOCK_ALIGN : 2 * fmt.BLOCK_ALIGN]
-    store.engine.pin(keys_of(B, C))
-    store.close()
-    if state == "lost":
-        index.unlink()
-    else:
-        raw = bytearray(index.read_bytes())
-        header = np.frombuffer(raw, fmt.INDEX_HEADER, 1)
-        if state == "of another version":
-            header["version"] = 2
-            header["crc"] = fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
-        else:  # as after a power cut
-            raw[fmt.BLOCK_ALIGN : 2 * fmt.BLOCK_ALIGN] = control
-            header["clean"], header["boot_id"] = 0, b"another boot"
-        del header
-        index.write_bytes(raw)
-    store = Store(tmp_path / "store", 6, block_pages=2)
-    assert store.engine.geometry.slots == 8
-    assert pinned(store) == (2, 4)
-    store.close()
 
 
 @pytest.mark.parametrize("kept", ["pinned", "leased", "both"])
@@ -260,33 +171,6 @@ def test_of_a_key_with_two_lengths_in_a_batch_the_last_one_stays(store: Store) -
     assert_consistent(store.engine._index)
 
 
-def test_a_shrinking_store_keeps_pinned_blocks_before_those_used_last(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store", 16)
-    blocks = [Block(key, 2) for key in range(8)]
-    for block in blocks:
-        store.write(block)
-    store.engine.pin(keys_of(blocks[0], blocks[3]))
-    store.close()
-    report = maintenance.resize(tmp_path / "store", 8 * 64, dry_run=True)
-    assert report.blocks == 4
-    maintenance.resize(tmp_path / "store", 8 * 64)
-    store = Store(tmp_path / "store", 8)
-    assert store.stored(*blocks) == [0, 3, 6, 7]
-    assert store.rig.read(*(blocks[n] for n in (0, 3, 6, 7))) == [Outcome.LOADED] * 4
-    assert pinned(store) == (2, 4)
-    store.close()
-    assert maintenance.verify(tmp_path / "store").clean
-
-
-def test_a_forced_rebuild_under_a_server_keeps_pins(store: Store, tmp_path: Path) -> None:
-    store.engine.pin(keys_of(A))
-    store.engine._index.entries["keep"][:] = 0  # as garbage: the records are believed
-    maintenance.rebuild(tmp_path / "store", force=True)
-    assert pinned(store) == (1, 2)
-    store.write(Block(5, 6))
-    assert store.stored(A, B, C, D) == [1]
-
-
 @pytest.mark.parametrize("how", ["delete", "clear"])
 def test_pinned_blocks_can_be_taken_out(store: Store, how: str) -> None:
     store.engine.pin(keys_of(A, B))
@@ -322,45 +206,6 @@ def test_a_pin_is_beyond_time_and_gives_it_back(
     store.close()
 
 
-def test_evict_leaves_pinned_blocks(store: Store, tmp_path: Path) -> None:
-    store.engine.pin(keys_of(C))
-    assert maintenance.evict(tmp_path / "store", 0, dry_run=True).removed == 3
-    assert maintenance.evict(tmp_path / "store", 0).removed == 3
-    assert store.stored(A, B, C, D) == [3]
-
-
-def test_an_import_pins_what_was_pinned_as_far_as_may_be(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store.engine.pin(keys_of(A, B))
-    maintenance.export_store(tmp_path / "store", tmp_path / "file")
-    report = maintenance.import_store(tmp_path / "other", tmp_path / "file", storage_size=16 * 64)
-    assert report.blocks == 4
-    found = {b.key: b.pinned for b in maintenance.blocks(tmp_path / "other")}
-    assert found == {keymath.key_text(key, 0): key < 3 for key in range(1, 5)}
-    assert not caplog.records
-    other = Store(tmp_path / "third", 7, block_pages=4)  # half are three slots
-    other.write(A)
-    other.close()
-    maintenance.export_store(tmp_path / "store", tmp_path / "file", [1, 2], overwrite=True)
-    report = maintenance.import_store(tmp_path / "third", tmp_path / "file")
-    assert (report.present, report.blocks) == (1, 1)
-    [warning] = [r.getMessage() for r in caplog.records if "pinned" in r.getMessage()]
-    assert warning.startswith("1 pinned blocks of ")
-    assert sum(b.pinned for b in maintenance.blocks(tmp_path / "third")) == 1
-    assert maintenance.verify(tmp_path / "other").clean
-
-
-def test_a_damaged_record_stays_damaged_when_its_block_is_pinned(store: Store) -> None:
-    records = store.engine.file(0).records
-    slot = int(np.flatnonzero(records["low"] == A.key)[0])
-    records["checksum"][slot] ^= np.uint64(1)
-    before = records[slot].tobytes()
-    store.engine.pin(keys_of(A))
-    assert records[slot].tobytes() == before
-    assert "record" in {f.kind for f in maintenance.verify(store.engine.directory).findings}
-
-
 def test_a_shard_of_pinned_blocks_has_room_for_what_fits_the_rest(tmp_path: Path) -> None:
     """Many more pinned blocks than are sorted out at a time, the oldest of all."""
     slots = 8 * MIN_BATCH
@@ -375,26 +220,3 @@ def test_a_shard_of_pinned_blocks_has_room_for_what_fits_the_rest(tmp_path: Path
     assert len(store.stored(*old)) == len(old)
     assert store.stored(*new) == [b.key for b in new[3 * MIN_BATCH :]]
     store.close()
-
-
-def test_the_numbers_are_shown_everywhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from light_mem.cli import main
-
-    with rig(tmp_path) as r:
-        r.write(["a", "b", "c"], [0, 1, 2])
-        assert r.service.pin(["a", "b", "nothing"]) == 2
-        assert r.service.pin("a") == 1
-        assert r.service.client().unpin("b") == 1
-        stats = r.service.stats()
-        assert (stats["pinned_blocks"], stats["pinned_slots"]) == (1, 1)
-        found = look(tmp_path / "store").store
-        assert (found.pinned_blocks, found.pinned_slots) == (1, 1)
-        report = maintenance.inspect(tmp_path / "store")
-        assert (report.pinned_blocks, report.pinned_slots) == (1, 1)
-        assert main(["stats", str(tmp_path / "store")]) == 0
-        assert "pinned" in capsys.readouterr().out
-        assert main(["dump", str(tmp_path / "store"), "a"]) == 0
-        assert "pinned; then until it is evicted" in capsys.readouterr().out
-    assert issubclass(light_mem.PinLimitError, LightMemError)

@@ -1,11 +1,9 @@
-"""Spans read ahead and past the page cache: the right bytes whatever is left out, and no leaks."""
+"""Spans read ahead and past the page cache: the right bytes whatever is left out or fails."""
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,45 +12,9 @@ import pytest
 from light_mem.engine import read_ahead
 from light_mem.engine.read_ahead import DEPTH, PIECE_BYTES, ReadAhead, Span, open_direct
 from tests.payload import page_bytes_of
+from tests.read_ahead_rig import FILE_BYTES, began, descriptor, take, wanted
 
-FILE_BYTES = 12 * PIECE_BYTES + 777
-
-
-@pytest.fixture(params=["direct", "buffered"])
-def descriptor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
-    path = tmp_path / "file"
-    page_bytes_of("file", 0, FILE_BYTES).tofile(path)
-    opened = os.open(path, os.O_RDONLY)
-    if request.param == "direct":
-        plain, opened = opened, open_direct(path, opened)
-        os.close(plain)
-    if opened < 0:
-        pytest.skip("this file system has no O_DIRECT")
-    yield opened
-    os.close(opened)
-
-
-@pytest.fixture
-def wanted() -> np.ndarray:
-    return page_bytes_of("file", 0, FILE_BYTES)
-
-
-@pytest.fixture
-def began(monkeypatch: pytest.MonkeyPatch) -> list[Span]:
-    """The requests that were made of the device."""
-    began: list[Span] = []
-    load = read_ahead._load
-
-    def note(span: Span, buffer: np.ndarray) -> np.ndarray:
-        began.append(span)
-        return load(span, buffer)
-
-    monkeypatch.setattr(read_ahead, "_load", note)
-    return began
-
-
-def take(reader: ReadAhead, span: Span) -> bytes:
-    return b"".join(piece.tobytes() for piece in reader.pieces(span))
+__all__ = ["began", "descriptor", "wanted"]  # fixtures
 
 
 @pytest.mark.parametrize("unit", [1, 3840, 4096, PIECE_BYTES - 1, 3 * PIECE_BYTES])
@@ -171,31 +133,6 @@ def test_a_part_that_fails_fails_no_other_of_its_request(
     assert len(reader._free) == DEPTH
 
 
-def test_a_plan_in_the_middle_of_a_span_loses_no_buffer(
-    descriptor: int, wanted: np.ndarray
-) -> None:
-    reader = ReadAhead(4096)
-    first = Span(descriptor, 0, 3 * PIECE_BYTES)
-    pieces = reader.pieces(first)
-    next(pieces)
-    other = Span(descriptor, 5 * PIECE_BYTES, 2 * PIECE_BYTES)
-    reader.plan([other])
-    pieces.close()
-    assert take(reader, other) == wanted[other.at : other.at + other.nbytes].tobytes()
-    reader.close()
-    assert len(reader._free) == DEPTH
-
-
-def test_no_more_than_the_depth_is_under_way(descriptor: int, began: list[Span]) -> None:
-    reader = ReadAhead(4096)
-    span = Span(descriptor, 0, 12 * PIECE_BYTES)
-    reader.plan([span])
-    for taken, _ in enumerate(reader.pieces(span)):
-        assert len(began) <= DEPTH + taken
-    assert len(began) == len(set(began)) == 12
-    reader.close()
-
-
 def test_a_read_that_fails_fails_its_span_alone(descriptor: int, wanted: np.ndarray) -> None:
     good, behind_the_end = Span(descriptor, 0, 100), Span(descriptor, FILE_BYTES - 5, 10)
     closed = Span(2**30, 0, 100)
@@ -249,15 +186,6 @@ def test_what_is_dirty_in_the_page_cache_is_read(tmp_path: Path) -> None:
     os.close(writer)
 
 
-def test_closing_ends_the_threads(descriptor: int) -> None:
-    reader = ReadAhead(4096)
-    reader.plan([Span(descriptor, 0, 12 * PIECE_BYTES)])
-    assert any(t.name.startswith("lightmem-read") for t in threading.enumerate())
-    reader.close()
-    assert not any(t.name.startswith("lightmem-read") for t in threading.enumerate())
-    reader.close()
-
-
 def test_what_one_span_failed_with_is_not_tried_again(
     descriptor: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,65 +203,6 @@ def test_what_one_span_failed_with_is_not_tried_again(
     assert places == [0]
 
 
-def test_a_plan_in_the_middle_of_a_span_leaves_the_new_one_whole(
-    descriptor: int, began: list[Span]
-) -> None:
-    reader = ReadAhead(4096)
-    pieces = reader.pieces(Span(descriptor, 0, 3 * PIECE_BYTES))
-    next(pieces)
-    other = Span(descriptor, 5 * PIECE_BYTES, PIECE_BYTES)
-    reader.plan([other])
-    reader._under_way[0].data.result()  # else it may be cancelled and begun but once
-    pieces.close()
-    take(reader, other)
-    reader.close()
-    assert began.count(other) == 1
-
-
-def test_who_goes_on_in_the_same_request_keeps_its_piece(descriptor: int) -> None:
-    reader = ReadAhead(4096)
-    first, second = Span(descriptor, 0, 4096), Span(descriptor, 4096, 4096)
-    reader.plan([first, second])
-    pieces = reader.pieces(first)
-    next(pieces)
-    held = next(more := reader.pieces(second))
-    pieces.close()
-    assert not any(np.shares_memory(held, buffer) for buffer in reader._free)
-    more.close()
-    reader.close()
-    assert len(reader._free) == DEPTH
-
-
-def test_a_buffer_is_not_used_again_while_a_thread_writes_to_it(
-    descriptor: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load, begun, go_on = read_ahead._load, threading.Event(), threading.Event()
-    busy: list[np.ndarray] = []
-    shared: list[bool] = []
-
-    def slow(span: Span, buffer: np.ndarray) -> np.ndarray:
-        shared.append(any(np.shares_memory(buffer, other) for other in busy))
-        busy.append(buffer)
-        if span.at == 0:
-            begun.set()
-            go_on.wait(10)
-        data = load(span, buffer)
-        busy[:] = [other for other in busy if other is not buffer]
-        return data
-
-    monkeypatch.setattr(read_ahead, "_load", slow)
-    reader = ReadAhead(4096)
-    reader.plan([Span(descriptor, 0, 4096)])
-    assert begun.wait(10)
-    timer = threading.Timer(0.2, go_on.set)
-    timer.start()
-    reader.plan([Span(descriptor, n * PIECE_BYTES, 4096) for n in range(1, 9)])
-    assert go_on.is_set()  # it waited for the one under way
-    reader.close()
-    timer.join()
-    assert not any(shared)
-
-
 def test_spans_of_two_files_are_not_one_request(tmp_path: Path) -> None:
     descriptors = []
     for name in ("a", "b"):
@@ -346,5 +215,5 @@ def test_spans_of_two_files_are_not_one_request(tmp_path: Path) -> None:
         wanted = page_bytes_of("ab"[n % 2], 0, 16_384)[span.at : span.at + 4096]
         assert take(reader, span) == wanted.tobytes()
     reader.close()
-    for descriptor in descriptors:
-        os.close(descriptor)
+    for each in descriptors:
+        os.close(each)

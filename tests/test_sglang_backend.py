@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests import sglang_fakes as fakes
+from tests.sglang_fake_pools import MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from tests.sglang_rig import KEYS, PAGE, PAGES, Live, indices_of, key, live, module
 
 __all__ = ["live", "module"]  # fixtures
 
 POOLS = {
     f"{kind.__name__}-{layout}": (kind, layout)
-    for kind in (fakes.MHATokenToKVPoolHost, fakes.MLATokenToKVPoolHost)
+    for kind in (MHATokenToKVPoolHost, MLATokenToKVPoolHost)
     for layout in ("page_first", "page_first_direct", "layer_first")
 }
 
@@ -116,7 +116,7 @@ def test_the_least_recently_used_pages_make_room(live: Live) -> None:
 def test_ranks_with_the_same_bytes_share_them(
     live: Live, mla: bool, shared: dict[str, Any]
 ) -> None:
-    kind = fakes.MLATokenToKVPoolHost if mla else fakes.MHATokenToKVPoolHost
+    kind = MLATokenToKVPoolHost if mla else MHATokenToKVPoolHost
     first = live(kind(), is_mla_model=mla)
     first.store(KEYS, range(8))
     other = live(kind(pages=20), is_mla_model=mla, **shared)
@@ -138,17 +138,17 @@ def test_ranks_with_the_same_bytes_share_them(
         (False, {"model_name": "another"}),
         (False, {"options": {"weights": "others"}}),
         (False, {"options": {"namespace": "another"}}),
-        (False, {"pool": lambda: fakes.MHATokenToKVPoolHost(layout="page_first_direct")}),
-        (False, {"pool": lambda: fakes.MHATokenToKVPoolHost(layout="layer_first")}),
-        (False, {"pool": lambda: fakes.MHATokenToKVPoolHost(dtype=torch.bfloat16)}),
-        (False, {"pool": lambda: fakes.MHATokenToKVPoolHost(heads=4, dim=32)}),
-        (False, {"pool": lambda: fakes.MHATokenToKVPoolHost(layers=6, page_size=2, pages=64)}),
+        (False, {"pool": lambda: MHATokenToKVPoolHost(layout="page_first_direct")}),
+        (False, {"pool": lambda: MHATokenToKVPoolHost(layout="layer_first")}),
+        (False, {"pool": lambda: MHATokenToKVPoolHost(dtype=torch.bfloat16)}),
+        (False, {"pool": lambda: MHATokenToKVPoolHost(heads=4, dim=32)}),
+        (False, {"pool": lambda: MHATokenToKVPoolHost(layers=6, page_size=2, pages=64)}),
     ],
 )
 def test_what_has_other_bytes_is_another_page(
     live: Live, mla: bool, changed: dict[str, Any]
 ) -> None:
-    kind = fakes.MLATokenToKVPoolHost if mla else fakes.MHATokenToKVPoolHost
+    kind = MLATokenToKVPoolHost if mla else MHATokenToKVPoolHost
     first = live(kind(), is_mla_model=mla)
     first.store(KEYS, range(8))
     pool = changed.get("pool", kind)()

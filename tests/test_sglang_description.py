@@ -14,6 +14,7 @@ from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang import description
 from light_mem.integrations.sglang.pool import HostPool
 from tests import sglang_fakes as fakes
+from tests.sglang_fake_pools import MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from tests.sglang_fakes import Bag, Context, model_settings
 from tests.sglang_rig import KEYS, Life
 
@@ -92,37 +93,37 @@ def describe(host_pool: Any, name: str = "kv", **config: Any) -> dict[str, Any]:
 
 
 def test_the_size_of_a_pool_and_what_is_free_in_it_do_not_matter() -> None:
-    used = fakes.MHATokenToKVPoolHost(pages=8)
+    used = MHATokenToKVPoolHost(pages=8)
     used.num_release_slots, used.fd, used.release_slots = 3, 7, [1]  # type: ignore[attr-defined]
-    assert describe(used) == describe(fakes.MHATokenToKVPoolHost(pages=32))
+    assert describe(used) == describe(MHATokenToKVPoolHost(pages=32))
 
 
 def test_form_and_rank_do() -> None:
     seen = {
         repr(found)
         for found in (
-            describe(fakes.MHATokenToKVPoolHost()),
-            describe(fakes.MHATokenToKVPoolHost(), name="swa"),
-            describe(fakes.MHATokenToKVPoolHost(layout="layer_first")),
-            describe(fakes.MHATokenToKVPoolHost(heads=4, dim=32)),
-            describe(fakes.MHATokenToKVPoolHost(layers=6, page_size=2)),
-            describe(fakes.MLATokenToKVPoolHost()),
-            describe(fakes.MLATokenToKVPoolHost(), is_mla_model=True),
-            describe(fakes.MHATokenToKVPoolHost(), tp_rank=1, tp_size=2),
-            describe(fakes.MHATokenToKVPoolHost(), tp_rank=1, tp_size=12),
-            describe(fakes.MHATokenToKVPoolHost(), tp_rank=11, tp_size=2),
-            describe(fakes.MHATokenToKVPoolHost(), pp_rank=1, pp_size=2),
-            describe(fakes.MHATokenToKVPoolHost(), attn_cp_rank=1, attn_cp_size=2),
-            describe(fakes.MHATokenToKVPoolHost(), model_name="m-packed"),
+            describe(MHATokenToKVPoolHost()),
+            describe(MHATokenToKVPoolHost(), name="swa"),
+            describe(MHATokenToKVPoolHost(layout="layer_first")),
+            describe(MHATokenToKVPoolHost(heads=4, dim=32)),
+            describe(MHATokenToKVPoolHost(layers=6, page_size=2)),
+            describe(MLATokenToKVPoolHost()),
+            describe(MLATokenToKVPoolHost(), is_mla_model=True),
+            describe(MHATokenToKVPoolHost(), tp_rank=1, tp_size=2),
+            describe(MHATokenToKVPoolHost(), tp_rank=1, tp_size=12),
+            describe(MHATokenToKVPoolHost(), tp_rank=11, tp_size=2),
+            describe(MHATokenToKVPoolHost(), pp_rank=1, pp_size=2),
+            describe(MHATokenToKVPoolHost(), attn_cp_rank=1, attn_cp_size=2),
+            describe(MHATokenToKVPoolHost(), model_name="m-packed"),
         )
     }
     assert len(seen) == 13
 
 
 def test_replicas_are_not_told_apart() -> None:
-    one, other = fakes.MLATokenToKVPoolHost, {"is_mla_model": True, "tp_size": 8}
+    one, other = MLATokenToKVPoolHost, {"is_mla_model": True, "tp_size": 8}
     assert describe(one(), **other, tp_rank=0) == describe(one(), **other, tp_rank=7)
-    multi_head = fakes.MHATokenToKVPoolHost
+    multi_head = MHATokenToKVPoolHost
     assert describe(multi_head(), dp_rank=0) == describe(multi_head(), dp_rank=3)
 
 
@@ -136,7 +137,7 @@ def weights_in(directory: Path, byte: int) -> str:
 
 
 def hits(patch: pytest.MonkeyPatch, store: Path, context: Context, write: bool = False) -> int:
-    pool = fakes.MHATokenToKVPoolHost()
+    pool = MHATokenToKVPoolHost()
     with fakes.installed(patch, context) as module:
         life = Life(module, store, pool, {}, options={"weights": None})
         if write:

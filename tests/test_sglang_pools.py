@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from light_mem import InvalidArgumentError, ServiceClosedError, StoreFormatError, maintenance
-from tests import sglang_fakes as fakes
+from tests.sglang_fake_pools import (
+    LogicalHostPool,
+    MHATokenToKVPoolHost,
+    MLATokenToKVPoolHost,
+    StatePool,
+)
 from tests.sglang_fakes import PoolHitPolicy, PoolName, PoolTransfer
 from tests.sglang_rig import KEYS, Life, Live, indices_of, key, live, module
 
@@ -42,7 +47,7 @@ def load(life: Life, name: str, keys: Sequence[str], pages: Sequence[int]) -> li
 
 def index_pool() -> Any:
     """One piece a page, smaller than those of KV."""
-    return fakes.MLATokenToKVPoolHost(width=16)
+    return MLATokenToKVPoolHost(width=16)
 
 
 def test_a_side_pool_comes_back_after_a_restart(live: Live) -> None:
@@ -60,7 +65,7 @@ def test_a_side_pool_comes_back_after_a_restart(live: Live) -> None:
 
 
 def test_a_pool_of_two_buffers_is_there_when_both_are(live: Live, tmp_path: Path) -> None:
-    life = live(side_pools={"mamba": fakes.StatePool()}, options={"storage_size": 1 << 22})
+    life = live(side_pools={"mamba": StatePool()}, options={"storage_size": 1 << 22})
     assert store(life, "mamba", KEYS[:3], [0, 1, 2]) == [True] * 3
     pool = life.side_pools["mamba"]
     assert load(life, "mamba", KEYS[:3], [5, 7, 6]) == [True] * 3
@@ -68,7 +73,7 @@ def test_a_pool_of_two_buffers_is_there_when_both_are(live: Live, tmp_path: Path
     life.end()
     # One buffer's store is lost: its pages are.
     maintenance.clear(tmp_path / "store.mamba.1")
-    again = live(side_pools={"mamba": fakes.StatePool()}, options={"storage_size": 1 << 22})
+    again = live(side_pools={"mamba": StatePool()}, options={"storage_size": 1 << 22})
     again.store(KEYS[:3], range(3))
     assert load(again, "mamba", KEYS[:3], [0, 1, 2]) == [False] * 3
     found = again.backend.batch_exists_v2(KEYS[:3], [asked("mamba", PoolHitPolicy.TRAILING_PAGES)])
@@ -76,7 +81,7 @@ def test_a_pool_of_two_buffers_is_there_when_both_are(live: Live, tmp_path: Path
 
 
 def test_which_prefix_is_usable_depends_on_all_pools(live: Live) -> None:
-    pools = {"indexer": index_pool(), "mamba": fakes.StatePool()}
+    pools = {"indexer": index_pool(), "mamba": StatePool()}
     life = live(side_pools=pools, options={"storage_size": 1 << 22})
     life.store(KEYS[:7], range(7))
     store(life, "indexer", KEYS[:6], range(6))
@@ -99,7 +104,7 @@ def test_which_prefix_is_usable_depends_on_all_pools(live: Live) -> None:
 
 
 def test_a_pool_without_memory_leaves_the_answer_to_the_others(live: Live) -> None:
-    life = live(fakes.LogicalHostPool(), {"indexer": index_pool()})
+    life = live(LogicalHostPool(), {"indexer": index_pool()})
     assert life.backend.batch_set_v1(KEYS, indices_of(range(8))) == [True] * 8
     store(life, "indexer", KEYS[:3], range(3))
     found = life.backend.batch_exists_v2(KEYS, [asked("indexer", PoolHitPolicy.ALL_PAGES)])
@@ -108,7 +113,7 @@ def test_a_pool_without_memory_leaves_the_answer_to_the_others(live: Live) -> No
 
 
 def test_pools_share_the_room_by_the_page(live: Live, tmp_path: Path) -> None:
-    pools = {"indexer": index_pool(), "mamba": fakes.StatePool()}
+    pools = {"indexer": index_pool(), "mamba": StatePool()}
     size, ratio = 1 << 22, {"mamba": 0.5}
     life = live(side_pools=pools, options={"storage_size": size, "pool_ratio": ratio})
     names = ["store", "store.indexer", "store.mamba", "store.mamba.1"]
@@ -122,7 +127,7 @@ def test_pools_share_the_room_by_the_page(live: Live, tmp_path: Path) -> None:
         < sum(f.page_bytes * n for f, n in zip(found, (kv, indexer, temporal, conv), strict=True))
         <= size
     )
-    late = fakes.MLATokenToKVPoolHost(width=32)
+    late = MLATokenToKVPoolHost(width=32)
     life.side_pools["draft"] = late
     life.backend.register_mem_host_pool_v2(late, PoolName.DRAFT)
     assert abs(maintenance.inspect(tmp_path / "store.draft").slots - kv) <= 1
@@ -132,7 +137,7 @@ def test_pools_share_the_room_by_the_page(live: Live, tmp_path: Path) -> None:
 def test_nothing_stays_open_when_a_later_pool_is_refused(live: Live) -> None:
     live(side_pools={"indexer": index_pool()}).end()
     with pytest.raises(StoreFormatError):
-        live(side_pools={"indexer": fakes.MLATokenToKVPoolHost(width=32)})
+        live(side_pools={"indexer": MLATokenToKVPoolHost(width=32)})
 
 
 def test_a_transfer_without_indices_moves_nothing(live: Live) -> None:
@@ -149,13 +154,13 @@ def test_a_pool_that_was_not_registered_is_an_error(live: Live) -> None:
 
 
 def test_a_cut_pool_beside_a_replicated_one_is_refused_with_several_ranks(live: Live) -> None:
-    draft = {"draft": fakes.MHATokenToKVPoolHost()}
+    draft = {"draft": MHATokenToKVPoolHost()}
     with pytest.raises(InvalidArgumentError, match="draft"):
-        live(fakes.MLATokenToKVPoolHost(), draft, is_mla_model=True, tp_size=2)
+        live(MLATokenToKVPoolHost(), draft, is_mla_model=True, tp_size=2)
     draft["draft"].close()
     live(
-        fakes.MLATokenToKVPoolHost(),
-        {"draft": fakes.MHATokenToKVPoolHost()},
+        MLATokenToKVPoolHost(),
+        {"draft": MHATokenToKVPoolHost()},
         is_mla_model=True,
     )
 
@@ -163,8 +168,8 @@ def test_a_cut_pool_beside_a_replicated_one_is_refused_with_several_ranks(live: 
 def test_states_are_cut_among_ranks_that_share_their_kv(live: Live) -> None:
     def rank(n: int) -> Life:
         return live(
-            fakes.MLATokenToKVPoolHost(),
-            {"mamba": fakes.StatePool()},
+            MLATokenToKVPoolHost(),
+            {"mamba": StatePool()},
             is_mla_model=True,
             tp_rank=n,
             tp_size=2,
@@ -181,7 +186,7 @@ def test_states_are_cut_among_ranks_that_share_their_kv(live: Live) -> None:
 # --- pools that cannot give their pages in place --------------------------------------------------
 
 
-class Strange(fakes.MLATokenToKVPoolHost):
+class Strange(MLATokenToKVPoolHost):
     """A pool that SGLang might have: `answer` makes what it says of its pages."""
 
     def __init__(self, answer: Any = None, buffers: Any = None, **form: Any) -> None:

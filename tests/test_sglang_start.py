@@ -11,6 +11,7 @@ import torch
 from light_mem import InvalidArgumentError, KVCacheMemoryError, StoreFormatError, maintenance
 from light_mem.engine import kvmemory
 from tests import sglang_fakes as fakes
+from tests.sglang_fake_pools import MHATokenToKVPoolHost, private
 from tests.sglang_rig import KEYS, PAGES, Life, Live, indices_of, key, live, module
 
 __all__ = ["live", "module"]  # fixtures
@@ -18,7 +19,7 @@ __all__ = ["live", "module"]  # fixtures
 
 def test_a_private_pool_is_refused_with_the_setting_that_helps(live: Live) -> None:
     with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"'):
-        live(fakes.MHATokenToKVPoolHost(allocate=fakes.private))
+        live(MHATokenToKVPoolHost(allocate=private))
 
 
 def test_memory_that_nobody_can_map_is_refused_with_that_setting(
@@ -88,7 +89,7 @@ def test_sglang_s_own_keys_are_no_options(module: Any) -> None:
 def test_pages_of_another_size_need_another_store(live: Live) -> None:
     live().end()
     with pytest.raises(StoreFormatError, match=r"\{pp_rank\}"):
-        live(fakes.MHATokenToKVPoolHost(layers=2))
+        live(MHATokenToKVPoolHost(layers=2))
 
 
 def test_ranks_may_be_in_the_path(live: Live, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_ranks_may_be_in_the_path(live: Live, tmp_path: Path) -> None:
 def test_settings_that_cannot_be_found_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pool = fakes.MHATokenToKVPoolHost()
+    pool = MHATokenToKVPoolHost()
     with (
         fakes.installed(monkeypatch, fakes.Context()) as module,
         pytest.raises(InvalidArgumentError, match='"weights"'),
@@ -143,7 +144,7 @@ def test_a_closed_backend_finds_nothing(live: Live) -> None:
 
 
 def test_another_backend_may_take_over_the_same_pool(module: Any, tmp_path: Path) -> None:
-    pool = fakes.MHATokenToKVPoolHost()
+    pool = MHATokenToKVPoolHost()
     first = Life(module, tmp_path / "store", pool, {})
     first.store(KEYS, range(8))
     first.backend.close()

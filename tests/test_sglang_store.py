@@ -15,7 +15,7 @@ from light_mem.errors import LightMemError, TaskTableFullError, WorkerStartError
 from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.sglang.pool import HostPool
 from light_mem.integrations.sglang.store import PageStore
-from tests import sglang_fakes as fakes
+from tests.sglang_fake_pools import MHATokenToKVPoolHost, StatePool
 
 KEYS = ["a", "b", "c"]
 INDICES = torch.arange(12)
@@ -78,7 +78,7 @@ DONE, MIXED = [State.Finished] * 3, [State.Finished, State.Aborted, State.Finish
 
 @pytest.fixture
 def host_pool() -> Iterator[Any]:
-    pool = fakes.MHATokenToKVPoolHost()
+    pool = MHATokenToKVPoolHost()
     yield pool
     pool.close()
 
@@ -102,7 +102,7 @@ def test_each_page_has_its_own_answer(over: Callable[..., PageStore]) -> None:
 
 
 def test_a_page_of_two_buffers_needs_both(host_pool: Any) -> None:
-    pool = fakes.StatePool()
+    pool = StatePool()
     first, second = Service(Task(DONE, ready=True)), Service(Task(MIXED, ready=True))
     store = PageStore(
         HostPool("mamba", pool), Namespace({}), [first, second], load_timeout=1, store_timeout=1
@@ -193,7 +193,7 @@ def test_a_refusal_is_a_miss(over: Callable[..., PageStore], name: str) -> None:
 
 
 def test_a_refusal_of_one_buffer_waits_for_the_others(host_pool: Any) -> None:
-    pool = fakes.StatePool()
+    pool = StatePool()
     task = Task(DONE, ready=False)
     first, second = Service(task), Service(ServiceClosedError("the service is closed"))
     store = PageStore(

@@ -2,84 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 import pytest
 
 import light_mem
-from light_mem import InvalidArgumentError, LocalCacheService, ServiceClosedError, State
+from light_mem import InvalidArgumentError, LocalCacheService, State
 from light_mem.engine import opening, small_writes
-from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.places import Regions
-from light_mem.engine.shard_file import ShardFile
-from light_mem.engine.sinks import MappedSink
 from light_mem.index import retention
-from tests.engine_helpers import Block, assert_consistent, let_go, open_local
-from tests.engine_helpers import Rig as EngineRig
+from tests.engine_helpers import let_go
 from tests.service_rig import WAIT, Rig, rig
+from tests.small_rig import LIMIT, PAGE, at_any_speed, create, go_on, held, prepared, stopped
 
-PAGE = 4096
-LIMIT = 4 * PAGE
-
-
-@pytest.fixture(autouse=True)
-def at_any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loaded machine is no reason to pause."""
-    monkeypatch.setattr(small_writes, "SLOW_NS", 60_000_000_000)
-
-
-def prepared(r: Rig) -> Rig:
-    """Once the shards are open, which a thread sees to."""
-    r.service._engine.prepare()
-    return r
-
-
-@pytest.fixture
-def stopped(tmp_path: Path) -> Iterator[Rig]:
-    """A service whose only worker is stopped: it writes nothing."""
-    options = {"small_write_bytes": LIMIT, "small_read_bytes": LIMIT}
-    with rig(tmp_path, page_bytes=PAGE, slots=64, **options) as r:
-        prepared(r)
-        (worker,) = r.service.worker_pids
-        os.kill(worker, signal.SIGSTOP)
-        yield r
-        with suppress(ProcessLookupError, IndexError):  # the test has ended it
-            go_on(r)
-        engine = r.service._engine
-        if not r.service._closed:
-            assert r.service.check().clean
-            assert_consistent(engine._index)
-    let_go(r)
-
-
-def go_on(r: Rig) -> None:
-    os.kill(r.service.worker_pids[0], signal.SIGCONT)
-
-
-def create(r: Rig, key: int, pages: list[int]) -> light_mem.CacheTask:
-    """Create a write of one block that fills these pages."""
-    r.fill(key, pages)
-    regions = [[(page * PAGE, PAGE) for page in pages]]
-    return r.service.create_regions("write", [key], regions)
-
-
-def held(r: Rig, key: int, pages: list[int]) -> bool:
-    """Whether the block is stored with its bytes."""
-    r.blank(pages)
-    regions = [[(page * PAGE, PAGE) for page in pages]]
-    task = r.service.create_regions("read", [key], regions)
-    return task.wait(WAIT) and task.state() == [State.Finished] and r.holds(key, pages)
+__all__ = ["at_any_speed", "stopped"]  # fixtures
 
 
 @pytest.mark.parametrize("pages", [[3], [3, 4], [9, 2, 31, 16]])
@@ -236,103 +176,6 @@ def test_the_environment_gives_the_limit_that_no_argument_gives(
     let_go(r)
 
 
-def test_a_device_that_fails_costs_nothing_but_a_worker_s_try(
-    stopped: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, "a bad disk")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", fail)
-        task = create(stopped, 7, [3])
-    assert not task.ready()
-    engine = stopped.service._engine
-    assert engine.stats()["used_slots"] == 0
-    assert not engine._index.control["dirty"].any()
-    assert not engine._owners.records["intents"][engine._owner.number].any()
-    go_on(stopped)
-    assert task.wait(WAIT)
-    assert held(stopped, 7, [3])
-
-
-def test_a_write_in_whose_middle_its_thread_closes_the_service_harms_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the handler of a signal would. The descriptor that is being written to must not become
-    another file's meanwhile."""
-    outcome: list[bool] = []
-    with rig(tmp_path, page_bytes=PAGE, small_write_bytes=LIMIT) as r:
-        prepared(r)
-        create(r, 1, [0])
-        before = os.open(os.devnull, os.O_RDONLY)  # what closing frees first is known
-        pwritev = os.pwritev
-        opened: list[int] = []
-
-        def closing(descriptor: int, *arguments: object) -> int:
-            r.service.close()
-            path = tmp_path / "somebody else's"
-            opened.extend(os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(40))
-            return pwritev(descriptor, *arguments)  # type: ignore[arg-type]
-
-        def write() -> None:
-            try:
-                outcome.append(create(r, 2, [1]).state() == [State.Finished])
-            except ServiceClosedError:
-                outcome.append(False)
-
-        monkeypatch.setattr(os, "pwritev", closing)
-        thread = threading.Thread(target=write, daemon=True)
-        thread.start()
-        thread.join(WAIT)
-        monkeypatch.undo()
-        assert not thread.is_alive()
-        assert outcome
-        assert (tmp_path / "somebody else's").stat().st_size == 0
-        for descriptor in (*opened, before):
-            os.close(descriptor)
-    with rig(tmp_path, page_bytes=PAGE, small_write_bytes=LIMIT) as again:
-        assert held(again, 1, [5])
-        assert again.service.query(2) == outcome[0]
-        assert held(again, 2, [5]) == outcome[0]
-        assert again.service.check().clean
-    let_go(again)
-
-
-def test_threads_that_write_at_once_and_by_workers_store_every_byte(tmp_path: Path) -> None:
-    writers, each = 4, 120
-    with rig(
-        tmp_path, pages=64, page_bytes=PAGE, slots=1024, workers=2, small_write_bytes=LIMIT
-    ) as r:
-        prepared(r)
-        wrong: list[str] = []
-
-        def write(mine: int) -> None:
-            page = 8 * mine
-            for n in range(each):
-                key = mine * each + n
-                count = 1 if n % 3 else 3  # the latter by the workers: more than one block
-                keys = [key + 10_000 * k for k in range(count)]
-                for k, name in enumerate(keys):
-                    r.fill(name, [page + k])
-                task = r.service.create("write", keys, list(range(page, page + count)))
-                if not task.wait(WAIT) or task.state() != [State.Finished] * count:
-                    wrong.append(f"{keys}: {task.state()}")
-
-        threads = [threading.Thread(target=write, args=(n,)) for n in range(writers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
-        for mine in range(writers):
-            for n in range(each):
-                key = mine * each + n
-                for k in range(1 if n % 3 else 3):
-                    assert held(r, key + 10_000 * k, [40])
-        assert r.service.check().clean
-    let_go(r)
-
-
 def test_to_write_what_is_stored_counts_as_use(tmp_path: Path) -> None:
     with rig(tmp_path, page_bytes=PAGE, slots=64, small_write_bytes=LIMIT) as r:
         prepared(r)
@@ -341,58 +184,6 @@ def test_to_write_what_is_stored_counts_as_use(tmp_path: Path) -> None:
         assert create(r, 0, [0]).get_page_already_list() == []  # regions have no pages
         assert create(r, 64, [1]).ready()
         assert r.service.query([0, 1, 2]) == [True, False, True]
-    let_go(r)
-
-
-def test_a_write_that_failed_slowly_is_followed_by_a_pause(
-    stopped: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-
-    def fail(*_: object) -> int:
-        calls.append(1)
-        raise OSError(errno.EIO, "a bad disk")
-
-    monkeypatch.setattr(small_writes, "SLOW_NS", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", fail)
-        first = create(stopped, 7, [3])
-        os.kill(stopped.service.worker_pids[0], signal.SIGCONT)
-        assert first.wait(WAIT)
-        assert len(calls) == 1
-        assert (
-            stopped.service._small_writes.write(
-                BlockIO(9, 0, first._layout.place_of(0, stopped.service._memory))
-            )
-            is None
-        )
-        assert len(calls) == 1
-
-
-def test_a_write_in_the_middle_of_another_one_of_its_thread_is_left_to_the_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a signal's handler may do it: the two would share the piece of scratch memory."""
-    with rig(tmp_path, page_bytes=PAGE, shards=4, small_write_bytes=LIMIT, pages=64) as r:
-        prepared(r)
-        pwritev, inner = os.pwritev, []
-
-        def nesting(*arguments: Any) -> int:
-            monkeypatch.setattr(os, "pwritev", pwritev)
-            inner.append(r.service.create("write", [100 + len(inner)], [40]))
-            return pwritev(*arguments)
-
-        r.fill(100, [40])
-        for key in range(8):
-            r.fill(key, [key])
-            monkeypatch.setattr(os, "pwritev", nesting)
-            assert r.service.create("write", [key], [key]).ready()
-            assert inner[-1].wait(WAIT)
-            assert inner[-1].state() == [State.Finished]
-            r.fill(101 + key, [40])
-        for key in (*range(8), *range(100, 108)):
-            assert held(r, key, [50]), key
-        assert r.service.stats()["damaged"] == 0
     let_go(r)
 
 
@@ -406,163 +197,3 @@ def test_without_descriptors_to_spare_the_shards_are_not_opened_beforehand(
             r.service._small_writes.prepare()
             assert r.service._engine.is_at_hand(0) == opened
     let_go(r)
-
-
-# --- the engine's part ----------------------------------------------------------------------------
-
-
-def now(r: EngineRig, block: Block) -> Outcome | None:
-    engine = r.engine
-    assert isinstance(engine, LocalStorageEngine)
-    return engine.write_now(r._batch([block], fill=True)[0])
-
-
-def test_a_shard_that_is_not_open_yet_is_left_alone(tmp_path: Path) -> None:
-    engine = open_local(tmp_path / "s", 8)
-    r = EngineRig(engine)
-    engine.close()
-    engine = LocalStorageEngine(tmp_path / "s", kind="server")
-    r = EngineRig(engine)
-    assert now(r, Block(1)) is None
-    engine.prepare()
-    assert now(r, Block(1)) is Outcome.STORED
-    assert now(r, Block(1)) is Outcome.PRESENT
-    assert r.read(Block(1)) == [Outcome.LOADED]
-    engine.close()
-
-
-def test_no_store_goes_to_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It could be SIGBUS, which ends the server."""
-    r = EngineRig(open_local(tmp_path / "s", 8, block_pages=8))
-    stored: list[int] = []
-    storing = MappedSink.storing
-
-    def note(sink: MappedSink, at: int, nbytes: int) -> Any:
-        stored.append(nbytes)
-        return storing(sink, at, nbytes)
-
-    def fail(*_: object) -> None:
-        pytest.fail("a store to a mapping")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MappedSink, "storing", note)
-        while not stored:  # until these slots go through the mapping
-            r.write(Block(0, 8))
-            r.delete(Block(0))
-    monkeypatch.setattr(MappedSink, "storing", fail)
-    monkeypatch.setattr(MappedSink, "storing_rows", fail)
-    assert now(r, Block(0, 8)) is Outcome.STORED
-    r.delete(Block(0))
-    assert now(r, Block(1, 3)) is Outcome.STORED
-    assert now(r, Block(2)) is Outcome.STORED
-    assert r.read(Block(1, 3), Block(2)) == [Outcome.LOADED] * 2
-    r.engine.close()
-
-
-def test_one_of_another_length_is_left_to_the_workers(tmp_path: Path) -> None:
-    r = EngineRig(open_local(tmp_path / "s", 8, block_pages=2))
-    r.write(Block(1, 2))
-    assert now(r, Block(1, 1)) is None
-    assert r.read(Block(1, 2)) == [Outcome.LOADED]
-    r.engine.close()
-
-
-def test_where_nothing_may_go_nothing_is_left_behind(tmp_path: Path) -> None:
-    engine = open_local(tmp_path / "s", 4)
-    r = EngineRig(engine)
-    r.write(*[Block(n) for n in range(4)])
-    with engine.change(0) as (index, file):  # as if a worker were filling three of the four slots
-        for slot in (0, 1, 2):
-            index.remove(slot)
-        file.clear_records([0, 1, 2])
-        taken = index.allocate(3, [])
-        assert taken is not None
-        index.mark(taken.runs, owner=9)
-    assert now(r, Block(7, 2)) is None  # it has evicted the fourth for that
-    records = engine.file(0).records
-    assert not (records["tag"] == 2).any()
-    assert engine.stats()["blocks"] == 0
-    assert now(r, Block(8)) is Outcome.STORED
-    assert r.read(Block(8)) == [Outcome.LOADED]
-    engine.close()
-
-
-def test_expired_blocks_are_taken_out_by_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = open_local(tmp_path / "s", 4)
-    r = EngineRig(engine)
-    engine.prepare()
-    engine.time_to_live = 10.0
-    assert [now(r, Block(n)) for n in range(3)] == [Outcome.STORED] * 3
-    # The record says it as well: an index made anew lets it expire too.
-    assert (engine.file(0).records["keep"][:3] == engine._index.entries["keep"][:3]).all()
-    assert engine.file(0).records["keep"][:3].all()
-    later = retention.clock() + 100
-    monkeypatch.setattr(retention, "clock", lambda: later)
-    assert now(r, Block(3)) is Outcome.STORED  # there is room
-    assert now(r, Block(4)) is None
-    assert now(r, Block(1)) is None
-    assert r.write(*[Block(n) for n in range(5, 9)])[3][-1] is Outcome.STORED
-    assert now(r, Block(9)) is Outcome.STORED
-    engine.close()
-
-
-def test_a_shard_that_is_to_be_put_in_order_is_left_to_the_workers(tmp_path: Path) -> None:
-    r = EngineRig(open_local(tmp_path / "s", 8))
-    engine = r.engine
-    assert isinstance(engine, LocalStorageEngine)
-    r.write(Block(1))
-    engine._index.control["dirty"][0] = 1  # its holder has died
-    assert now(r, Block(2)) is None
-    r.write(Block(3))
-    assert now(r, Block(2)) is Outcome.STORED
-    engine.close()
-
-
-def test_what_a_failed_batch_left_is_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def die(*_: object) -> int:
-        raise Killed
-
-    engine = open_local(tmp_path / "s", 8)
-    r = EngineRig(engine)
-    r.write(Block(1))
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardFile, "plan", die)
-        with pytest.raises(Killed):
-            r.write(Block(2), Block(3))
-    assert engine.stats()["used_slots"] == 3
-    assert now(r, Block(4)) is Outcome.STORED
-    assert engine.stats()["used_slots"] == 2
-    assert not engine._owners.records["intents"][engine._owner.number].any()
-    assert r.read(Block(1), Block(4)) == [Outcome.LOADED] * 2
-    engine.close()
-
-
-def test_a_block_of_regions_in_several_runs_comes_back(tmp_path: Path) -> None:
-    engine = open_local(tmp_path / "s", 16, block_pages=16)
-    r = EngineRig(engine)
-    r.write(*[Block(n) for n in range(16)])
-    r.delete(*[Block(n) for n in range(0, 16, 2)])
-    memory = np.random.default_rng(3).integers(0, 256, 1 << 16, np.uint8)
-    page = engine.geometry.page_bytes
-    wanted = [(7, page + 3), (5 * page, 2 * page)]
-    block = BlockIO(99, 0, Regions(memory, wanted))
-    assert engine.write_now(block) is Outcome.STORED
-    where = engine.lookup.locate(engine.lookup.find_one(99, 0), 99, 0)
-    assert where is not None
-    assert len(where.runs) > 1
-    expected = [memory[a : a + n].copy() for a, n in wanted]
-    memory[:] = 0
-    outcomes: list[Outcome] = []
-    engine.read([block], lambda _, outcome: outcomes.append(outcome))
-    assert outcomes == [Outcome.LOADED]
-    assert all(
-        np.array_equal(memory[a : a + n], e) for (a, n), e in zip(wanted, expected, strict=True)
-    )
-    engine.close()

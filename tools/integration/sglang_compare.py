@@ -21,6 +21,7 @@ from sglang.srt.runtime_context import get_context
 from light_mem.integrations.sglang import description
 from light_mem.integrations.sglang.backend import LightMemStorage
 from light_mem.integrations.sglang.pool import HostPool
+from tests import sglang_fake_pools as fake_pools
 from tests import sglang_fakes as fakes
 
 _TOKENS = 512
@@ -102,9 +103,9 @@ def _pools() -> Iterator[str]:
             size = {"pages": real.page_num, "page_size": real.page_size, "layout": layout}
             size |= {"layers": sglang_cpu.LAYERS, "dtype": torch.bfloat16}
             if kind == "mha":
-                fake: Any = fakes.MHATokenToKVPoolHost(**size, heads=2, dim=64)
+                fake: Any = fake_pools.MHATokenToKVPoolHost(**size, heads=2, dim=64)
             else:
-                fake = fakes.MLATokenToKVPoolHost(**size, width=128)
+                fake = fake_pools.MLATokenToKVPoolHost(**size, width=128)
             if _geometry(real) != _geometry(fake):
                 yield f"where the pages of a pool {kind} with the layout {layout} lie"
             for name in ("head_num", "logical_page_size", "get_hybrid_pool_buffer"):
