@@ -37,7 +37,7 @@ Reclaimed = list[tuple[int, list[ShardSlot]]]
 
 def reclaimed(owners: Owners) -> Reclaimed:
     taken: Reclaimed = []
-    count = owners.reclaim(lambda owner, intents: taken.append((owner, intents)))
+    count = owners.reclaim(lambda owner, intents: taken.append((owner, intents)) is None)
     assert count == len(taken)
     return taken
 
@@ -101,11 +101,12 @@ def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
     taken: list[int] = []
     second = threading.Event()
 
-    def take_back(owner: int, _: list[ShardSlot]) -> None:
+    def take_back(owner: int, _: list[ShardSlot]) -> bool:
         taken.append(owner)
         if len(taken) > 1:
             second.set()
         second.wait(0.2)  # long enough for another thread, were it let in
+        return True
 
     def work() -> None:
         other.reclaim(take_back)
@@ -128,6 +129,7 @@ def test_what_could_not_be_taken_back_is_tried_again(pair: Pair) -> None:
 
     with pytest.raises(TimeoutError):
         other.reclaim(fail)
+    assert other.reclaim(lambda *_: False) == 0  # not all of it
     assert reclaimed(other) == [(1, [(0, 3)])]
 
 

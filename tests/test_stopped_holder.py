@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 from light_mem.engine import local
 from light_mem.engine.base import Outcome
 from light_mem.engine.process import is_alive
+from light_mem.index.keys import as_key, mix_one, shard_of
 from light_mem.index.owners import process_start
+from tests.children import ROOT
 from tests.engine_helpers import Block, Rig, open_local
 
 HOLDER = """
@@ -98,3 +101,34 @@ def test_a_pid_with_another_start_time_is_another_process() -> None:
     started = process_start(os.getpid())
     assert is_alive(os.getpid(), started)
     assert not is_alive(os.getpid(), started - 100)
+
+
+FILLER = """
+import os, signal, sys
+from light_mem.engine import filling
+from light_mem.engine.local import LocalStorageEngine
+from tests.engine_helpers import Block, Rig
+rig = Rig(LocalStorageEngine(sys.argv[1], kind="worker"))  # tidies nothing up
+filling.Filler.fill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+rig.write(*(Block(int(key)) for key in sys.argv[2:]))
+"""
+
+
+def keys_of(shard: int, count: int) -> list[int]:
+    found = (k for k in itertools.count(1000) if shard_of(mix_one(*as_key(k)), 2) == shard)
+    return list(itertools.islice(found, count))
+
+
+def test_slots_of_the_dead_in_other_shards_do_not_wait_for_it(tmp_path: Path) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8, shards=2, block_pages=2))
+    full = keys_of(1, 9)
+    for keys in (keys_of(0, 2), full[:8]):  # killed while they fill two slots, and a whole shard
+        command = [sys.executable, "-c", FILLER, str(tmp_path / "store"), *map(str, keys)]
+        assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert rig.engine.stats()["used_slots"] == 10
+    with holder(tmp_path / "store"):
+        assert rig.write(Block(full[8]))[0][-1] is Outcome.STORED
+        assert rig.engine.stats()["used_slots"] == 3
+    rig.engine.reclaim()
+    assert rig.engine.stats()["used_slots"] == 1
+    rig.engine.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,9 @@ from light_mem.logs import Limited
 
 if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
+
+# For the lock of a shard that is to be tidied up: a living holder needs some milliseconds.
+_SETTLE_SECONDS = 1.0
 
 
 class OpenStore:
@@ -170,10 +173,14 @@ class OpenStore:
 
     # --- after deaths -----------------------------------------------------------------------------
 
-    def reclaim(self) -> int:
+    def reclaim(self, timeout: float = _SETTLE_SECONDS, only: Collection[int] | None = None) -> int:
         """Give back the slots that dead processes were filling, and those taken out that only they
-        had leased; returns how many were dead."""
-        return self._owners.reclaim(partial(removing.take_back, self))
+        had leased, `only` in these shards; returns how many dead have nothing left here.
+
+        A shard whose lock is not free within `timeout` seconds, for a stopped process has it, is
+        passed over and logged: whoever comes next does it.
+        """
+        return self._owners.reclaim(partial(removing.take_back, self, timeout=timeout, only=only))
 
     def recover(self) -> int:
         """Tidy up after dead processes: give back their slots, put in order the shards in which
@@ -187,7 +194,7 @@ class OpenStore:
         in which look-ups miss blocks, for good where nobody writes); the next change would too."""
         for shard in np.flatnonzero(self._index.control["dirty"].copy() >= least).tolist():
             try:
-                with self.change(shard, timeout=1):  # a living holder needs some milliseconds
+                with self.change(shard, _SETTLE_SECONDS):
                     pass
             except LockTimeoutError as error:
                 self.limited.warning(

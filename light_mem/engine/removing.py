@@ -8,17 +8,21 @@ rest to the next one.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from light_mem.errors import LockTimeoutError
+from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.format import ShardSlot
 from light_mem.index.keys import KeyArray
 
 if TYPE_CHECKING:
     from light_mem.engine.open_store import OpenStore
+
+log = logging.getLogger("light_mem")
 
 WRONG_SUM = "its bytes do not fit its checksum"  # the usual `problem` of `drop_damaged`
 
@@ -77,20 +81,42 @@ def drop_damaged(
         engine.limited.warning("the damaged block stays listed: %s", str(error))
 
 
-def take_back(engine: OpenStore, owner: int, intents: list[ShardSlot]) -> None:
+def take_back(
+    engine: OpenStore,
+    owner: int,
+    intents: list[ShardSlot],
+    timeout: float,
+    only: Collection[int] | None,
+) -> bool:
     """Give back the slots that a dead owner was filling, and those that were taken out while only
-    the dead had them leased."""
-    geometry = engine.geometry
-    for shard, slot in engine.leases.of_owner(owner):
-        if shard >= geometry.shards or slot >= geometry.slots:
+    the dead had them leased: shard by shard, `only` in these. Whether none is left; one whose lock
+    is not free within `timeout` seconds, or whose files are gone, keeps no other waiting."""
+    wanted: dict[int, tuple[list[int], list[int]]] = {}
+    for kind, named in enumerate((engine.leases.of_owner(owner), intents)):
+        for shard, slot in named:
+            if shard < engine.geometry.shards and slot < engine.geometry.slots:
+                wanted.setdefault(shard, ([], []))[kind].append(slot)
+    settled = True
+    for shard, (leased, filled) in wanted.items():
+        if only is not None and shard not in only:
+            settled = False
             continue
-        with engine.change(shard) as (index, _):
-            index.release(slot, engine.leases.of_shard(shard, but=owner))
-            engine.leases.forget(owner, shard, slot)
-    for shard, slot in intents:
-        if shard >= geometry.shards or slot >= geometry.slots:
-            continue
-        with engine.change(shard) as (index, file):
-            if index.is_marked(slot, owner):
-                file.clear_records([slot])
-                index.give_back(slot)
+        try:
+            with engine.change(shard, timeout) as (index, file):
+                for slot in leased:
+                    index.release(slot, engine.leases.of_shard(shard, but=owner))
+                    engine.leases.forget(owner, shard, slot)
+                for slot in filled:
+                    if index.is_marked(slot, owner):
+                        file.clear_records([slot])
+                        index.give_back(slot)
+        except (OSError, StoreFormatError) as error:
+            settled = False
+            tell = engine.limited.warning if timeout else log.debug
+            tell(
+                "slots of shard %d of %s that a dead process was filling stay taken: %s",
+                shard,
+                engine.directory,
+                str(error),
+            )
+    return settled

@@ -214,10 +214,7 @@ class Writer:
                 else:
                     left.setdefault(shard, []).append(at)
         if left:
-            try:
-                self._engine.reclaim()
-            except (LockTimeoutError, OSError, StoreFormatError) as error:
-                log.debug("slots of dead processes stay taken: %s", str(error))
+            self._engine.reclaim(timeout=0, only=left)
             time.sleep(_ROOM_PAUSE)
         return left
 

@@ -102,16 +102,16 @@ class Owners:
             f"{MAX_OWNERS - 1} processes have the store open already", owners=self.alive()
         )
 
-    def reclaim(self, take_back: Callable[[int, list[ShardSlot]], None]) -> int:
+    def reclaim(self, take_back: Callable[[int, list[ShardSlot]], bool]) -> int:
         """Call `take_back(owner, intents)` for each dead owner, whose leases are ended there as
-        well; returns how many there were.
+        well; returns how many of them left nothing (it was True), and so are forgotten.
 
         One thread at a time: the loser of two would empty the record of a new owner.
         """
         with self._guard:
             return self._reclaim(take_back)
 
-    def _reclaim(self, take_back: Callable[[int, list[ShardSlot]], None]) -> int:
+    def _reclaim(self, take_back: Callable[[int, list[ShardSlot]], bool]) -> int:
         dead = 0
         for number in np.flatnonzero(self.records["pid"].copy()).tolist():
             if number in self._joined or not self.locks.try_lock(number):
@@ -120,9 +120,9 @@ class Owners:
                 if not self.records["pid"][number]:
                     continue  # another process has just reclaimed it
                 words = self.records["intents"][number].tolist()
-                take_back(number, [named_slot(word) for word in words if word])
-                self.records[number] = np.zeros((), OWNER)
-                dead += 1
+                if take_back(number, [named_slot(word) for word in words if word]):
+                    self.records[number] = np.zeros((), OWNER)
+                    dead += 1
             finally:
                 self.locks.unlock(number)
         return dead
