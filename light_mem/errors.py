@@ -111,6 +111,14 @@ class StoreFormatError(LightMemError, ValueError):
     """
 
 
+class BlockNotStoredError(_SystemError):
+    """An import could not store a block: an I/O error, or a lock that was not free in time. What
+    was stored before it stays.
+
+    Attributes `key` (32 hex digits), `outcome` (the name of an `Outcome`).
+    """
+
+
 class StoreDamagedError(_SystemError):
     """`check()` found damage that it was not allowed, or not able, to repair."""
 
