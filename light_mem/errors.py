@@ -107,7 +107,8 @@ class LeaseLimitError(_SystemError):
 class StoreFormatError(LightMemError, ValueError):
     """The directory holds no store of this format, or one with another geometry.
 
-    Nothing was changed or deleted. Attributes `path`, `field`, `found`, `expected`.
+    Nothing was changed or deleted. Attributes `path` (of the store, or of its file that is wrong),
+    `field`, `found`, `expected`.
     """
 
 
@@ -124,7 +125,12 @@ class StoreDamagedError(_SystemError):
 
 
 class LockTimeoutError(LightMemError, TimeoutError):
-    """A lock was not free in time: attributes `path`, `timeout` (seconds)."""
+    """A lock was not free in time.
+
+    Attributes `timeout` (seconds); `path`, of the file with the lock (the queue's is the task
+    table, as this process has it open), or of the store; `byte`, where that alone is locked;
+    `shards`, where several locks are meant. Where there is no path, `what`: "task".
+    """
 
 
 class TaskTableFullError(LightMemError, TimeoutError):
