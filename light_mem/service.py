@@ -163,7 +163,9 @@ class CacheService(StoredBlocks):
         self._check()
         timeout = blocks.seconds("timeout", timeout)
         if not isinstance(task, CacheTask):
-            raise InvalidArgumentError(f"abort takes a CacheTask, not {reprlib.repr(task)}")
+            raise InvalidArgumentError(
+                f"abort takes a CacheTask, not {reprlib.repr(task)}", task=task
+            )
         if task.ready():
             return
         task.abort(self._session.queue, timeout)

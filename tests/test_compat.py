@@ -16,7 +16,7 @@ import pytest
 import torch
 import xxhash
 
-from light_mem import PyLocalCacheService, PyState, PyTask, State
+from light_mem import InvalidArgumentError, PyLocalCacheService, PyState, PyTask, State
 from tests.compat_service import (
     N,
     Rig,
@@ -228,8 +228,12 @@ def test_bad_arguments_are_value_errors_before_anything_is_queued(
 
 
 def test_the_lengths_that_do_not_fit_are_both_named(idle: Rig) -> None:
-    with pytest.raises(ValueError, match="3 pages for 100 tokens"):
+    with pytest.raises(InvalidArgumentError, match="3 pages for 100 tokens") as caught:
         idle.service.create(tokens=list(range(100)), kv_page_indexer=indexer([0, 1, 15]), mode="w")
+    assert pickle.loads(pickle.dumps(caught.value)).values == {"pages": 3, "length": 100}
+    with pytest.raises(InvalidArgumentError, match="start_pos 3") as caught:
+        idle.service.create(tokens=[1], kv_page_indexer=indexer([0]), mode="w", start_pos=3)
+    assert pickle.loads(pickle.dumps(caught.value)).values == {"start_pos": 3, "length": 1}
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda p: torch.tensor(p, dtype=torch.int64)])

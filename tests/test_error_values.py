@@ -169,7 +169,7 @@ def test_the_values_of_a_message_are_attributes_in_other_processes_too(case: str
 
 def test_files_that_are_wrong_are_named(tmp_path: Path) -> None:
     hashes = tmp_path / "hashes"
-    hashes.write_text("0x")
+    hashes.write_text("int:x")
     with pytest.raises(InvalidArgumentError) as caught:
         chosen_hashes(SimpleNamespace(hashes=[], hash_file=hashes))  # type: ignore[arg-type]
     assert caught.value.values == {"path": str(hashes), "reason": ANY}

@@ -144,14 +144,17 @@ def test_a_transfer_without_indices_moves_nothing(live: Live) -> None:
 
 def test_a_pool_that_was_not_registered_is_an_error(live: Live) -> None:
     life = live()
-    with pytest.raises(ServiceClosedError, match="swa"):
+    with pytest.raises(ServiceClosedError, match="swa") as caught:
         life.backend.batch_get_v2([transfer("swa", KEYS, range(8), 4)])
+    assert caught.value.values["pool"] == "swa"
+    assert "swa" not in caught.value.values["pools"]
 
 
 def test_a_cut_pool_beside_a_replicated_one_is_refused_with_several_ranks(live: Live) -> None:
     draft = {"draft": fakes.MHATokenToKVPoolHost()}
-    with pytest.raises(InvalidArgumentError, match="draft"):
+    with pytest.raises(InvalidArgumentError, match="draft") as caught:
         live(fakes.MLATokenToKVPoolHost(), draft, is_mla_model=True, tp_size=2)
+    assert caught.value.values == {"pool": "draft"}
     draft["draft"].close()
     live(
         fakes.MLATokenToKVPoolHost(),
@@ -218,8 +221,9 @@ def odd(addresses: list[int], lengths: list[int]) -> Any:
     ],
 )
 def test_a_pool_without_pages_in_place_is_refused(live: Live, pool: Any, error: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=error):
+    with pytest.raises(InvalidArgumentError, match=error) as caught:
         live(pool())
+    assert caught.value.values["pool"] == "kv"
 
 
 def test_a_pool_that_changes_its_pages_moves_none(live: Live) -> None:

@@ -17,16 +17,18 @@ __all__ = ["live", "module"]  # fixtures
 
 
 def test_a_private_pool_is_refused_with_the_setting_that_helps(live: Live) -> None:
-    with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"'):
+    with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"') as caught:
         live(fakes.MHATokenToKVPoolHost(allocate=fakes.private))
+    assert caught.value.values["pool"] == "kv"
 
 
 def test_memory_that_nobody_can_map_is_refused_with_that_setting(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kvmemory, "open_region", lambda region: None)
-    with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"'):
+    with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"') as caught:
         live()
+    assert caught.value.values["pool"] == "kv"
 
 
 def test_the_backend_refuses_to_pass_tensors(live: Live) -> None:
