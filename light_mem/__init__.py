@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
     from light_mem.engine.queue import TaskQueue
     from light_mem.errors import (
+        BlockNotStoredError,
         ForkedProcessError,
         InvalidArgumentError,
         KVCacheMemoryError,
@@ -98,6 +99,7 @@ __all__ = [  # noqa: RUF022 - by topic
     "PyLocalCacheService",
     "PyTask",
     "PyState",
+    "BlockNotStoredError",
     "ForkedProcessError",
     "InvalidArgumentError",
     "KVCacheMemoryError",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.table_layout import READ, WRITE
+from light_mem.engine.table_layout import MAX_PATH_BYTES, READ, WRITE
 from light_mem.errors import InvalidArgumentError, PageIndexError
 from light_mem.index.keys import HashValue, is_bool, is_hash
 
@@ -105,14 +105,28 @@ def yes_or_no(name: str, value: object) -> bool:
     """`value` when it is a bool; raises InvalidArgumentError: "no" would count as true."""
     if isinstance(value, bool):
         return value
-    raise InvalidArgumentError(f"{name} is True or False, not {reprlib.repr(value)}")
+    raise InvalidArgumentError(
+        f"{name} is True or False, not {reprlib.repr(value)}", **{name: value}
+    )
 
 
 def store_path(value: object) -> Path:
-    """The absolute path of a store; raises InvalidArgumentError for what is no path."""
+    """The absolute path of a store; raises InvalidArgumentError for what is no path, or too long a
+    one."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
-        raise InvalidArgumentError(f"file is the path of a directory, not {reprlib.repr(value)}")
-    return Path(value).absolute()
+        raise InvalidArgumentError(
+            f"file is the path of a directory, not {reprlib.repr(value)}", file=value
+        )
+    path = Path(value).absolute()
+    size = len(os.fsencode(path))
+    if size > MAX_PATH_BYTES:
+        raise InvalidArgumentError(
+            f"the path of a store has at most {MAX_PATH_BYTES} bytes",
+            file=os.fspath(value),
+            size=size,
+            limit=MAX_PATH_BYTES,
+        )
+    return path
 
 
 def parse_mode(mode: str) -> int:
@@ -128,13 +142,15 @@ def parse_hashes(hash_values: Sequence[HashValue]) -> list[HashValue]:
     """The hashes as a list; one hash alone is an error, not a sequence of characters."""
     if is_hash(hash_values):
         raise InvalidArgumentError(
-            f"hash_values is a sequence of hashes, not one {type(hash_values).__name__}"
+            f"hash_values is a sequence of hashes, not one {type(hash_values).__name__}",
+            hash_values=hash_values,
         )
     try:
         return list(hash_values)
     except TypeError:
         raise InvalidArgumentError(
-            f"hash_values is a sequence of hashes, not {type(hash_values).__name__}"
+            f"hash_values is a sequence of hashes, not {type(hash_values).__name__}",
+            hash_values=hash_values,
         ) from None
 
 
@@ -151,7 +167,11 @@ def parse_pages(
     try:
         pages = np.asarray(page_indices)
     except (ValueError, OverflowError, TypeError) as error:
-        raise InvalidArgumentError(f"page_indices are not page numbers: {error}") from None
+        raise InvalidArgumentError(
+            f"page_indices are not page numbers: {error}",
+            page_indices=page_indices,
+            reason=str(error),
+        ) from None
     if pages.size == 0 and pages.ndim == 1:
         return np.empty(0, np.uint32)
     if pages.ndim != 1 or pages.dtype.kind not in "iu":
@@ -212,7 +232,9 @@ def parse_lengths(pages: object, hashes: int) -> npt.NDArray[np.int64]:
     found = np.asarray(pages)
     if found.shape != (hashes,) or (hashes and found.dtype.kind not in "iu"):
         raise InvalidArgumentError(
-            f"pages are {hashes} whole numbers, one a hash, not {reprlib.repr(pages)}"
+            f"pages are {hashes} whole numbers, one a hash, not {reprlib.repr(pages)}",
+            value=pages,
+            hashes=hashes,
         )
     return found.astype(np.int64)
 
@@ -234,5 +256,7 @@ def tensor_sizes(kvcache: torch.Tensor) -> tuple[int, int]:
             shape=shape,
         )
     if shape[0] > 2**32 - 1:
-        raise InvalidArgumentError(f"at most 2**32 - 1 pages, not {shape[0]}")
+        raise InvalidArgumentError(
+            f"at most 2**32 - 1 pages, not {shape[0]}", shape=shape, limit=2**32 - 1
+        )
     return int(shape[1]), int(shape[0])

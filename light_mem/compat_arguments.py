@@ -58,19 +58,26 @@ def integers(name: str, values: Any, limit: int) -> list[int]:
     if hasattr(values, "tolist"):
         values = values.tolist()  # numpy, torch
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise InvalidArgumentError(f"{name}: a list of ints, not {type(values).__name__}")
+        raise InvalidArgumentError(
+            f"{name}: a list of ints, not {type(values).__name__}", argument=name, value=values
+        )
     values = list(values)
     flag = None if set(map(type, values)) == {int} else next(filter(is_bool, values), None)
     if flag is not None:
-        raise InvalidArgumentError(f"{name}: a list of ints, but {flag!r} is a bool", value=flag)
+        raise InvalidArgumentError(
+            f"{name}: a list of ints, but {flag!r} is a bool", argument=name, value=flag
+        )
     try:
         row = list(map(operator.index, values))  # no float: 1.2 and 1.7 would be one token
     except TypeError as error:
-        raise InvalidArgumentError(f"{name}: a list of ints, but {error}") from None
+        raise InvalidArgumentError(
+            f"{name}: a list of ints, but {error}", argument=name, reason=str(error)
+        ) from None
     if row and (min(row) < 0 or max(row) >= limit):
         at = next(at for at, value in enumerate(row) if not 0 <= value < limit)
         raise InvalidArgumentError(
             f"{name}: value {row[at]} at {at} is outside 0 <= value < 2**{limit.bit_length() - 1}",
+            argument=name,
             value=row[at],
             position=at,
         )
@@ -82,7 +89,11 @@ def page_row(pages: Any) -> npt.NDArray[Any]:
     try:
         row = np.asarray(pages.detach().cpu().numpy() if hasattr(pages, "detach") else pages)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"kv_page_indexer is no row of page numbers: {error}") from None
+        raise InvalidArgumentError(
+            f"kv_page_indexer is no row of page numbers: {error}",
+            kv_page_indexer=pages,
+            reason=str(error),
+        ) from None
     if row.ndim != 1:
         raise InvalidArgumentError(
             f"kv_page_indexer has one dimension, not shape {row.shape}", shape=row.shape

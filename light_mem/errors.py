@@ -46,15 +46,43 @@ def _rebuild(cls: type[LightMemError], message: str, values: dict[str, Any]) -> 
 
 
 class InvalidArgumentError(LightMemError, ValueError):
-    """An argument that no state of the store or service could make right."""
+    """An argument that no state of the store or service could make right.
+
+    The argument as it was given is the attribute of its own name (`mode`, `hash_values`), and
+    there are of these what fits the message:
+
+    value                      the wrong one of several, or of an environment `variable`; also
+                               where the argument's name stands for how many there are
+    argument, position         the list that the value is in, and where
+    found, expected            what it is, and what it should be; of an array also `shape`,
+                               `strides`, `dtype`, `ndim`, `readonly`
+    hashes, pages, regions, length, accepted   how many there are, and how many would do
+    size, page_bytes           in bytes
+    needed, limit, capacity    of what the message counts
+    page, offset               what one task would read into twice
+    missing, unknown, allowed  options, or CPUs
+    path                       of the file that the argument came from
+    source                     how memory was to be mapped, a MemorySource
+    pool, layout, device       of a host pool of SGLang
+    agreed, mine               numbers of all ranks and of this one
+    reason                     what the error below it says
+    """
 
 
 class PageIndexError(InvalidArgumentError, IndexError):
-    """A page index outside the KV tensor: attributes `page`, `num_pages`."""
+    """A page index outside the KV tensor: attributes `page`, `num_pages`.
+
+    Of a region in bytes `offset`, `length`, and `nbytes` of the tensor.
+    """
 
 
 class KVCacheMemoryError(LightMemError, ValueError):
-    """The KV tensor lies in memory that worker processes cannot map."""
+    """The KV tensor lies in memory that worker processes cannot map.
+
+    Attributes, each where it is known: `path` of what is mapped there, `paths` where that is
+    several things, `address` where it is nothing; `source`, how it was to be mapped, `size` of the
+    object and the bytes `needed`; `pool` of SGLang; `reason`, what the error below it says.
+    """
 
 
 class _SystemError(LightMemError, OSError):
@@ -107,16 +135,33 @@ class LeaseLimitError(_SystemError):
 class StoreFormatError(LightMemError, ValueError):
     """The directory holds no store of this format, or one with another geometry.
 
-    Nothing was changed or deleted. Attributes `path`, `field`, `found`, `expected`.
+    Nothing was changed or deleted. Attributes `path` (of the store, or of its file that is wrong),
+    `field`, `found`, `expected`.
+    """
+
+
+class BlockNotStoredError(_SystemError):
+    """An import could not store a block: an I/O error, or a lock that was not free in time. What
+    was stored before it stays.
+
+    Attributes `key` (32 hex digits), `outcome` (the name of an `Outcome`).
     """
 
 
 class StoreDamagedError(_SystemError):
-    """`check()` found damage that it was not allowed, or not able, to repair."""
+    """`check()` found damage that it was not allowed, or not able, to repair.
+
+    Attribute `report`, the VerifyReport.
+    """
 
 
 class LockTimeoutError(LightMemError, TimeoutError):
-    """A lock was not free in time: attributes `path`, `timeout` (seconds)."""
+    """A lock was not free in time.
+
+    Attributes `timeout` (seconds); `path`, of the file with the lock (the queue's is the task
+    table, as this process has it open), or of the store; `byte`, where that alone is locked;
+    `shards`, where several locks are meant. Where there is no path, `what`: "task".
+    """
 
 
 class TaskTableFullError(LightMemError, TimeoutError):
@@ -124,16 +169,29 @@ class TaskTableFullError(LightMemError, TimeoutError):
 
 
 class TaskExpiredError(LightMemError, LookupError):
-    """The task's row was given to another task after its creator had dropped it."""
+    """The task's row was given to another task after its creator had dropped it.
+
+    Attribute `row`, of the task table.
+    """
 
 
 class ServiceClosedError(LightMemError, RuntimeError):
-    """The service is closed, or its server process is gone."""
+    """The service is closed, or its server process is gone.
+
+    Attributes `pid`, of a server that is gone; `shard`, when its files are closed; `pool` and
+    `pools`, when SGLang asks for one that was not opened.
+    """
 
 
 class ForkedProcessError(LightMemError, RuntimeError):
-    """A service or client was used in a forked child; hand a client over instead."""
+    """A service or client was used in a forked child; hand a client over instead.
+
+    Attribute `pid`, of the child.
+    """
 
 
 class WorkerStartError(LightMemError, RuntimeError):
-    """Worker processes could not be started, or died again and again."""
+    """Worker processes could not be started, or died again and again.
+
+    Attributes `reason`, and `log` when they did not start: their last lines of output.
+    """

@@ -174,7 +174,9 @@ def parse_regions(regions: Any, hashes: int, memory_bytes: int, mode: int) -> Re
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgumentError(
             "a block's regions are (offset, length) or a sequence of such pairs, in bytes, not "
-            f"{reprlib.repr(regions)}"
+            f"{reprlib.repr(regions)}",
+            value=regions,
+            reason=str(error),
         ) from error
     offsets, lengths = table[:, 0], table[:, 1]
     wrong = (offsets < 0) | (lengths <= 0) | (lengths > memory_bytes - offsets)

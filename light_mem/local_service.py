@@ -208,7 +208,8 @@ class LocalCacheService(CacheService):
     def _check(self) -> None:
         self._check_open()
         if self._pool.failure:
-            raise WorkerStartError(f"the service has no workers any more: {self._pool.failure}")
+            reason = self._pool.failure
+            raise WorkerStartError(f"the service has no workers any more: {reason}", reason=reason)
         if self._session.table.shutdown:
             raise ServiceClosedError(
                 "the workers of the service were ended: what is left are delete, stats, check "

@@ -196,7 +196,8 @@ def require_client() -> None:
         import prometheus_client  # noqa: F401
     except ModuleNotFoundError as error:
         raise InvalidArgumentError(
-            f"{error}: metrics need prometheus-client (pip install 'light-mem[prometheus]')"
+            f"{error}: metrics need prometheus-client (pip install 'light-mem[prometheus]')",
+            reason=str(error),
         ) from None
 
 

@@ -108,7 +108,7 @@ def finished_prefix(task: CacheTask) -> int:
     Raises InvalidArgumentError for a task that is not ready: a worker may touch its pages still.
     """
     if not task.ready():
-        raise InvalidArgumentError(f"{task} is not ready: wait for it, or abort it")
+        raise InvalidArgumentError(f"{task} is not ready: wait for it, or abort it", task=task)
     return task.finished_prefix()
 
 

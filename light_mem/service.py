@@ -58,8 +58,12 @@ class CacheService(StoredBlocks):
         page_indices  P pages of the KV tensor: list, numpy array or torch integer tensor
 
         A write of what is stored is Finished without a copy; a read of what is not stored is
-        Aborted and touches no page. Raises InvalidArgumentError or PageIndexError (ValueError,
-        IndexError) before anything is queued, TaskTableFullError when the table stays full.
+        Aborted and touches no page.
+
+        Nothing is queued when it raises: InvalidArgumentError or PageIndexError (ValueError,
+        IndexError); TaskTableFullError when the table stays full; LockTimeoutError when a stopped
+        process holds the queue; ServiceClosedError; WorkerStartError when there are no workers any
+        more.
         """
         self._check()
         kind = blocks.parse_mode(mode)
@@ -163,7 +167,9 @@ class CacheService(StoredBlocks):
         self._check()
         timeout = blocks.seconds("timeout", timeout)
         if not isinstance(task, CacheTask):
-            raise InvalidArgumentError(f"abort takes a CacheTask, not {reprlib.repr(task)}")
+            raise InvalidArgumentError(
+                f"abort takes a CacheTask, not {reprlib.repr(task)}", task=task
+            )
         if task.ready():
             return
         task.abort(self._session.queue, timeout)

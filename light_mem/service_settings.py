@@ -11,7 +11,7 @@ from light_mem import blocks
 from light_mem.engine import page_cache as cache_policy
 from light_mem.engine.affinity import place_workers
 from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
-from light_mem.engine.table_layout import MAX_BLOCKS, MAX_PATH_BYTES, MAX_WORKERS
+from light_mem.engine.table_layout import MAX_BLOCKS, MAX_WORKERS
 from light_mem.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ class ServiceSettings(NamedTuple):
         small_read_bytes = blocks.small_read_bytes(small_read_bytes)
         small_write_bytes = blocks.small_write_bytes(small_write_bytes)
         directory = blocks.store_path(file)
-        if len(os.fsencode(directory)) > MAX_PATH_BYTES:
-            raise InvalidArgumentError(f"the path of a store has at most {MAX_PATH_BYTES} bytes")
         page_bytes, num_pages = blocks.tensor_sizes(kvcache)
         pages_per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, pages_per_block)

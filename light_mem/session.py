@@ -187,7 +187,7 @@ class Session:
             if need > capacity:
                 raise InvalidArgumentError(
                     f"one task has at most {capacity} {what}, not {need}: raise max_blocks",
-                    need=need,
+                    needed=need,
                     capacity=capacity,
                 )
         deadline = time.monotonic() + timeout

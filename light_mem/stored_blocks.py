@@ -133,7 +133,11 @@ class StoredBlocks(Closing, ABC):
 
     def unpin(self, hashes: HashValue | Sequence[HashValue]) -> int:
         """Take pins away; returns how many of the hashes were pinned. Counts as use for eviction; a
-        block whose time to live has passed meanwhile is gone."""
+        block whose time to live has passed meanwhile is gone.
+
+        Raises LockTimeoutError when a shard's lock is not free in time, OSError or StoreFormatError
+        when its files cannot be opened: shards before that one have been changed.
+        """
         self._check()
         return self._engine.unpin(_keys(hashes))
 
@@ -153,12 +157,13 @@ class StoredBlocks(Closing, ABC):
     # --- taking blocks out -----------------------------------------------------------------------
 
     def delete(self, hashes: HashValue | Sequence[HashValue]) -> int:
-        """Take blocks out of the store; returns how many of them were stored."""
+        """Take blocks out of the store; returns how many of them were stored. Raises as `unpin`."""
         self._check_delete()
         return self._engine.delete(_keys(hashes))
 
     def clear(self) -> int:
-        """Take all blocks out of the store, other services' too; returns how many there were."""
+        """Take all blocks out of the store, other services' too; returns how many there were.
+        Raises as `unpin`."""
         self._check()
         return self._engine.clear()
 

@@ -226,7 +226,7 @@ class CacheTask:
         if not self.wait(timeout):
             raise LockTimeoutError(
                 f"a worker did not let go of the task's pages within {timeout:g} s: it is stopped",
-                path="task",
+                what="task",
                 timeout=timeout,
             )
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from light_mem import PyState, PyTask, State
+from light_mem import InvalidArgumentError, PyState, PyTask, State
 from tests.compat_service import (
     ABORTED,
     FINISHED,
@@ -81,8 +81,12 @@ def test_bad_arguments_are_value_errors_before_anything_is_queued(
 
 
 def test_the_lengths_that_do_not_fit_are_both_named(idle: Rig) -> None:
-    with pytest.raises(ValueError, match="3 pages for 100 tokens"):
+    with pytest.raises(InvalidArgumentError, match="3 pages for 100 tokens") as caught:
         idle.service.create(tokens=list(range(100)), kv_page_indexer=indexer([0, 1, 15]), mode="w")
+    assert pickle.loads(pickle.dumps(caught.value)).values == {"pages": 3, "length": 100}
+    with pytest.raises(InvalidArgumentError, match="start_pos 3") as caught:
+        idle.service.create(tokens=[1], kv_page_indexer=indexer([0]), mode="w", start_pos=3)
+    assert pickle.loads(pickle.dumps(caught.value)).values == {"start_pos": 3, "length": 1}
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda p: torch.tensor(p, dtype=torch.int64)])

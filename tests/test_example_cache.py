@@ -264,7 +264,7 @@ def test_a_load_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
 
 def test_rows_that_a_stopped_worker_may_write_to_are_kept_back() -> None:
     def no_answer(task: object) -> None:
-        raise LockTimeoutError("stopped", path="task", timeout=10)
+        raise LockTimeoutError("stopped", what="task", timeout=10)
 
     tasks: list[FakeTask] = []
 

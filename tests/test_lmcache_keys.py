@@ -84,10 +84,12 @@ def test_a_field_that_a_later_lmcache_adds_counts_or_is_refused() -> None:
     a, b = (Later(b"c", "m", 1, adapter=text) for text in "ab")
     made = space(fields)
     assert made.hash(a, LAYOUT) != made.hash(b, LAYOUT)
-    with pytest.raises(InvalidArgumentError, match="cannot hash"):
+    with pytest.raises(InvalidArgumentError, match="cannot hash") as caught:
         made.hash(Later(b"c", "m", 1, adapter=1.5), LAYOUT)
-    with pytest.raises(InvalidArgumentError, match="chunk_hash"):
+    assert caught.value.values == {"value": 1.5}
+    with pytest.raises(InvalidArgumentError, match="chunk_hash") as caught:
         space(["content"])
+    assert caught.value.values == {"found": ["content"], "expected": "chunk_hash"}
 
 
 def test_known_hashes_are_those_of_layouts_seen_with_any_key() -> None:

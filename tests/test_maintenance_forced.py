@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ SERVER = """
 import sys
 from tests.maintenance_helpers import BLOCKS, opened
 from pathlib import Path
+from typing import Any
 rig = opened(Path(sys.argv[1]))
 print("open", flush=True)
 for command in sys.stdin:
@@ -211,8 +213,12 @@ def test_an_index_of_another_version_that_is_in_use_stays_as_it_is(store: Path) 
         with pytest.raises(StoreBusyError, match="version 2"):
             rebuild(store, force=True)
         assert files(store) == before
-        with pytest.raises(StoreFormatError, match="another version"):
+        with pytest.raises(StoreFormatError, match="another version") as caught:
             LocalStorageEngine(store, kind="worker")  # of a server before an upgrade
+        error: Any = caught.value
+        assert (error.path, error.field) == (str(store), "index")
+        assert "version 2" in error.found
+        assert error.expected == f"an index of version {fmt.INDEX_VERSION}"
     finally:
         rig.engine.close()
 

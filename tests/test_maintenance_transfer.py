@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from light_mem import StoreBusyError, maintenance
+from light_mem import BlockNotStoredError, StoreBusyError, maintenance
 from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance import import_store
@@ -213,5 +216,10 @@ def test_a_block_that_cannot_be_stored_ends_the_import_and_says_which(
 ) -> None:
     command.json("export", store, tmp_path / "x")
     monkeypatch.setattr(ShardIndex, "are_marked", lambda _, slots, owner: [False] * len(slots))
-    with pytest.raises(OSError, match="could not be stored: FAILED"):
+    with pytest.raises(BlockNotStoredError, match="could not be stored: FAILED") as caught:
         import_store(tmp_path / "target", tmp_path / "x", storage_size=1 << 22, shards=1)
+    error: Any = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(error, OSError)
+    assert (error.outcome, error.errno) == ("FAILED", errno.EIO)
+    assert error.key in map(key_of, BLOCKS)
+    assert error.key in str(error)

@@ -76,12 +76,13 @@ def test_only_the_locks_of_others_are_seen(ranges: Pair) -> None:
     assert one.locked_by_another(0, 100)
 
 
-def test_waiting_ends_with_an_error_or_with_the_lock(ranges: Pair) -> None:
+def test_waiting_ends_with_an_error_or_with_the_lock(ranges: Pair, tmp_path: Path) -> None:
     one, other = ranges
     one.lock(1)
     started = time.monotonic()
-    with pytest.raises(LockTimeoutError):
+    with pytest.raises(LockTimeoutError, match=f"byte 1 of {tmp_path / 'ranges'}") as caught:
         other.lock(1, timeout=0.1)
+    assert caught.value.values == {"path": str(tmp_path / "ranges"), "byte": 1, "timeout": 0.1}
     assert 0.1 <= time.monotonic() - started < 5
     timer = threading.Timer(0.05, one.unlock, [1])
     timer.start()

@@ -137,8 +137,9 @@ def test_a_stopped_worker_makes_abort_say_that_the_pages_are_not_safe(running: R
         try:
             if State.Working not in task.state():
                 continue
-            with pytest.raises(LockTimeoutError, match="did not let go"):
+            with pytest.raises(LockTimeoutError, match="did not let go") as caught:
                 r.service.abort(task, timeout=0.2)
+            assert caught.value.values == {"what": "task", "timeout": 0.2}
             assert not task.ready()
             break
         finally:

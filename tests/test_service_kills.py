@@ -133,8 +133,10 @@ def test_a_client_stopped_with_the_queue_in_hand_holds_up_but_ends_nothing(
         try:
             stopped_client.lock(QUEUE_BYTE)
             os.kill(r.service.worker_pids[0], signal.SIGKILL)
-            with pytest.raises(LockTimeoutError):
+            with pytest.raises(LockTimeoutError) as caught:
                 r.service.create("w", ["a"], [0])
+            error: Any = caught.value
+            assert (error.path, error.byte) == (table.lock_path(), QUEUE_BYTE)
             wait_until(lambda: "waits to be replaced" in caplog.text)
             assert r.service.stats()["restarts"] == 0
             stopped_client.unlock(QUEUE_BYTE)
@@ -147,6 +149,14 @@ def test_a_client_stopped_with_the_queue_in_hand_holds_up_but_ends_nothing(
             stopped_client.close()
 
 
+def test_a_thread_that_has_the_queue_is_named_as_another_process_is(tmp_path: Path) -> None:
+    with rig(tmp_path, run=False) as r:
+        waited, path = r.service._session.queue, r.service._session.table.lock_path()
+        with waited.held(), pytest.raises(LockTimeoutError) as caught, waited.held(0.01):
+            pass
+        assert caught.value.values == {"path": path, "byte": QUEUE_BYTE, "timeout": 0.01}
+
+
 def test_a_worker_outlasts_a_queue_that_is_not_free_in_time(tmp_path: Path) -> None:
     class Queue:
         claims = 0
@@ -154,7 +164,7 @@ def test_a_worker_outlasts_a_queue_that_is_not_free_in_time(tmp_path: Path) -> N
         def claim(self, number: int, timeout: float | None) -> list[int]:
             self.claims += 1
             if self.claims < 3:
-                raise LockTimeoutError("not free", path="byte 0", timeout=10)
+                raise LockTimeoutError("not free", path="table", byte=0, timeout=10)
             r.service._session.table.header["shutdown"] = 1
             return []
 
@@ -189,7 +199,7 @@ def test_what_a_worker_has_begun_waits_no_longer_for_a_queue_that_is_not_free(
         begun.append(engine.has_begun_reads or engine.has_begun_writes)
         timeouts.append(timeout)
         if len(begun) < 3:
-            raise LockTimeoutError("not free", path="byte 0", timeout=timeout or 10)
+            raise LockTimeoutError("not free", path="table", byte=0, timeout=timeout or 10)
         r.service._session.table.header["shutdown"] = 1
         return []
 

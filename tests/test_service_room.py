@@ -31,7 +31,7 @@ def test_a_full_table_makes_create_wait_and_then_fail(tmp_path: Path) -> None:
         assert (caught.value.blocks, caught.value.capacity) == (1, 4)  # type: ignore[attr-defined]
         with pytest.raises(InvalidArgumentError, match="max_blocks") as too_large:
             r.service.create("w", [f"c{n}" for n in range(5)], range(5))
-        assert too_large.value.need == 5  # type: ignore[attr-defined]
+        assert too_large.value.needed == 5  # type: ignore[attr-defined]
         r.service.run()
         assert r.service.create("w", ["c"], [2]).wait(WAIT)
         assert all(task.state() == [State.Finished] * 2 for task in tasks)

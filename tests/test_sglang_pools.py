@@ -155,8 +155,9 @@ def test_a_pool_that_was_not_registered_is_an_error(live: Live) -> None:
 
 def test_a_cut_pool_beside_a_replicated_one_is_refused_with_several_ranks(live: Live) -> None:
     draft = {"draft": MHATokenToKVPoolHost()}
-    with pytest.raises(InvalidArgumentError, match="draft"):
+    with pytest.raises(InvalidArgumentError, match="draft") as caught:
         live(MLATokenToKVPoolHost(), draft, is_mla_model=True, tp_size=2)
+    assert caught.value.values == {"pool": "draft"}
     draft["draft"].close()
     live(
         MLATokenToKVPoolHost(),

@@ -18,8 +18,9 @@ __all__ = ["live", "module"]  # fixtures
 
 
 def test_a_private_pool_is_refused_with_the_setting_that_helps(live: Live) -> None:
-    with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"'):
+    with pytest.raises(KVCacheMemoryError, match='"allocator": "shm"') as caught:
         live(MHATokenToKVPoolHost(allocate=private))
+    assert caught.value.values["pool"] == "kv"
 
 
 def test_memory_that_nobody_can_map_is_refused_with_that_setting(

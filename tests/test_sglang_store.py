@@ -127,7 +127,7 @@ def test_what_takes_too_long_is_given_up_and_what_was_done_counts(
 
 
 def test_a_worker_that_does_not_let_go_ends_the_store(over: Callable[..., PageStore]) -> None:
-    stuck = LockTimeoutError("a worker did not let go", path="task", timeout=10)
+    stuck = LockTimeoutError("a worker did not let go", what="task", timeout=10)
     service = Service(Task([State.Aborted] * 3, ready=False), abort=stuck)
     store = over(service, store_timeout=0.0)
     assert store.store(KEYS, INDICES) == [False] * 3
@@ -156,7 +156,7 @@ def test_a_call_returns_only_when_all_workers_are_gone(over: Callable[..., PageS
             assert proceed.wait(20)
             super().close()
 
-    stuck = LockTimeoutError("a worker did not let go", path="task", timeout=10)
+    stuck = LockTimeoutError("a worker did not let go", what="task", timeout=10)
     service = Slow(Task([State.Aborted] * 3, ready=False), abort=stuck)
     store = over(service, load_timeout=0.0)
     closed_at_return: list[int] = []

@@ -288,7 +288,7 @@ def test_the_engines_configuration_is_found_and_counts(
 
 
 def test_without_the_engines_configuration_the_user_must_tell(live: Callable[..., Life]) -> None:
-    with pytest.raises(ValueError, match='Set "weights"'):
+    with pytest.raises(InvalidArgumentError, match='Set "weights"'):
         live(weights=None)
 
 

@@ -133,8 +133,9 @@ def test_workers_that_cannot_start_are_an_error_and_leave_nothing(
     spawn.set_executable(program)
     with rig(tmp_path, run=False) as r:
         task = r.service.create("w", ["a"], [0])
-        with pytest.raises(WorkerStartError, match="did not start"):
+        with pytest.raises(WorkerStartError, match="did not start") as caught:
             r.service.run()
+        assert caught.value.values.keys() == {"reason", "log"}
         assert task.state() == [State.Aborted]
         with pytest.raises(WorkerStartError):
             r.service.create("w", ["b"], [0])
@@ -162,8 +163,9 @@ def test_workers_that_cannot_be_replaced_end_the_service_with_every_task_final(
             assert set(task.state()) <= FINAL
         wait_until(lambda: r.service.stats()["workers"] == 0)  # the other one leaves by itself
         assert not alive(workers)
-        with pytest.raises(WorkerStartError, match="no workers any more"):
+        with pytest.raises(WorkerStartError, match="no workers any more") as caught:
             r.service.create("w", ["more"], [0])
+        assert caught.value.values["reason"] in str(caught.value)
 
 
 def test_a_program_that_is_no_python_is_not_waited_for_forever(

@@ -72,7 +72,11 @@ def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
             try:
                 hashes.append(hash_value(line.strip()))
             except argparse.ArgumentTypeError as error:
-                raise InvalidArgumentError(f"{arguments.hash_file}: {error}") from None
+                raise InvalidArgumentError(
+                    f"{arguments.hash_file}: {error}",
+                    path=str(arguments.hash_file),
+                    reason=str(error),
+                ) from None
     return hashes
 
 

@@ -39,7 +39,9 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
 
     for name, value in (("num_pages", num_pages), ("page_bytes", page_bytes)):
         if not isinstance(value, int) or value <= 0:
-            raise InvalidArgumentError(f"{name} must be a positive integer, not {value!r}")
+            raise InvalidArgumentError(
+                f"{name} must be a positive integer, not {value!r}", **{name: value}
+            )
     nbytes = num_pages * page_bytes
     require_memory(nbytes)
     fd = _create_memory(nbytes)
@@ -66,7 +68,8 @@ def require_shm(needed: int) -> None:
         status = os.statvfs(SHM_DIR)
     except OSError as err:
         raise KVCacheMemoryError(
-            f"the KV tensor must be moved to {SHM_DIR}, which is not there; {HOW_TO_ALLOCATE}"
+            f"the KV tensor must be moved to {SHM_DIR}, which is not there; {HOW_TO_ALLOCATE}",
+            path=SHM_DIR,
         ) from err
     if status.f_blocks:  # 0: a tmpfs without a limit
         hint = f"{SHM_DIR}; light_mem.allocate_kvcache() does not use that mount"

@@ -121,7 +121,7 @@ def attach(source: MemorySource) -> npt.NDArray[np.uint8]:
     past an object's end is SIGBUS), InvalidArgumentError for a source of no known kind.
     """
     if source.nbytes <= 0 or source.offset < 0:
-        raise InvalidArgumentError(f"no memory to attach: {source}")
+        raise InvalidArgumentError(f"no memory to attach: {source}", source=source)
     try:
         if source.kind == "fd":
             return _attach_file(source.fd, source)
@@ -131,15 +131,19 @@ def attach(source: MemorySource) -> npt.NDArray[np.uint8]:
             _require_size(sysv_size(source.shmid), source)
             return view
     except OSError as err:
-        raise KVCacheMemoryError(f"cannot map the KV tensor's memory, {source}: {err}") from err
-    raise InvalidArgumentError(f"unknown kind of memory source: {source.kind!r}")
+        raise KVCacheMemoryError(
+            f"cannot map the KV tensor's memory, {source}: {err}", source=source, reason=str(err)
+        ) from err
+    raise InvalidArgumentError(f"unknown kind of memory source: {source.kind!r}", source=source)
 
 
 def _validate(tensor: Any) -> None:
     import torch
 
     if not isinstance(tensor, torch.Tensor):
-        raise InvalidArgumentError(f"the KV tensor must be a torch.Tensor, not {type(tensor)}")
+        raise InvalidArgumentError(
+            f"the KV tensor must be a torch.Tensor, not {type(tensor)}", found=str(type(tensor))
+        )
     found = None
     if tensor.device.type != "cpu":
         found = f"lies on device {tensor.device}"
@@ -153,14 +157,17 @@ def _validate(tensor: Any) -> None:
         found = f"is empty, shape {tuple(tensor.shape)}"
     if found is not None:
         raise InvalidArgumentError(
-            f"the KV tensor must be contiguous CPU uint8 [num_pages, page_bytes]; this one {found}"
+            f"the KV tensor must be contiguous CPU uint8 [num_pages, page_bytes]; this one {found}",
+            found=found,
         )
 
 
 def _share_region(region: Region) -> MemorySource:
     name = repr(region.path) if region.path else "nameless shared memory"
     if not region.writable:
-        raise KVCacheMemoryError(f"the KV tensor's memory, {name}, is mapped read-only")
+        raise KVCacheMemoryError(
+            f"the KV tensor's memory, {name}, is mapped read-only", path=region.path
+        )
     nbytes = region.end - region.offset
     if _SYSV_PATH.fullmatch(region.path):  # the kernel shows the shmid as the inode
         return MemorySource("sysv", -1, 0, 0, region.inode, region.offset, nbytes)
@@ -170,7 +177,8 @@ def _share_region(region: Region) -> MemorySource:
     raise KVCacheMemoryError(
         f"the KV tensor lies in {name}, to which workers have no way: it is no file this process "
         "may open, none of its descriptors, and /proc/self/map_files needs CAP_CHECKPOINT_RESTORE. "
-        f"Keep the descriptor open, or {HOW_TO_ALLOCATE}"
+        f"Keep the descriptor open, or {HOW_TO_ALLOCATE}",
+        path=region.path,
     )
 
 
@@ -190,7 +198,7 @@ def _share_without_proc(tensor: Any) -> MemorySource:
     try:
         fd, _ = storage._share_fd_cpu_()
     except RuntimeError as err:
-        raise KVCacheMemoryError(f"torch could not move the KV tensor: {err}") from err
+        raise _not_moved(err) from err
     return _fd_source(duplicate(fd), tensor.data_ptr() - storage.data_ptr(), tensor.nbytes)
 
 
@@ -216,7 +224,8 @@ def _require_movable(tensor: Any, path: str) -> None:
     raise KVCacheMemoryError(
         f"the KV tensor lies in private memory{f' ({path})' if path else ''} that torch cannot "
         "move (numpy's, pinned, another library's, or exported with .numpy()), and workers cannot "
-        f"map it; {HOW_TO_ALLOCATE}"
+        f"map it; {HOW_TO_ALLOCATE}",
+        path=path,
     )
 
 
@@ -233,18 +242,27 @@ def _move(tensor: Any, path: str) -> None:
         tensor.share_memory_()
     except RuntimeError as err:
         require_shm(needed)  # somebody else took the room meanwhile
-        raise KVCacheMemoryError(f"torch could not move the KV tensor: {err}") from err
+        raise _not_moved(err) from err
     finally:
         torch_mp.set_sharing_strategy(strategy)
 
 
+def _not_moved(error: RuntimeError) -> KVCacheMemoryError:
+    return KVCacheMemoryError(f"torch could not move the KV tensor: {error}", reason=str(error))
+
+
 def _attach_file(fd: int, source: MemorySource) -> npt.NDArray[np.uint8]:
     if _identity(fd) != (source.device, source.inode):
-        raise KVCacheMemoryError(f"another file than the KV tensor's: {source}")
+        raise KVCacheMemoryError(f"another file than the KV tensor's: {source}", source=source)
     _require_size(os.fstat(fd).st_size, source)
     return map_file(fd, source.offset, source.nbytes)
 
 
 def _require_size(size: int, source: MemorySource) -> None:
     if source.offset + source.nbytes > size:
-        raise KVCacheMemoryError(f"the object has {size} bytes, too few for {source}")
+        raise KVCacheMemoryError(
+            f"the object has {size} bytes, too few for {source}",
+            source=source,
+            size=size,
+            needed=source.offset + source.nbytes,
+        )

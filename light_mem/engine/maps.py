@@ -101,7 +101,9 @@ def find_region(address: int, nbytes: int) -> Region:
             break
         reached = part.stop
     if reached < stop:
-        raise KVCacheMemoryError(f"no memory is mapped at {reached:#x}, inside the KV tensor")
+        raise KVCacheMemoryError(
+            f"no memory is mapped at {reached:#x}, inside the KV tensor", address=reached
+        )
     first = parts[0]
     for part in parts[1:]:
         one_object = (part.device, part.inode, part.path, part.offset - part.start) == (
@@ -113,7 +115,8 @@ def find_region(address: int, nbytes: int) -> Region:
         if part.shared != first.shared or (first.shared and not one_object):
             raise KVCacheMemoryError(
                 f"the KV tensor spans different mappings: {first.path!r} and {part.path!r}; "
-                "workers can map one object only"
+                "workers can map one object only",
+                paths=[first.path, part.path],
             )
     offset = first.offset + address - first.start
     return Region(

@@ -117,7 +117,11 @@ class Member(OpenStore):
             self._owner.leave()
         try:
             if not quiet:
-                raise LockTimeoutError("a change has not ended", path=str(self.directory))
+                raise LockTimeoutError(
+                    "a change has not ended",
+                    path=str(self.directory),
+                    timeout=LOCK_TIMEOUT_SECONDS,
+                )
             with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
                 if not self._owners.others():
                     self._index.mark_clean()

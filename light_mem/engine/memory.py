@@ -42,7 +42,9 @@ class MemoryStorageEngine(StorageEngine):
 
     def __init__(self, page_bytes: int, pages: int) -> None:
         if page_bytes < 1 or pages < 1:
-            raise InvalidArgumentError(f"no room for a page: {page_bytes=}, {pages=}")
+            raise InvalidArgumentError(
+                f"no room for a page: {page_bytes=}, {pages=}", page_bytes=page_bytes, pages=pages
+            )
         self._page_bytes = page_bytes
         self._pages = pages
         self._guard = threading.Lock()

@@ -28,7 +28,7 @@ from light_mem.index import file as index_file
 from light_mem.index.ages import AgeBucket, by_age
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
-from light_mem.index.format import CHANGING
+from light_mem.index.format import CHANGING, INDEX_VERSION
 from light_mem.index.keys import KeyArray
 from light_mem.index.leases import Leases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
@@ -256,5 +256,9 @@ def _index_of(directory: Path, geometry: Geometry) -> IndexFile:
         return IndexFile(directory / index_file.NAME, geometry)
     except IndexUnusable as error:
         raise StoreFormatError(
-            f"{error}; is the server of another version?", path=str(directory), field="index"
+            f"{error}; is the server of another version?",
+            path=str(directory),
+            field="index",
+            found=str(error),
+            expected=f"an index of version {INDEX_VERSION}",
         ) from None

@@ -92,14 +92,16 @@ def has_descriptors_for(shards: int) -> bool:
 def check_sizes(page_bytes: int, shards: int, storage_size: int, block_pages: int) -> None:
     """Raise InvalidArgumentError unless every shard has room for one full block."""
     if not 1 <= shards <= MAX_SHARDS:
-        raise InvalidArgumentError(f"num_of_shard is 1 to {MAX_SHARDS}, not {shards}")
+        raise InvalidArgumentError(
+            f"num_of_shard is 1 to {MAX_SHARDS}, not {shards}", num_of_shard=shards
+        )
     if description.slots_for(storage_size, shards, page_bytes) < block_pages:
         least = block_pages * page_bytes * shards
         raise InvalidArgumentError(
             f"storage_size {storage_size} is too small: {shards} shards of one block of "
             f"{block_pages} pages of {page_bytes} bytes need {least}",
             storage_size=storage_size,
-            least=least,
+            needed=least,
         )
 
 

@@ -104,7 +104,11 @@ class WorkerPool:
             if self.failure:
                 self.stop()
                 tail = self._workers.log.tail(10) if self._workers.log else ""
-                raise WorkerStartError(f"workers did not start: {self.failure}\n{tail}")
+                raise WorkerStartError(
+                    f"workers did not start: {self.failure}\n{tail}",
+                    reason=self.failure,
+                    log=tail,
+                )
             seen = int(self._table.header["done_seq"][0])
             self._table.futex.wait(self._table.done_word, seen, 0.02)
 

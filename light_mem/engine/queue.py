@@ -71,7 +71,8 @@ class TaskQueue:
         if not self._threads.acquire(timeout=timeout):
             raise LockTimeoutError(
                 f"the queue was not free within {timeout:g} s: its holder is stopped",
-                path="queue",
+                path=self._lock.path,
+                byte=QUEUE_BYTE,
                 timeout=timeout,
             )
         try:

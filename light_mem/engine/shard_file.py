@@ -181,7 +181,7 @@ class ShardFile(SlotRecords):
         Raises ServiceClosedError after `close`.
         """
         if self._data_fd < 0:  # no file: the mapping would be zeros that are nobody's
-            raise ServiceClosedError(f"shard {self.shard} is closed")
+            raise ServiceClosedError(f"shard {self.shard} is closed", shard=self.shard)
         if self._read_only is None:
             size = fmt.data_file_bytes(self._geometry.slots, self.page_bytes)
             mapped = mmap.mmap(self._data_fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

@@ -291,5 +291,6 @@ def _no_intents(engine: LocalStorageEngine, shards: list[int]) -> LockTimeoutErr
     return LockTimeoutError(
         f"{MAX_INTENTS} slots of failed writes wait for the locks of shards {shards}",
         path=str(engine.directory),
+        shards=shards,
         timeout=0,
     )

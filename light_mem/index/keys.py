@@ -59,7 +59,9 @@ def _one(value: object) -> bytes:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _digest(bytes(value))
     if is_bool(value):
-        raise InvalidArgumentError(f"a hash is a str, bytes or int, not a bool: {value!r}")
+        raise InvalidArgumentError(
+            f"a hash is a str, bytes or int, not a bool: {value!r}", value=value
+        )
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:

@@ -130,6 +130,7 @@ class RangeLock:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         _range_locks.add(self)
 
@@ -165,8 +166,10 @@ class RangeLock:
         while not self.try_lock(at):
             if time.monotonic() > deadline:
                 raise LockTimeoutError(
-                    f"byte {at} was not free within {timeout:g} s: its holder is stopped",
-                    path=f"byte {at}",
+                    f"byte {at} of {self.path} was not free within {timeout:g} s: its holder is "
+                    "stopped",
+                    path=self.path,
+                    byte=at,
                     timeout=timeout,
                 )
             time.sleep(pause)

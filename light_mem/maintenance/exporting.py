@@ -50,7 +50,7 @@ def export_store(
     store = Store(directory)
     target = Path(file)
     if target.is_dir():
-        raise InvalidArgumentError(f"{target} is a directory")
+        raise InvalidArgumentError(f"{target} is a directory", file=str(target))
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already")
     keys = None if hashes is None else keymath.as_keys(hashes)

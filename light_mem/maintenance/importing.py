@@ -23,7 +23,7 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import describe
 from light_mem.engine.places import Regions
-from light_mem.errors import PinLimitError, StoreFormatError
+from light_mem.errors import BlockNotStoredError, PinLimitError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
@@ -57,7 +57,7 @@ def import_store(
     dry_run                only read and check the file
 
     Raises FileNotFoundError, StoreFormatError (no export; no store; another page size),
-    StoreBusyError, StoreFullError.
+    StoreBusyError, StoreFullError, BlockNotStoredError.
     """
     started = time.monotonic()
     source = ExportFile(file)
@@ -208,7 +208,7 @@ class _Import:
             place = Regions(np.frombuffer(block.data, np.uint8), [(0, len(block.data))])
             batch.append(BlockIO(block.low, block.high, place))
 
-        failed: list[tuple[int, str]] = []
+        failed: list[tuple[ExportedBlock, Outcome]] = []
         fresh: set[tuple[int, int]] = set()
 
         def report(positions: Sequence[int], outcome: Outcome) -> None:
@@ -224,13 +224,17 @@ class _Import:
             elif outcome is Outcome.NO_ROOM:
                 self.no_room += len(these)
             elif outcome is not Outcome.COPIED:
-                failed.extend((block.low, outcome.name) for block in these)
+                failed.extend((block, outcome) for block in these)
 
         # Not pinned from the start: that there may be no more pins is known under the lock only.
         engine.keeps = {(b.low, b.high): b.keep & fmt.KEEP_TIME_MASK for b in blocks}
         engine.write(batch, report)
-        for low, name in failed:  # not in the report: there it would be taken for the shard's
-            raise OSError(f"block {low:x} could not be stored: {name}")
+        if failed:  # not in the report: there it would be taken for the shard's
+            block, outcome = failed[0]
+            key = keymath.key_text(block.low, block.high)
+            raise BlockNotStoredError(
+                f"block {key} could not be stored: {outcome.name}", key=key, outcome=outcome.name
+            )
         self._batch_slots.clear()
         self._pin(engine, fresh)
 

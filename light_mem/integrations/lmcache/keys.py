@@ -39,7 +39,11 @@ class KeySpace:
         Raises InvalidArgumentError for keys without a chunk hash.
         """
         if CONTENT not in fields:
-            raise InvalidArgumentError(f"LMCache's keys have the fields {fields}, no {CONTENT}")
+            raise InvalidArgumentError(
+                f"LMCache's keys have the fields {fields}, no {CONTENT}",
+                found=list(fields),
+                expected=CONTENT,
+            )
         others = sorted(set(fields) - {CONTENT})
         whole = {"key_version": VERSION, "key_fields": others, **description}
         self.text = json.dumps(whole, sort_keys=True, separators=(",", ":"))
@@ -109,6 +113,6 @@ def _encode(value: object) -> bytes:
         kind, data = b"i", str(int(value)).encode()
     else:
         raise InvalidArgumentError(
-            f"LMCache's keys have a field that LightMem cannot hash: {value!r}"
+            f"LMCache's keys have a field that LightMem cannot hash: {value!r}", value=value
         )
     return kind + len(data).to_bytes(8, "little") + data

@@ -27,7 +27,9 @@ class Pool:
         pages = nbytes // slot_bytes
         if pages < 1:
             raise InvalidArgumentError(
-                f"the L1 pool has {nbytes} bytes, fewer than slot_bytes: {slot_bytes}"
+                f"the L1 pool has {nbytes} bytes, fewer than slot_bytes: {slot_bytes}",
+                size=nbytes,
+                slot_bytes=slot_bytes,
             )
         self.nbytes = pages * slot_bytes
         self._address = address
@@ -61,5 +63,5 @@ def open_service(pool: Pool, options: AdapterOptions) -> LocalCacheService:
             create_timeout=0.0,
         )
     except KVCacheMemoryError as error:
-        raise KVCacheMemoryError(f"{_HOW_TO_SHARE}. ({error})") from error
+        raise KVCacheMemoryError(f"{_HOW_TO_SHARE}. ({error})", **error.values) from error
     return started(service)

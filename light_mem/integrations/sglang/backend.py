@@ -94,7 +94,8 @@ class LightMemStorage(HiCacheStorage):
             raise InvalidArgumentError(
                 f"SGLang stores the pool {name} of tensor-parallel rank 0 only, and each rank has "
                 "other bytes in it: nothing would ever be found. Run this model without the draft "
-                "model, or without this backend"
+                "model, or without this backend",
+                pool=name,
             )
         self._pools[name] = host_pool
         if self._opened:
@@ -249,7 +250,9 @@ class LightMemStorage(HiCacheStorage):
         except KeyError:
             raise ServiceClosedError(
                 f"SGLang asks for pages of the pool {name}, which was not opened: its pools are "
-                f"{sorted(self._stores)}"
+                f"{sorted(self._stores)}",
+                pool=name,
+                pools=sorted(self._stores),
             ) from None
 
     def _measured(

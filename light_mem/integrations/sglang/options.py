@@ -89,5 +89,6 @@ def _check_ratios(ratios: object) -> None:
     if not fine:
         raise InvalidArgumentError(
             "pool_ratio gives, by the names of side pools, numbers above 0: pages stored for each "
-            f"page of the pool kv, not {ratios!r}"
+            f"page of the pool kv, not {ratios!r}",
+            pool_ratio=ratios,
         )

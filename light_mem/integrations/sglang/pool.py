@@ -75,14 +75,21 @@ class HostPool:
         if indices.dim() != 1 or len(indices) != pages * self.page_tokens:
             raise InvalidArgumentError(
                 f"{pages} pages of the pool {self.name} have {pages * self.page_tokens} host "
-                f"indices, not {tuple(indices.shape)}"
+                f"indices, not {tuple(indices.shape)}",
+                pool=self.name,
+                shape=tuple(indices.shape),
+                needed=pages * self.page_tokens,
             )
         found = self._ask(indices)
         if found is None or len(found[1]) != pages * len(self.piece_bytes):
-            raise InvalidArgumentError(f"the pool {self.name} gives no addresses of its pages")
+            raise InvalidArgumentError(
+                f"the pool {self.name} gives no addresses of its pages", pool=self.name
+            )
         addresses, lengths = (part.reshape(pages, -1) for part in found)
         if (lengths != self.piece_bytes).any():
-            raise InvalidArgumentError(f"the pages of the pool {self.name} have changed their size")
+            raise InvalidArgumentError(
+                f"the pages of the pool {self.name} have changed their size", pool=self.name
+            )
         return [
             np.stack(
                 (
@@ -103,7 +110,10 @@ class HostPool:
             layout = getattr(self._pool, "layout", None)
             raise InvalidArgumentError(
                 f"the host pool {self.name} ({type(self._pool).__name__}, layout {layout}) cannot "
-                f"give its pages in place: {error}. Try --hicache-mem-layout page_first"
+                f"give its pages in place: {error}. Try --hicache-mem-layout page_first",
+                pool=self.name,
+                layout=layout,
+                reason=str(error),
             ) from error
         if found is None:
             return None
@@ -124,7 +134,8 @@ class HostPool:
         if not placed.all():
             raise InvalidArgumentError(
                 f"pages of the host pool {self.name} ({type(self._pool).__name__}) lie outside of "
-                "the buffers that it names"
+                "the buffers that it names",
+                pool=self.name,
             )
 
     def _check(self, memory: torch.Tensor, page_bytes: int) -> None:
@@ -132,23 +143,33 @@ class HostPool:
             raise InvalidArgumentError(
                 f"a buffer of the host pool {self.name} ({type(self._pool).__name__}) is not a "
                 f"whole number of pages of {page_bytes} bytes in CPU memory: {memory.nbytes} bytes "
-                f"on {memory.device}"
+                f"on {memory.device}",
+                pool=self.name,
+                page_bytes=page_bytes,
+                size=memory.nbytes,
+                device=str(memory.device),
             )
         try:
             region = find_region(memory.data_ptr(), memory.nbytes)
         except OSError as error:
             raise KVCacheMemoryError(
-                f"nothing tells what the host pool {self.name} lies in: {error}"
+                f"nothing tells what the host pool {self.name} lies in: {error}",
+                pool=self.name,
+                reason=str(error),
             ) from error
         if not region.shared:  # LightMem could move it, and SGLang's pointers would not follow
             raise KVCacheMemoryError(
-                f"the host pool {self.name} lies in private memory. {_HOW_TO_SHARE}"
+                f"the host pool {self.name} lies in private memory. {_HOW_TO_SHARE}",
+                pool=self.name,
+                path=region.path,
             )
 
 
 def cannot_map(pool: HostPool, error: KVCacheMemoryError) -> KVCacheMemoryError:
     """The error for a pool whose memory turns out not to be mappable, with what to do."""
-    return KVCacheMemoryError(f"the host pool {pool.name}: {error}. {_HOW_TO_SHARE}")
+    return KVCacheMemoryError(
+        f"the host pool {pool.name}: {error}. {_HOW_TO_SHARE}", **error.values, pool=pool.name
+    )
 
 
 def _memories(pool: Any) -> list[torch.Tensor]:

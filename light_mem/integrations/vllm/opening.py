@@ -21,7 +21,10 @@ def rows_of(view: memoryview) -> torch.Tensor:
         raise InvalidArgumentError(
             "the primary tier is a writable, contiguous view [num_chunks, row_bytes], not "
             f"{'a read-only' if view.readonly else 'a'} one of shape {view.shape} and strides "
-            f"{view.strides}"
+            f"{view.strides}",
+            shape=view.shape,
+            strides=view.strides,
+            readonly=view.readonly,
         )
     rows = len(view)
     return torch.frombuffer(view, dtype=torch.uint8).view(rows, view.nbytes // rows)

@@ -49,7 +49,9 @@ class TierOptions:
         texts = ("file", "namespace", "weights", "locality")
         found = read_options(cls, options, who="the light_mem tier", texts=texts)
         if found.locality not in ("LOCAL", "REMOTE"):
-            raise InvalidArgumentError(f'locality is "LOCAL" or "REMOTE", not {found.locality!r}')
+            raise InvalidArgumentError(
+                f'locality is "LOCAL" or "REMOTE", not {found.locality!r}', locality=found.locality
+            )
         blocks.whole_number("max_queued_blocks", found.max_queued_blocks, 0, 2**31)
         blocks.seconds("load_timeout", found.load_timeout)
         blocks.seconds("shutdown_timeout", found.shutdown_timeout)

@@ -29,6 +29,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from light_mem import __version__
+from light_mem.errors import InvalidArgumentError
 from light_mem.integrations import weights
 from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.plain_data import plain
@@ -189,7 +190,7 @@ def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> 
     engine = engine_config.find_engine_config(VllmConfig, spec.extra_config)
     if engine is None and options.weights is None:
         # Without it neither revision nor quantization is known: only the user can tell.
-        raise ValueError(
+        raise InvalidArgumentError(
             'LightMem cannot find the configuration of the engine in this process. Set "weights" '
             "in the tier's configuration to a text that is another one for other weights, another "
             "quantization or other overrides of the model's configuration"
