@@ -18,6 +18,8 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.errors import StoreBusyError, StoreFormatError, StoreFullError
 from light_mem.index import description, room
 from light_mem.index import format as fmt
+from light_mem.index.file import IndexFile
+from light_mem.index.owners import Owners
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, open_local
 
 LOADED = Outcome.LOADED
@@ -269,3 +271,29 @@ def test_opening_what_is_no_store_leaves_no_descriptor(tmp_path: Path) -> None:
     (tmp_path / "store" / "index").unlink()
     with pytest.raises(OSError, match="index"):
         LocalStorageEngine(tmp_path / "store", kind="tool")
+
+
+def test_without_the_owners_file_nothing_stays_marked_as_being_filled(tmp_path: Path) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(Block(1))
+    with rig.engine.change(0) as (index, _):
+        where = index.allocate(3, [])
+        assert where is not None
+        index.mark(where.runs, owner=77)
+    rig.engine.close()
+    (tmp_path / "store" / "owners").unlink()
+    rig = Rig(open_local(tmp_path / "store", 8))
+    assert rig.engine.stats()["used_slots"] == 1
+    assert rig.read(Block(1)) == [LOADED]
+    rig.engine.close()
+
+
+def test_the_last_one_to_leave_syncs_the_owners_before_the_index_is_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    for cls, name in ((Owners, "flush"), (IndexFile, "mark_clean")):
+        real = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda it, n=name, r=real: (steps.append(n), r(it)))
+    open_local(tmp_path / "store", 8).close()
+    assert steps == ["flush", "mark_clean"]

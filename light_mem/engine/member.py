@@ -124,6 +124,7 @@ class Member(OpenStore):
                 )
             with PathLock(lock_path(self.directory, "open")).hold(timeout=10):
                 if not self._owners.others():
+                    self._owners.flush()  # before: see there
                     self._index.mark_clean()
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))

@@ -270,6 +270,8 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, resized: 
         # Whoever has the store open has proved that this kernel wrote the index.
         if not file.trustworthy and not owners.others():
             reason = "the machine went down with the index unsynced"
+        if owners.is_new:
+            reason = "the owners file is missing, which alone names slots that were being filled"
         file.close()
     except FileNotFoundError:
         reason = "the index is missing"

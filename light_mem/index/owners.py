@@ -67,7 +67,8 @@ class Owners:
         size = MAX_OWNERS * OWNER.itemsize
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if os.fstat(descriptor).st_size < size:
+            self.is_new = os.fstat(descriptor).st_size < size
+            if self.is_new:
                 # Never shortened and never replaced: others may have it mapped and locked.
                 allocate(descriptor, path, size)
             self._map = mmap.mmap(descriptor, size)
@@ -154,6 +155,11 @@ class Owners:
     def others(self) -> bool:
         """Whether any other process has the store open."""
         return self.locks.locked_by_another(0, MAX_OWNERS)
+
+    def flush(self) -> None:
+        """Have the records on the device: an index that is clean is believed after a power cut, and
+        only they name the slots in it that the dead were filling. Raises OSError."""
+        self._map.flush()
 
     def close(self) -> None:
         """Close the file; memberships end."""
