@@ -76,13 +76,13 @@ def test_the_example_of_the_readme_runs_and_says_what_its_comments_say(place: Pa
     for line in PRINTED.splitlines()[:5]:
         assert line in example
     assert "service.match_prefix" in example
-    before, closes, after = example.partition("service.close()")
+    before, closes, after = example.partition("service.close(drain=30)")
     assert closes
     program = f"""{before}
 print(service.match_prefix(["hash1", "hash2", "hash3"]), service.query("hash_key"))
-print(*task.state(), bool((kv_cache[7] == kv_cache[0]).all()))
+print(task.finished_prefix(), *task.state(), bool((kv_cache[7] == kv_cache[0]).all()))
 {closes}{after}
 """
     filled = program.replace("service.run()\n", "service.run()\nkv_cache[0] = 5; kv_cache[1] = 9\n")
-    check = filled.replace("print(*task", "print(int(kv_cache[7, 0]), int(kv_cache[3, -1]), *task")
-    assert run(place, check) == ["2 False", "5 9 2 2 True"]
+    check = filled.replace("print(task", "print(int(kv_cache[7, 0]), int(kv_cache[3, -1]), task")
+    assert run(place, check) == ["2 False", "5 9 2 2 2 True"]

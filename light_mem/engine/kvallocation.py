@@ -38,7 +38,7 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     import torch
 
     for name, value in (("num_pages", num_pages), ("page_bytes", page_bytes)):
-        if not isinstance(value, int) or value <= 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise InvalidArgumentError(
                 f"{name} must be a positive integer, not {value!r}", **{name: value}
             )

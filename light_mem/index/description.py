@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from light_mem.errors import StoreFormatError
+from light_mem.errors import StoreFormatError, StoreFullError
 from light_mem.index import format as fmt
 
 NAME = "store.json"
@@ -60,12 +63,21 @@ def save(directory: Path, geometry: Geometry) -> None:
     fields = {"format": "lightmem", "version": fmt.FORMAT_VERSION, **geometry._asdict()}
     text = json.dumps({**fields, "crc": _crc(fields)}, indent=1) + "\n"
     temporary = directory / f"{NAME}.{os.getpid()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, text.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFullError(
+                f"{directory / NAME} cannot be written: {error.strerror}",
+                needed=len(text),
+                available=shutil.disk_usage(directory).free,
+                errno=error.errno,
+            ) from error
+        raise
     os.replace(temporary, directory / NAME)
     sync_directory(directory)
 
