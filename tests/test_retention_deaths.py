@@ -221,3 +221,24 @@ def test_a_pin_whose_holder_died_is_in_both_files_or_in_none(
         assert (keeps[live] == records[live]).all()
         engine.close()
     assert differ >= 3
+
+
+def test_what_replaces_a_pinned_block_is_pinned_whoever_dies_when(tmp_path: Path) -> None:
+    rig = prepared(tmp_path / "store")
+    local(rig).pin(keys_of(BEFORE[0]))
+    seen = moments(tmp_path / "store", lambda: rig.write(Block(0, 1)))
+    rig.engine.close()
+    lengths = set()
+    for at, files in enumerate(seen):
+        rig = opened(restore(files, tmp_path / "store", tmp_path / str(at)))
+        engine = local(rig)
+        with engine.change(0):
+            pass
+        entry = engine.lookup.find_one(*keymath.as_key(0))
+        assert engine.stats()["pinned_blocks"] == (entry >= 0)
+        if entry >= 0:
+            assert int(engine._index.entries["keep"][entry]) >= fmt.KEEP_PINNED
+            lengths.add(int(engine._index.entries["nbytes"][entry]))
+        engine.close()
+        assert maintenance.verify(engine.directory, jobs=1).clean
+    assert len(lengths) == 2

@@ -16,6 +16,7 @@ from light_mem.engine.base import Outcome
 from light_mem.engine.intents import Intents
 from light_mem.engine.write_job import Failures, Part
 from light_mem.errors import LockTimeoutError, StoreFormatError
+from light_mem.index.format import KEEP_PINNED
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.owners import Owner
 from light_mem.index.written import Written
@@ -158,24 +159,34 @@ class Publisher:
                     file.clear_records([slot])
                 left.append(at)
             fresh, keys = left, part.job.keys.at(left)
+        for at, slots in pinned.items():
+            self._pin(index, file, written, at, slots)
         blocks = [written[at] for at in fresh]
         index.publish(blocks, keys.mixed, time.time_ns())
-        for at, slots in pinned.items():
-            self._pin(index, file, written[at].runs[0][0], slots)
         return fresh
 
-    def _pin(self, index: ShardIndex, file: ShardFile, slot: int, slots: int) -> None:
-        """The block at `slot` replaces a pinned one of so many slots."""
-        retention = index.retention
-        if retention.slots_at(slot) > slots and retention.excess([slot]):
+    def _pin(
+        self,
+        index: ShardIndex,
+        file: ShardFile,
+        written: dict[int, Written],
+        at: int,
+        slots: int,
+    ) -> None:
+        """What is about to be published replaces a pinned block of so many slots: it has the pin
+        from the first moment on, for whoever does this may die before the next."""
+        block = written[at]
+        wanted = self._engine.geometry.slots_of(block.nbytes)
+        if wanted > slots and not index.retention.has_room(wanted):
             log.warning(
                 "a pinned block of shard %d of %s was replaced by a longer one, which is not "
                 "pinned: more than half of the shard would be",
                 index.shard,
                 self._engine.directory,
             )
-        else:
-            file.set_keep(slot, retention.pin(slot))
+            return
+        written[at] = block._replace(keep=block.keep | KEEP_PINNED)
+        file.set_keep(block.slot, written[at].keep)
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:

@@ -95,6 +95,10 @@ class Retention:
         """Whether the block that is listed at `slot` counts as absent."""
         return has_expired(int(self._keeps[slot]))
 
+    def has_room(self, slots: int) -> bool:
+        """Whether so many more slots may be pinned."""
+        return bool(self._control.pinned_slots + slots <= self.limit)
+
     def excess(self, slots: list[int]) -> int:
         """Slots by which the limit would be exceeded if these blocks were pinned too; 0: none."""
         needed = sum(self.slots_at(slot) for slot in slots if not self.is_pinned(slot))
