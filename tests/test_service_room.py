@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from light_mem import CacheTask, InvalidArgumentError, State, TaskExpiredError, TaskTableFullError
+from light_mem.engine.queue import QUEUE_BYTE
+from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
 from tests.deaths import interleave
 from tests.service_rig import WAIT, rig
@@ -225,3 +227,22 @@ def test_a_task_that_only_a_traceback_has_does_not_fail_a_create_that_waits_for_
         with pytest.raises(TaskTableFullError):
             r.service.create("w", ["c"], [0])
         assert kept.tb
+
+
+def test_a_signal_that_raises_as_the_queue_is_taken_leaves_it_free_for_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RangeLock.lock
+
+    def interrupted(self: RangeLock, at: int, timeout: float) -> None:
+        lock(self, at, timeout)
+        raise Interrupted
+
+    with rig(tmp_path, run=False) as r:
+        monkeypatch.setattr(RangeLock, "lock", interrupted)
+        with pytest.raises(Interrupted):
+            r.service.create("w", ["a"], [0])
+        monkeypatch.undo()
+        other = RangeLock(r.service._session.table.lock_path())
+        assert not other.locked_by_another(QUEUE_BYTE)
+        other.close()
