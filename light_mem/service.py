@@ -24,6 +24,7 @@ from light_mem.task import CacheTask
 if TYPE_CHECKING:
     import torch
 
+    from light_mem.lane_room import Room
     from light_mem.layouts import RegionsArgument
 
 DEFAULT_CREATE_TIMEOUT = 10.0
@@ -128,21 +129,27 @@ class CacheService(StoredBlocks):
             final = bytes([FINISHED if kind == WRITE else ABORTED]) * len(hashes)
             return CacheTask(**fields, final=final)
         mixed = keymath.mix(keys) if kind == WRITE else None
+        held: list[Room] = []
         try:
-            room = session.place(keys, kind, layout, self._create_timeout, entries, mixed)
-        except TaskTableFullError:
-            session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
+            room = session.place(keys, kind, layout, self._create_timeout, entries, mixed, held)
+            task = CacheTask(**fields, table=session.table, room=room, session=session)
+            order = np.flatnonzero(~done)
+            homes = None
+            if mixed is not None and len(order) > 1:
+                count = self._engine.geometry.shards
+                shards = keymath.shards_of(mixed[order], count)
+                workers = int(session.table.header["workers"][0])
+                in_turn, homes = deal(shards, layout.nbytes[order], count, workers)
+                order = order[in_turn]
+            session.submit(task, room, done, order, homes, kind)
+        except BaseException as error:
+            # Nobody gets the task. Of one that is queued by now the room stays its own until it is
+            # ready; to wait for the task to be dropped would not do, a traceback may keep it.
+            for room in held:
+                session.release(room)
+            if isinstance(error, TaskTableFullError):
+                session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
             raise
-        task = CacheTask(**fields, table=session.table, room=room, session=session)
-        order = np.flatnonzero(~done)
-        homes = None
-        if mixed is not None and len(order) > 1:
-            count = self._engine.geometry.shards
-            shards = keymath.shards_of(mixed[order], count)
-            workers = int(session.table.header["workers"][0])
-            in_turn, homes = deal(shards, layout.nbytes[order], count, workers)
-            order = order[in_turn]
-        session.submit(task, room, done, order, homes, kind)
         return task
 
     def _read_at_once(self, hashes: list[HashValue], layout: Layout) -> bool:

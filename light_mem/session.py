@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from light_mem.errors import (
     InvalidArgumentError,
     LockTimeoutError,
     ServiceClosedError,
+    TaskExpiredError,
     TaskTableFullError,
 )
 from light_mem.index.keys import KeyArray, U64Array
@@ -94,12 +96,15 @@ class Session:
         layout: Layout,
         timeout: float,
         entries: npt.NDArray[np.int64],
-        mixed: U64Array | None = None,
+        mixed: U64Array | None,
+        held: list[Room],
     ) -> Room:
         """Put a task in the table; `submit` brings it to life.
 
         entries   where the index lists each of the keys, -1: nowhere
         mixed     `keys.mix` of each, for a task that writes
+        held      gets the room: if this or anything up to the end of `submit` raises, the caller
+                  is to release what is in it
 
         Raises InvalidArgumentError for a task larger than the table, TaskTableFullError when
         there is no room within `timeout` seconds.
@@ -107,7 +112,7 @@ class Session:
         table, count = self.table, len(keys)
         words = layout.words
         created = time.monotonic_ns()
-        room = self._wait_for_room(count, len(words), timeout)
+        room = self._wait_for_room(count, len(words), timeout, held)
         cells = np.zeros(count, CELL)
         cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
         cells["pages"], cells["places"] = room.pages + layout.first, layout.count
@@ -117,11 +122,7 @@ class Session:
         if mixed is not None:
             cells["mixed"] = mixed
         end = room.start + count
-        # Before the states: whoever still polls a former task of this row finds out.
-        table.generations[room.row] += 1
         table.rows["created"][room.row] = created
-        # A process may die before it submits: the blocks are final until then.
-        table.states[room.start : end] = ABORTED
         table.pages[room.pages : room.pages + len(words)] = words
         table.cells[room.start : end] = cells
         return room
@@ -161,8 +162,9 @@ class Session:
             self._tasks.add(task)  # to take its room back early when the table is full
 
     def release(self, room: Room) -> None:
-        """The task object is gone or knows its final states: the room may be used again once the
-        task is ready. Called from finalisers: takes no lock."""
+        """The task object is gone or knows its final states, or `create` has failed: the room may
+        be used again once the task is ready. Called from finalisers: takes no lock. Twice is as
+        once."""
         self._lane_room.release(room)
 
     def close(self) -> None:
@@ -178,7 +180,7 @@ class Session:
         start = self._lane * self.table.sizes.cells
         return slice(start, start + int(self.counters["cells_top"][0]))
 
-    def _wait_for_room(self, count: int, pages: int, timeout: float) -> Room:
+    def _wait_for_room(self, count: int, pages: int, timeout: float, held: list[Room]) -> Room:
         sizes = self.table.sizes
         for need, capacity, what in (
             (count, sizes.cells, "blocks"),
@@ -193,7 +195,7 @@ class Session:
         deadline = time.monotonic() + timeout
         while True:
             with self._guard:
-                room = self._lane_room.take(count, pages)
+                room = self._lane_room.take(count, pages, held)
             if room is not None:
                 return room
             if self.table.shutdown or self.table.orphaned:
@@ -214,7 +216,10 @@ class Session:
         with self._guard:
             tasks = list(self._tasks)
         for task in tasks:
-            task.ready()  # a ready task knows its states and gives its room back
+            # A ready task knows its states and gives its room back. One whose `create` has failed
+            # since it was noted is in some traceback only, and its room may be another's by now.
+            with suppress(TaskExpiredError):
+                task.ready()
 
 
 def _identity() -> tuple[int, float]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from light_mem.index import description
 from light_mem.index.format import MAX_OWNERS, OWNER
-from tests.opcodes import watch_opcodes
+from tests.opcodes import LIBRARY, watch_opcodes
 
 OWNERS_BYTES = 4 * OWNER.itemsize  # the tests have no more owners
 Files = dict[str, bytes]
@@ -62,9 +62,14 @@ def moments(directory: Path, call: Callable[[], object]) -> list[Files]:
     return seen if last is None else [*seen, last]
 
 
-def interleave(call: Callable[[], Any], change: Callable[[], object], at: int) -> tuple[Any, bool]:
-    """What `call` returns when `change` happens after its `at`-th opcode in the library, and
-    whether it had as many."""
+def interleave(
+    call: Callable[[], Any],
+    change: Callable[[], object],
+    at: int,
+    where: tuple[str, ...] = (LIBRARY,),
+) -> tuple[Any, bool]:
+    """What `call` returns when `change` happens before its `at`-th opcode in the library, or in
+    these files, and whether it had as many."""
     left = at
 
     def look() -> None:
@@ -73,7 +78,7 @@ def interleave(call: Callable[[], Any], change: Callable[[], object], at: int) -
         if left == 0:
             change()
 
-    result = watch_opcodes(call, look)
+    result = watch_opcodes(call, look, where)
     return result, left <= 0
 
 

@@ -7,12 +7,18 @@ import os
 import pickle
 import signal
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from light_mem import CacheTask, InvalidArgumentError, State, TaskExpiredError, TaskTableFullError
+from light_mem.engine.queue import QUEUE_BYTE
+from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
+from tests.deaths import interleave
 from tests.service_rig import WAIT, rig
 
 
@@ -134,3 +140,109 @@ def test_aborted_entries_never_push_a_waiting_block_out_of_the_queue(tmp_path: P
         assert waiting.state() == [State.Finished]
         assert r.read(["waits"], [2]).state() == [State.Finished]
         assert r.holds("waits", [2])
+
+
+class Interrupted(BaseException):
+    """What a signal's handler raises."""
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+def test_a_create_that_is_interrupted_as_it_takes_room_costs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, run=False, max_blocks=4, create_timeout=0.2) as r:
+        session = r.service._session
+        place = session.place
+        for at in count(1):
+            happened = True
+
+            def watched(*args: Any, at: int = at) -> Any:
+                nonlocal happened
+                room, happened = interleave(lambda: place(*args), interrupt, at)
+                return room
+
+            monkeypatch.setattr(session, "place", watched)
+            with suppress(Interrupted):
+                r.service.abort(r.service.create("w", ["a", "b"], [0, 1]))
+            monkeypatch.undo()
+            if session._guard.locked():  # at a `with`, where no signal is looked for
+                session._guard.release()
+            r.service.abort(r.service.create("w", list("cdef"), range(4)))
+            if not happened:
+                break
+        assert at > 200  # it did look
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_room_of_a_create_that_is_interrupted_is_its_own_for_as_long_as_it_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queued: bool
+) -> None:
+    with rig(tmp_path, run=False, max_blocks=4, create_timeout=0.2) as r:
+        session = r.service._session
+        submit = session.submit
+
+        def interrupted(*args: Any) -> None:
+            if queued:
+                submit(*args)
+            raise Interrupted
+
+        r.fill("a", [0])
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "submit", interrupted)
+            with pytest.raises(Interrupted) as kept:  # the traceback, and so the task
+                r.service.create("w", ["a"], [0])
+        if queued:
+            with pytest.raises(TaskTableFullError):
+                r.service.create("w", list("cdef"), range(4))
+        else:
+            r.service.abort(r.service.create("w", list("cdef"), range(4)))
+        r.service.run()
+        assert r.service.create("w", list("cdef"), range(4)).wait(WAIT)
+        assert r.service.query(["a"]) == [queued]
+        assert r.service.active_create_count("write") == 0
+        assert kept.tb
+
+
+def test_a_task_that_only_a_traceback_has_does_not_fail_a_create_that_waits_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, run=False, max_blocks=1, create_timeout=0.1) as r:
+        session = r.service._session
+        submit = session.submit
+
+        def interrupted(*args: Any) -> None:
+            submit(*args)
+            raise Interrupted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "submit", interrupted)
+            with pytest.raises(Interrupted) as kept:
+                r.service.create("w", ["a"], [0])
+        session.queue.abort_waiting()
+        task = r.service.create("w", ["b"], [0])  # has the row and the cell of the first
+        assert task.state() == [State.Initial]
+        with pytest.raises(TaskTableFullError):
+            r.service.create("w", ["c"], [0])
+        assert kept.tb
+
+
+def test_a_signal_that_raises_as_the_queue_is_taken_leaves_it_free_for_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RangeLock.lock
+
+    def interrupted(self: RangeLock, at: int, timeout: float) -> None:
+        lock(self, at, timeout)
+        raise Interrupted
+
+    with rig(tmp_path, run=False) as r:
+        monkeypatch.setattr(RangeLock, "lock", interrupted)
+        with pytest.raises(Interrupted):
+            r.service.create("w", ["a"], [0])
+        monkeypatch.undo()
+        other = RangeLock(r.service._session.table.lock_path())
+        assert not other.locked_by_another(QUEUE_BYTE)
+        other.close()

@@ -78,8 +78,10 @@ class TaskQueue:
         try:
             if self._closed:
                 raise ServiceClosedError("the service is closed")
-            self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
+            # Within: a signal may raise when the byte is taken and `lock` has not come back. To
+            # free what is not held does nothing; no other thread of this process can hold it.
             try:
+                self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
                 yield
             finally:
                 self._lock.unlock(QUEUE_BYTE)

@@ -14,7 +14,11 @@ from light_mem.index.runs import Run
 
 
 class FreeRuns:
-    """Half-open runs `[start, start + length)` that do not touch each other."""
+    """Half-open runs `[start, start + length)` that do not touch each other.
+
+    A call that an exception ends (a signal's, no memory) leaves them in pieces: whoever goes on
+    makes them anew.
+    """
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
         self._by_start: SortedDict = SortedDict()
