@@ -129,6 +129,8 @@ class LaneRoom:
                 # Its worker has stored the last state and not told of it yet. Once another task
                 # has these cells it would find them unfinished, and this one stay active for good.
                 self._table.finish(room.row, 0)
+            # Before its cells may be another row's: copies of its task find out here.
+            self._table.generations[room.row] += 1
             del given[room.row]
             self._spare.setdefault((room.blocks, room.page_count), []).append(room)
             self._rows.append(room.row)

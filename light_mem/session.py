@@ -241,4 +241,7 @@ def _clean(table: TaskTable, lane: int, queue: TaskQueue, patience: float) -> bo
         if time.monotonic() >= deadline:
             return False
         time.sleep(_FULL_PAUSE)
+    # Copies of its tasks, in other processes, find out: their cells will be other tasks'.
+    first = lane * table.sizes.rows
+    table.generations[first : first + int(table.lanes["rows_top"][lane])] += 1
     return True

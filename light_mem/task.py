@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import reprlib
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from light_mem.blocks import seconds
 from light_mem.engine.table_layout import READ, is_final, is_safe
 from light_mem.engine.task_table import TableAddress, TaskTable
 from light_mem.errors import (
@@ -21,7 +22,7 @@ from light_mem.errors import (
     ServiceClosedError,
     TaskExpiredError,
 )
-from light_mem.index.keys import HashValue
+from light_mem.index.keys import HashValue, is_bool
 from light_mem.layouts import Layout
 from light_mem.states import CacheBlock, State
 from light_mem.waiting import (
@@ -94,6 +95,9 @@ class CacheTask:
         states = table.snapshot(self._start, self._end)
         # The row after the states: a row that was given away meanwhile has another generation.
         if table.generations[self._row] != self._generation:
+            final: bytes | None = self.__dict__["_final"]  # as another thread may have set it
+            if final is not None:
+                return final
             raise TaskExpiredError(
                 "the room of this task was given to another one: its creator had dropped it",
                 row=self._row,
@@ -174,9 +178,10 @@ class CacheTask:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until the task is ready, at most `timeout` seconds; returns `ready()`.
 
-        Raises ServiceClosedError when the server dies meanwhile, InvalidArgumentError.
+        No more than 0 seconds, as what is left of a deadline may be: it only looks. Raises
+        ServiceClosedError when the server dies meanwhile, InvalidArgumentError.
         """
-        deadline = None if timeout is None else time.monotonic() + seconds("timeout", timeout)
+        deadline = None if timeout is None else time.monotonic() + _number(timeout)
         while True:
             table = self._table
             if table is None or self._final is not None:
@@ -247,6 +252,15 @@ class CacheTask:
             self._final,
         )
         return _restore, (address, where, fields)
+
+
+def _number(timeout: object) -> float:
+    number = float(timeout) if isinstance(timeout, Real) and not is_bool(timeout) else math.nan
+    if not math.isnan(number):
+        return number
+    raise InvalidArgumentError(
+        f"timeout is a number of seconds or None, not {reprlib.repr(timeout)}", timeout=timeout
+    )
 
 
 def _call(callback: Callable[[CacheTask], object], task: CacheTask) -> None:

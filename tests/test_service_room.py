@@ -246,3 +246,16 @@ def test_a_signal_that_raises_as_the_queue_is_taken_leaves_it_free_for_the_worke
         other = RangeLock(r.service._session.table.lock_path())
         assert not other.locked_by_another(QUEUE_BYTE)
         other.close()
+
+
+def test_a_copy_whose_cells_another_task_has_does_not_say_its_states(tmp_path: Path) -> None:
+    """Cells are used again last in first out, rows first in first out."""
+    with rig(tmp_path, run=False, max_blocks=8, small_write_bytes=0) as r:
+        task = r.service.create("write", ["a"], [0])
+        copy = pickle.loads(pickle.dumps(task))
+        r.service.abort(task)
+        del task
+        other = r.service.create("write", ["b"], [1])
+        assert (other._start, other._row != copy._row) == (copy._start, True)
+        with pytest.raises(TaskExpiredError):
+            copy.state()
