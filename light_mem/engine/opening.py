@@ -37,14 +37,6 @@ MAX_SHARDS = 1000
 DESCRIPTORS_PER_SHARD = 5
 
 
-def refuse_other_version(directory: Path) -> None:
-    """Raise StoreFormatError for a store of another format version, before any of its files is
-    opened to be used: another version's `owners` may have another size."""
-    if description.load(directory) is None:
-        for path in directory.glob("shard-*.data"):
-            shard_header.read_header(path)
-
-
 def make_directory(directory: Path) -> None:
     """The store's directory, 0700; raises StoreFormatError when it is something else."""
     try:
@@ -117,7 +109,6 @@ def prepare(
         alone = _wait_until_alone(owners)
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
-        _require_empty(directory)
         try:
             make_shards(directory, geometry, geometry, alone)
             make_index(directory, geometry)
@@ -194,21 +185,6 @@ def drop_unfinished(directory: Path) -> None:
         name, _, pid = path.stem.rpartition(".")
         if name in (index_file.NAME, description.NAME) and pid.isdigit():
             path.unlink(missing_ok=True)
-
-
-def _require_empty(directory: Path) -> None:
-    # A directory with shards but without any readable header is not ours to overwrite. (One that
-    # is nothing but room was not finished: its header did not reach the device.)
-    found = sorted(p.name for p in directory.glob("shard-*") if shard_header.is_foreign(p))
-    if found:
-        raise StoreFormatError(
-            f"{directory} has shard files that describe no store of this format: {found}; "
-            "nothing was changed",
-            path=str(directory),
-            field="header",
-            found=found,
-            expected="a readable header",
-        )
 
 
 def _require_same(directory: Path, geometry: Geometry, page_bytes: int, shards: int) -> None:
