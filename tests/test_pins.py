@@ -108,6 +108,7 @@ def test_a_failure_takes_back_the_pins_of_its_call(
         assert r.service.pin(keys) == 8
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", 8)
     store.write(A, B, C, D)
@@ -130,6 +131,7 @@ def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:
     assert maintenance.verify(tmp_path / "store").clean
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_store_does_not_shrink_until_more_than_half_of_it_is_pinned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,6 +234,7 @@ def test_of_a_key_with_two_lengths_in_a_batch_the_last_one_stays(store: Store) -
     assert_consistent(store.engine._index)
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_shrinking_store_keeps_pinned_blocks_before_those_used_last(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", 16)
     blocks = [Block(key, 2) for key in range(8)]
@@ -301,6 +304,7 @@ def test_evict_leaves_pinned_blocks(store: Store, tmp_path: Path) -> None:
     assert store.stored(A, B, C, D) == [3]
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_an_import_pins_what_was_pinned_as_far_as_may_be(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_shard_file_that_lost_its_end_is_mended_before_it_is_mapped(
     rig.engine.close()
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_death_between_the_two_places_of_a_moved_block_leaves_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
