@@ -110,7 +110,7 @@ def prepare(
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
         try:
-            make_shards(directory, geometry, geometry, alone)
+            make_shards(directory, geometry, None, alone)
             make_index(directory, geometry)
             description.save(directory, geometry)  # last: from here on the store exists
         except BaseException:
