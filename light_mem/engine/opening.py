@@ -9,6 +9,7 @@ another store or version is an error that changes nothing.
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
-from light_mem.index.owners import Owners
+from light_mem.index.owners import Owners, process_start
 
 log = logging.getLogger("light_mem")
 
@@ -129,16 +130,17 @@ def prepare(
             wanted = resized
         else:
             log.warning(
-                "store %s keeps its storage_size of %d bytes (%d were asked for): another "
-                "process has it open",
+                "store %s keeps its storage_size of %d bytes (%d were asked for): another %s has "
+                "it open",
                 directory,
                 geometry.storage_size,
                 storage_size,
+                "service of this process" if _is_open_here(owners) else "process",
             )
     make_shards(directory, wanted, geometry, alone)
     if described != wanted:
         description.save(directory, wanted)
-    _ensure_index(directory, wanted, owners, resized=wanted.slots != geometry.slots)
+    _ensure_index(directory, wanted, owners, geometry)
     if alone:
         cut_shards(directory, wanted)
     return wanted
@@ -149,12 +151,9 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
     writes would find no room. None: they can."""
     if slots >= geometry.slots:
         return None
-    try:
-        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
-    except (FileNotFoundError, IndexUnusable):
-        return None  # it is made anew, and who knows how many there are
-    pinned = file.control["pinned_slots"].tolist()
-    file.close()
+    pinned = _counts(directory, geometry, "pinned_slots")
+    if pinned is None:
+        return None  # the index is made anew, and who knows how many there are
     most, limit = max(pinned), slots // 2
     if most <= limit:
         return None
@@ -167,6 +166,24 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
         needed=0,
         limit=limit,
     )
+
+
+def _counts(directory: Path, geometry: Geometry, name: str) -> list[int] | None:
+    """A counter of each shard, as the index has it; None: it cannot be used."""
+    try:
+        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
+    except (FileNotFoundError, IndexUnusable):
+        return None
+    counts: list[int] = file.control[name].tolist()
+    file.close()
+    return counts
+
+
+def _is_open_here(owners: Owners) -> bool:
+    """Whether one of those who have the store open is another service of this process. By pid and
+    start: in another container the same pid is another process's."""
+    here = os.getpid(), process_start(os.getpid())
+    return any((owner.pid, owner.started) == here for owner in owners.alive())
 
 
 def _wait_until_alone(owners: Owners) -> bool:
@@ -228,7 +245,8 @@ def _from_shards(directory: Path) -> Geometry | None:
     return None
 
 
-def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, resized: bool) -> None:
+def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, before: Geometry) -> None:
+    """`before`: what the index that is there was made for."""
     reason = ""
     try:
         file = IndexFile(directory / index_file.NAME, geometry)
@@ -248,13 +266,17 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, resized: 
                 f"{owners.alive()}",
                 owners=owners.alive(),
             )
+        listed = _counts(directory, before, "blocks")
         blocks = make_index(directory, geometry)
-        if resized:
-            log.info(
-                "store %s now holds %d bytes; %d blocks are kept",
+        if geometry.slots != before.slots:
+            dropped = 0 if listed is None else max(0, sum(listed) - blocks)
+            log.log(
+                logging.WARNING if dropped else logging.INFO,
+                "store %s now holds %d bytes; %d blocks are kept, %d are dropped",
                 directory,
                 geometry.storage_size,
                 blocks,
+                dropped,
             )
         else:
             log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)
