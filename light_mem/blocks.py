@@ -249,7 +249,12 @@ def lengths(hashes: int, pages: int, per_hash: int) -> npt.NDArray[np.int64]:
 
 def tensor_sizes(kvcache: torch.Tensor) -> tuple[int, int]:
     """(page_bytes, num_pages) of a KV tensor; raises InvalidArgumentError."""
-    shape = tuple(getattr(kvcache, "shape", ()))
+    if not hasattr(kvcache, "shape"):
+        raise InvalidArgumentError(
+            f"the KV tensor must be a torch.Tensor, not {type(kvcache)}",
+            kvcache=reprlib.repr(kvcache),
+        )
+    shape = tuple(kvcache.shape)
     if len(shape) != 2 or not all(shape):
         raise InvalidArgumentError(
             f"kvcache is a uint8 tensor [num_pages, page_bytes], not one of shape {shape}",

@@ -133,7 +133,7 @@ class LeaseLimitError(_SystemError):
 
 
 class StoreFormatError(LightMemError, ValueError):
-    """The directory holds no store of this format, or one with another geometry.
+    """The directory holds no store of this format, files of others, or another geometry's store.
 
     Nothing was changed or deleted. Attributes `path` (of the store, or of its file that is wrong),
     `field`, `found`, `expected`.

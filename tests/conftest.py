@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import light_mem
+from light_mem import blocks
 from light_mem.maintenance import export_store
 from tests import maintenance_helpers
 
@@ -116,6 +117,12 @@ def _nothing_stays_behind() -> Iterator[None]:
 def store(tmp_path: Path) -> Path:
     """A closed store of the blocks of `maintenance_helpers`."""
     return maintenance_helpers.make_store(tmp_path / "store")
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers write blocks of one page: stores of a few pages are not too small for the tools."""
+    monkeypatch.setattr(blocks, "MAX_PAGES_PER_BLOCK", 1)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from light_mem.errors import InvalidArgumentError, StoreBusyError
 from light_mem.index import keys as keymath
 from light_mem.index.file import IndexFile
 from light_mem.maintenance import evict, resize
-from tests.engine_helpers import Block
+from tests.engine_helpers import Block, open_local
 from tests.maintenance_helpers import (
     BLOCKS,
     PAGE,
@@ -50,6 +50,7 @@ def test_a_larger_store_keeps_every_block_and_its_order(store: Path, command: Co
     assert_holds(store, *BLOCKS, slots=3 * SLOTS)
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_smaller_store_with_room_for_all_keeps_all_wherever_they_were(
     tmp_path: Path, command: Command
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_smaller_store_with_room_for_all_keeps_all_wherever_they_were(
     assert int(index_of(store).control["evictions"].sum()) == 0
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_store_too_small_keeps_the_blocks_last_used(store: Path, command: Command) -> None:
     slots = 10
     before = files(store)
@@ -102,6 +104,7 @@ def shard_of(block: Block) -> int:
     return keymath.shard_of(keymath.mix_one(*keymath.as_key(block.key)), SHARDS)
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_blocks_in_several_runs_move_whole(tmp_path: Path, command: Command) -> None:
     store = tmp_path / "store"
     rig = opened(store, slots=16, shards=1)
@@ -118,6 +121,7 @@ def test_blocks_in_several_runs_move_whole(tmp_path: Path, command: Command) -> 
     rig.engine.close()
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_store_that_is_open_keeps_its_size(store: Path, command: Command) -> None:
     rig = opened(store)
     try:
@@ -137,6 +141,31 @@ def test_a_size_without_room_for_a_page_a_shard_is_refused(store: Path, command:
     with pytest.raises(InvalidArgumentError):
         resize(store, 1)
     assert files(store) == before
+
+
+def test_a_size_that_no_server_could_open_is_refused(store: Path, command: Command) -> None:
+    """Blocks would be dropped for nothing: a server wants room for a full block a shard."""
+    before = files(store)
+    least = 64 * PAGE * SHARDS
+    for dry_run in ([], ["--dry-run"]):
+        assert command("resize", store, "--storage-size", least - 1, *dry_run) == 2
+        assert str(least) in command.err
+    with pytest.raises(InvalidArgumentError) as caught:
+        resize(store, least - 1)
+    assert caught.value.least == least  # type: ignore[attr-defined]
+    assert files(store) == before
+    assert resize(store, least).storage_size == least
+
+
+def test_how_long_a_block_is_is_asked_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_bytes = 64 << 10
+    open_local(tmp_path / "store", 64, page_bytes=page_bytes).close()
+    with pytest.raises(InvalidArgumentError):
+        resize(tmp_path / "store", 16 * page_bytes)
+    monkeypatch.setenv("LIGHTMEM_MAX_BLOCK_SIZE_MB", "1")
+    assert resize(tmp_path / "store", 16 * page_bytes).storage_size == 1 << 20
 
 
 # --- clear ----------------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ def test_a_killed_evict(tmp_path: Path) -> None:
         assert verify(copy).clean
 
 
+@pytest.mark.usefixtures("short_blocks")
 @pytest.mark.parametrize("slots", [20, 100])
 def test_a_killed_resize(tmp_path: Path, slots: int) -> None:
     store = make_store(tmp_path / "store")
@@ -165,6 +166,7 @@ def test_a_killed_resize(tmp_path: Path, slots: int) -> None:
         assert_holds(copy, *left, slots=slots)
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_server_opens_what_a_killed_resize_left(tmp_path: Path) -> None:
     store = tmp_path / "store"
     rig = opened(store)

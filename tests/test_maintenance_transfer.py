@@ -68,6 +68,17 @@ def test_an_import_makes_the_store_when_told_its_size(
     assert_holds(tmp_path / "new", *BLOCKS, shards=1, slots=128)
 
 
+def test_an_import_makes_no_store_that_no_server_could_open(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
+    least = 2 * 64 * PAGE
+    sizes = ["--storage-size", least - 1, "--shards", 2]
+    for dry_run in ([], ["--dry-run"]):
+        assert command("import", tmp_path / "new", exported, *sizes, *dry_run) == 2
+        assert str(least) in command.err
+        assert not (tmp_path / "new").exists()
+
+
 def test_pages_of_another_size_are_refused(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:

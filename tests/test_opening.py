@@ -83,17 +83,6 @@ def test_shard_files_without_any_content_are_not_taken_for_anothers(tmp_path: Pa
     rig.engine.close()
 
 
-def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "shard-000.data").write_bytes(b"somebody's data")
-    (tmp_path / "index.html.tmp").write_text("and this")
-    with pytest.raises(StoreFormatError) as caught:
-        open_local(tmp_path, 8)
-    assert "shard-000.data" in str(caught.value)
-    assert (tmp_path / "shard-000.data").read_bytes() == b"somebody's data"
-    assert (tmp_path / "index.html.tmp").exists()
-    assert not (tmp_path / "store.json").exists()
-
-
 def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
     with pytest.raises(StoreFormatError):

@@ -20,6 +20,7 @@ from tests.service_rig import rig
 __all__ = ["store"]  # fixtures
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", 8)
     store.write(A, B, C, D)
@@ -42,6 +43,7 @@ def test_pins_outlive_engines_an_index_and_a_resize(tmp_path: Path) -> None:
     assert maintenance.verify(tmp_path / "store").clean
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_store_does_not_shrink_until_more_than_half_of_it_is_pinned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -64,6 +66,7 @@ def test_a_store_does_not_shrink_until_more_than_half_of_it_is_pinned(
     store.close()
 
 
+@pytest.mark.usefixtures("short_blocks")
 @pytest.mark.parametrize("state", ["lost", "of another version", "older than the pins"])
 def test_nor_does_one_whose_index_is_made_anew(tmp_path: Path, state: str) -> None:
     index = tmp_path / "store" / "index"
@@ -91,6 +94,7 @@ def test_nor_does_one_whose_index_is_made_anew(tmp_path: Path, state: str) -> No
     store.close()
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_shrinking_store_keeps_pinned_blocks_before_those_used_last(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", 16)
     blocks = [Block(key, 2) for key in range(8)]
@@ -125,6 +129,7 @@ def test_evict_leaves_pinned_blocks(store: Store, tmp_path: Path) -> None:
     assert store.stored(A, B, C, D) == [3]
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_an_import_pins_what_was_pinned_as_far_as_may_be(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 
 from light_mem import maintenance
 from light_mem.engine.base import Outcome
-from light_mem.errors import InvalidArgumentError
+from light_mem.errors import InvalidArgumentError, StoreFullError
 from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, assert_consistent, open_local
+from tests.service_child import Child
 
 LOADED, MISSING = Outcome.LOADED, Outcome.MISSING
 
@@ -68,6 +70,53 @@ def test_a_store_that_others_have_open_keeps_its_size(
     other.engine.close()
 
 
+def test_blocks_that_a_smaller_store_drops_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(*(Block(key) for key in range(6)))
+    rig.engine.close()
+    caplog.set_level(logging.INFO)
+
+    def said(pages: int) -> tuple[str, str]:
+        caplog.clear()
+        open_local(tmp_path / "store", pages).close()
+        [record] = [r for r in caplog.records if "now holds" in r.getMessage()]
+        return record.levelname, record.getMessage().split("bytes; ")[1]
+
+    assert said(16) == ("INFO", "6 blocks are kept, 0 are dropped")
+    assert said(7) == ("INFO", "6 blocks are kept, 0 are dropped")
+    assert said(4) == ("WARNING", "4 blocks are kept, 2 are dropped")
+
+
+def test_who_keeps_a_store_from_another_size_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = open_local(tmp_path / "store", 8)
+    open_local(tmp_path / "store", 16).close()
+    assert "another service of this process has it open" in caplog.text
+    here.close()
+    caplog.clear()
+    script = """
+from pathlib import Path
+from tests.engine_helpers import open_local
+engine = open_local(Path(sys.argv[1]), 8)
+say("open")
+hear()
+"""
+    with Child(script, tmp_path / "store") as child:
+        assert child.hear() == ["open"]
+        open_local(tmp_path / "store", 16).close()
+        assert "another process has it open" in caplog.text
+
+
+def test_a_new_store_without_room_is_named_itself(tmp_path: Path) -> None:
+    store = tmp_path / "not" / "there"
+    with pytest.raises(StoreFullError, match=f"the store {store} needs"):
+        open_local(store, 2**50)
+    assert not (tmp_path / "not").exists()
+
+
 def test_a_shard_file_that_lost_its_end_is_mended_before_it_is_mapped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,6 +132,7 @@ def test_a_shard_file_that_lost_its_end_is_mended_before_it_is_mapped(
     rig.engine.close()
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_death_between_the_two_places_of_a_moved_block_leaves_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_times_outlive_the_engine_and_the_index(tmp_path: Path, clock: Clock) ->
     store.close()
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_an_export_carries_times_and_leaves_out_what_has_expired(
     store: Store, clock: Clock, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_an_export_carries_times_and_leaves_out_what_has_expired(
     }
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_an_import_keeps_what_only_its_pin_keeps(
     store: Store, clock: Clock, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_an_import_takes_the_room_of_what_has_expired(
         assert (report.blocks, report.present, report.no_room) == (2, 0, 0)
 
 
+@pytest.mark.usefixtures("short_blocks")
 def test_a_smaller_store_keeps_times_and_gives_up_what_has_expired_first(
     tmp_path: Path, clock: Clock
 ) -> None:

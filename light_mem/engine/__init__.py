@@ -13,7 +13,8 @@ the engine
   keeping.py       pins, and leases of blocks that are viewed
   removing.py      taking blocks out, and back what the dead left
   open_shards.py   the shards that a process has open; fence.py: changes, and leaving
-  opening.py       makes, opens and resizes a store; shard_making.py: its shards' files
+  opening.py       makes, opens and resizes a store; shard_making.py: its shards' files;
+                   foreign.py: files of others in its place; lost_shards.py: some that are gone
   reindex.py       a store's index made anew from its slots files, order of use included
 bytes
   shard_header.py  where a shard's files lie, and whose they are

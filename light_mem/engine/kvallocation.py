@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 SHM_DIR = "/dev/shm"  # where torch moves tensors to (shm_open)
 HOW_TO_ALLOCATE = (
     "allocate it with light_mem.allocate_kvcache(num_pages, page_bytes), or put it into shared "
-    "memory before (tensor.share_memory_(), POSIX or SysV shared memory, a memfd, a mapped file)"
+    "memory first (tensor.share_memory_() before .numpy(), POSIX or SysV shared memory, a memfd, a "
+    "mapped file)"
 )
 
 # Tensors of allocate_kvcache that are alive, where there is no /proc: descriptor -> address, bytes.

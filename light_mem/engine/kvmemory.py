@@ -148,7 +148,7 @@ def _validate(tensor: Any) -> None:
     if tensor.device.type != "cpu":
         found = f"lies on device {tensor.device}"
     elif tensor.dtype != torch.uint8:
-        found = f"has dtype {tensor.dtype}"
+        found = f"has dtype {tensor.dtype} (.view(torch.uint8) gives its bytes)"
     elif tensor.dim() != 2:
         found = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
     elif tensor.layout != torch.strided or not tensor.is_contiguous():
@@ -166,7 +166,8 @@ def _share_region(region: Region) -> MemorySource:
     name = repr(region.path) if region.path else "nameless shared memory"
     if not region.writable:
         raise KVCacheMemoryError(
-            f"the KV tensor's memory, {name}, is mapped read-only", path=region.path
+            f"the KV tensor's memory, {name}, is mapped read-only: map it readable and writable",
+            path=region.path,
         )
     nbytes = region.end - region.offset
     if _SYSV_PATH.fullmatch(region.path):  # the kernel shows the shmid as the inode

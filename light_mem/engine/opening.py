@@ -9,6 +9,7 @@ another store or version is an error that changes nothing.
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
-from light_mem.index.owners import Owners
+from light_mem.index.owners import Owners, started_at
 
 log = logging.getLogger("light_mem")
 
@@ -35,14 +36,6 @@ MAX_SHARDS = 1000
 # The data file, what its mapping and that of the records keep, the lock; and what the mapping for
 # views keeps, or, in a worker, the descriptor that reads past the page cache.
 DESCRIPTORS_PER_SHARD = 5
-
-
-def refuse_other_version(directory: Path) -> None:
-    """Raise StoreFormatError for a store of another format version, before any of its files is
-    opened to be used: another version's `owners` may have another size."""
-    if description.load(directory) is None:
-        for path in directory.glob("shard-*.data"):
-            shard_header.read_header(path)
 
 
 def make_directory(directory: Path) -> None:
@@ -119,9 +112,8 @@ def prepare(
         alone = _wait_until_alone(owners)
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
-        _require_empty(directory)
         try:
-            make_shards(directory, geometry, geometry, alone)
+            make_shards(directory, geometry, None, alone)
             make_index(directory, geometry)
             description.save(directory, geometry)  # last: from here on the store exists
         except BaseException:
@@ -140,16 +132,17 @@ def prepare(
             wanted = resized
         else:
             log.warning(
-                "store %s keeps its storage_size of %d bytes (%d were asked for): another "
-                "process has it open",
+                "store %s keeps its storage_size of %d bytes (%d were asked for): another %s has "
+                "it open",
                 directory,
                 geometry.storage_size,
                 storage_size,
+                "service of this process" if _is_open_here(owners) else "process",
             )
     make_shards(directory, wanted, geometry, alone)
     if described != wanted:
         description.save(directory, wanted)
-    _ensure_index(directory, wanted, owners, resized=wanted.slots != geometry.slots)
+    _ensure_index(directory, wanted, owners, geometry)
     if alone:
         cut_shards(directory, wanted)
     return wanted
@@ -177,16 +170,32 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
 
 def _pinned_slots(directory: Path, geometry: Geometry) -> list[int]:
     """Pinned slots of each shard: as the index says, or the records where it will be made anew."""
+    pinned = _counts(directory, geometry, "pinned_slots", trusted=True)
+    if pinned is not None:
+        return pinned
+    return [pinned_slots(directory, geometry, shard) for shard in range(geometry.shards)]
+
+
+def _counts(
+    directory: Path, geometry: Geometry, name: str, trusted: bool = False
+) -> list[int] | None:
+    """A counter of each shard, as the index has it; None: it cannot be used. `trusted`: nor where
+    a power cut may have mixed pages of different times."""
     try:
         file = IndexFile(directory / index_file.NAME, geometry, writable=False)
     except (FileNotFoundError, IndexUnusable):
-        return [pinned_slots(directory, geometry, shard) for shard in range(geometry.shards)]
-    pinned: list[int] = file.control["pinned_slots"].tolist()
+        return None
+    counts: list[int] = file.control[name].tolist()
     is_trusted = file.trustworthy
     file.close()
-    if is_trusted:
-        return pinned
-    return [pinned_slots(directory, geometry, shard) for shard in range(geometry.shards)]
+    return counts if is_trusted or not trusted else None
+
+
+def _is_open_here(owners: Owners) -> bool:
+    """Whether one of those who have the store open is another service of this process. By pid and
+    start: in another container the same pid is another process's."""
+    pid, started = os.getpid(), started_at(os.getpid())
+    return any(o.pid == pid and abs(o.started - started) < 1 for o in owners.alive())
 
 
 def _wait_until_alone(owners: Owners) -> bool:
@@ -205,21 +214,6 @@ def drop_unfinished(directory: Path) -> None:
         name, _, pid = path.stem.rpartition(".")
         if name in (index_file.NAME, description.NAME) and pid.isdigit():
             path.unlink(missing_ok=True)
-
-
-def _require_empty(directory: Path) -> None:
-    # A directory with shards but without any readable header is not ours to overwrite. (One that
-    # is nothing but room was not finished: its header did not reach the device.)
-    found = sorted(p.name for p in directory.glob("shard-*") if shard_header.is_foreign(p))
-    if found:
-        raise StoreFormatError(
-            f"{directory} has shard files that describe no store of this format: {found}; "
-            "nothing was changed",
-            path=str(directory),
-            field="header",
-            found=found,
-            expected="a readable header",
-        )
 
 
 def _require_same(directory: Path, geometry: Geometry, page_bytes: int, shards: int) -> None:
@@ -263,7 +257,8 @@ def _from_shards(directory: Path) -> Geometry | None:
     return None
 
 
-def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, resized: bool) -> None:
+def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, before: Geometry) -> None:
+    """`before`: what the index that is there was made for."""
     reason = ""
     try:
         file = IndexFile(directory / index_file.NAME, geometry)
@@ -285,13 +280,17 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, resized: 
                 f"{owners.alive()}",
                 owners=owners.alive(),
             )
+        listed = _counts(directory, before, "blocks")
         blocks = make_index(directory, geometry)
-        if resized:
-            log.info(
-                "store %s now holds %d bytes; %d blocks are kept",
+        if geometry.slots != before.slots:
+            dropped = 0 if listed is None else max(0, sum(listed) - blocks)
+            log.log(
+                logging.WARNING if dropped else logging.INFO,
+                "store %s now holds %d bytes; %d blocks are kept, %d are dropped",
                 directory,
                 geometry.storage_size,
                 blocks,
+                dropped,
             )
         else:
             log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)

@@ -207,11 +207,17 @@ def clear_unlisted(directory: Path, file: IndexFile, shard: int) -> None:
     entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
     free = recovery.states_of(entries) == fmt.FREE
     unlisted = np.flatnonzero(free & (recovery.states_of(records) != fmt.FREE))
-    if not unlisted.size:
+    clear_records(directory, shard, unlisted)
+
+
+def clear_records(directory: Path, shard: int, slots: npt.NDArray[np.intp]) -> None:
+    """Make the records of these slots FREE; the slots file need not be mapped, nor be there when
+    there is none to clear."""
+    if not slots.size:
         return
     descriptor = os.open(shard_header.slots_path(directory, shard), os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for slot in unlisted.tolist():
+        for slot in slots.tolist():
             at = fmt.SHARD_HEADER_BYTES + slot * fmt.RECORD.itemsize + _TAG_AT
             os.pwrite(descriptor, bytes(8), at)  # a tag is FREE
     finally:

@@ -68,8 +68,8 @@ def read_header(path: Path) -> np.void | None:
     return found
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether a file without a readable header holds any data, not only room for it."""
+def holds_data(path: Path) -> bool:
+    """Whether a file holds anything but zeros, and not only room for it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         at = 0

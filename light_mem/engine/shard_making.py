@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from light_mem.engine import shard_header
+from light_mem.engine import lost_shards, shard_header
 from light_mem.errors import StoreFormatError, StoreFullError
 from light_mem.index import description
 from light_mem.index import format as fmt
@@ -28,19 +28,22 @@ def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_
     if there.is_dir():
         slots = description.slots_for(storage_size, shards, page_bytes)
         a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
-        _require_room(there, shards * a_shard)
+        _require_room(directory, there, shards * a_shard)
 
 
-def make_shards(directory: Path, geometry: Geometry, before: Geometry, alone: bool) -> None:
+def make_shards(directory: Path, geometry: Geometry, before: Geometry | None, alone: bool) -> None:
     """Make or lengthen the shards' files; refuse those of another store before any change.
 
-    `before` is what the description said until now; `alone`: nobody else has them mapped. Raises
-    StoreFormatError, StoreFullError, OSError.
+    `before` is what the description said until now, None for a new store; `alone`: nobody else has
+    them mapped. What a store has lost is said in the log. Raises StoreFormatError, StoreFullError,
+    LockTimeoutError, OSError.
     """
     wanted: list[tuple[Path, bytes, int]] = []
-    lost: list[str] = []
+    missing: dict[bytes, list[int]] = {fmt.DATA_MAGIC: [], fmt.SLOTS_MAGIC: []}  # shards
+    cut: list[str] = []
+    damaged: list[str] = []
     for shard in range(geometry.shards):
-        least = _shard_sizes(directory, before, shard)
+        least = _shard_sizes(directory, before or geometry, shard)
         for (path, size), magic in zip(
             _shard_sizes(directory, geometry, shard).items(),
             (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC),
@@ -57,13 +60,29 @@ def make_shards(directory: Path, geometry: Geometry, before: Geometry, alone: bo
                     expected=geometry.store_id,
                 )
             wanted.append((path, header, size))
-            if path.exists() and path.stat().st_size < min(size, least[path]):
-                lost.append(path.name)
-    if lost:
-        log.warning("store %s: %s were cut short; what they lost is a miss", directory, lost)
-    _require_room(directory, sum(max(0, size - _allocated(path)) for path, _, size in wanted))
+            if before is None:
+                continue
+            if not path.exists():
+                missing[magic].append(shard)
+            elif path.stat().st_size < min(size, least[path]):
+                cut.append(path.name)
+            elif found is None:
+                damaged.append(path.name)
+    if cut:
+        log.warning("store %s: %s were cut short; what they lost is a miss", directory, cut)
+    if damaged:
+        log.warning(
+            "store %s: the headers of %s were damaged, and are written anew", directory, damaged
+        )
+    _require_room(
+        directory, directory, sum(max(0, size - _allocated(path)) for path, _, size in wanted)
+    )
+    for shard in missing[fmt.DATA_MAGIC]:
+        lost_shards.before_data_is_made(directory, before or geometry, shard, alone)
     for path, header, size in wanted:
         _make_file(path, header, size, alone)
+    for shard in missing[fmt.SLOTS_MAGIC]:
+        lost_shards.after_slots_are_made(directory, before or geometry, shard, geometry, alone)
 
 
 def cut_shards(directory: Path, geometry: Geometry) -> None:
@@ -99,8 +118,9 @@ def _allocated(path: Path) -> int:
         return 0
 
 
-def _require_room(directory: Path, needed: int) -> None:
-    available = shutil.disk_usage(directory).free
+def _require_room(directory: Path, there: Path, needed: int) -> None:
+    """`there`: the directory, or what there is of its path."""
+    available = shutil.disk_usage(there).free
     if needed > available:
         raise StoreFullError(
             f"the store {directory} needs {needed} bytes more, its file system has {available}",

@@ -95,7 +95,7 @@ def load(directory: Path) -> Geometry | None:
         version = fields.pop("version")
         if version == fmt.FORMAT_VERSION:
             return Geometry(**fields)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -14,7 +14,7 @@ import numpy as np
 
 from light_mem.blocks import seconds, whole_number
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.opening import check_sizes, pinned_beyond
+from light_mem.engine.opening import pinned_beyond
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index import retention
@@ -22,7 +22,7 @@ from light_mem.index.recovery import Ints
 from light_mem.index.runs import slots_needed
 from light_mem.maintenance.compacting import compact, worth_of
 from light_mem.maintenance.inspecting import listed
-from light_mem.maintenance.opening import open_tool
+from light_mem.maintenance.opening import check_size, open_tool
 from light_mem.maintenance.owners import Ownership, listing, require_alone
 from light_mem.maintenance.report import ChangeReport
 from light_mem.maintenance.store import Store
@@ -107,14 +107,15 @@ def resize(
     blocks that fit a shard's new size move to its front first; what is left behind the new end
     goes. Killed in the middle, the store has its old size and all blocks that are not yet given
     up, or the new one.
-    Raises InvalidArgumentError (too small), StoreBusyError, StoreFullError; PinLimitError when more
-    than half of a shard would be pinned. Then nothing was changed.
+    Raises InvalidArgumentError (too small for a server, see `check_size`), StoreBusyError,
+    StoreFullError; PinLimitError when more than half of a shard would be pinned. Then nothing was
+    changed.
     """
     storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
     started = time.monotonic()
     store = Store(directory)
     geometry = store.geometry
-    check_sizes(geometry.page_bytes, geometry.shards, storage_size, 1)
+    check_size(geometry.page_bytes, geometry.shards, storage_size)
     slots = geometry.resized(storage_size).slots
     too_many = pinned_beyond(store.directory, geometry, slots)
     if too_many is not None:

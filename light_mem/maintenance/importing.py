@@ -27,11 +27,12 @@ from light_mem.errors import BlockNotStoredError, PinLimitError, StoreFormatErro
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
+from light_mem.index.description import Geometry
 from light_mem.maintenance.changing import evict
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
 from light_mem.maintenance.inspecting import listed
-from light_mem.maintenance.opening import open_tool
+from light_mem.maintenance.opening import check_size, open_tool
 from light_mem.maintenance.report import TransferReport
 from light_mem.maintenance.store import Store
 
@@ -57,13 +58,18 @@ def import_store(
     dry_run                only read and check the file
 
     Raises FileNotFoundError, StoreFormatError (no export; no store; another page size),
-    StoreBusyError, StoreFullError, BlockNotStoredError.
+    InvalidArgumentError (too small for a server, see `check_size`), StoreBusyError, StoreFullError,
+    BlockNotStoredError.
     """
     started = time.monotonic()
     source = ExportFile(file)
     try:
         importing = _Import(source, progress)
-        _require_same_pages(directory, source)
+        geometry = _geometry(directory)
+        if geometry is not None:
+            _require_same_pages(directory, geometry, source)
+        elif storage_size is not None:
+            check_size(source.page_bytes, shards, storage_size)
         if dry_run:
             importing.check(directory)
         else:
@@ -91,9 +97,15 @@ def import_store(
     )
 
 
-def _require_same_pages(directory: str | os.PathLike[str], source: ExportFile) -> None:
-    geometry = describe(Path(directory)) if Path(directory).is_dir() else None
-    if geometry is not None and geometry.page_bytes != source.page_bytes:
+def _geometry(directory: str | os.PathLike[str]) -> Geometry | None:
+    """That of the store; None: there is none."""
+    return describe(Path(directory)) if Path(directory).is_dir() else None
+
+
+def _require_same_pages(
+    directory: str | os.PathLike[str], geometry: Geometry, source: ExportFile
+) -> None:
+    if geometry.page_bytes != source.page_bytes:
         raise StoreFormatError(
             f"{source.path} holds pages of {source.page_bytes} bytes, the store {directory} pages "
             f"of {geometry.page_bytes}; nothing was changed",
@@ -106,7 +118,7 @@ def _require_same_pages(directory: str | os.PathLike[str], source: ExportFile) -
 
 def _take_out_expired(directory: str | os.PathLike[str]) -> None:
     """An import evicts nothing, but what has expired is not to be in its way."""
-    if not Path(directory).is_dir() or describe(Path(directory)) is None:
+    if _geometry(directory) is None:
         return
     if any(retention.expired(part.rows["keep"]).any() for part in listed(Store(directory))):
         evict(directory, _EVER)
@@ -115,11 +127,10 @@ def _take_out_expired(directory: str | os.PathLike[str]) -> None:
 def _open(
     directory: str | os.PathLike[str], source: ExportFile, storage_size: int | None, shards: int
 ) -> LocalStorageEngine:
-    path = Path(directory)
-    if storage_size is None or (path.is_dir() and describe(path) is not None):
+    if storage_size is None or _geometry(directory) is not None:
         return open_tool(directory)
     return LocalStorageEngine.open_store(
-        path,
+        directory,
         page_bytes=source.page_bytes,
         num_of_shard=shards,
         storage_size=storage_size,

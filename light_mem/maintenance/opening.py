@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from light_mem.blocks import pages_per_block
+from light_mem.engine import opening
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.maintenance.store import Store
 
 OPEN_SECONDS = 60.0  # a server that opens a large store holds the open lock for as long
+
+
+def check_size(page_bytes: int, shards: int, storage_size: int) -> None:
+    """Raise InvalidArgumentError for a size with which no server could open the store: a shard must
+    have room for one full block. How many pages that has is what LIGHTMEM_MAX_BLOCK_SIZE_MB says
+    here: it should say the same as for the server."""
+    opening.check_sizes(page_bytes, shards, storage_size, pages_per_block(page_bytes))
 
 
 def open_tool(
@@ -25,6 +34,6 @@ def open_tool(
         page_bytes=geometry.page_bytes,
         num_of_shard=geometry.shards,
         storage_size=geometry.storage_size if storage_size is None else storage_size,
-        block_pages=1,
+        block_pages=1,  # a store that is there is opened, whatever its size
         kind="tool",
     )
