@@ -144,11 +144,11 @@ def _validate(tensor: Any) -> None:
         raise InvalidArgumentError(
             f"the KV tensor must be a torch.Tensor, not {type(tensor)}", found=str(type(tensor))
         )
-    found = None
+    found, remedy = None, ""
     if tensor.device.type != "cpu":
         found = f"lies on device {tensor.device}"
     elif tensor.dtype != torch.uint8:
-        found = f"has dtype {tensor.dtype} (.view(torch.uint8) gives its bytes)"
+        found, remedy = f"has dtype {tensor.dtype}", " (.view(torch.uint8) gives its bytes)"
     elif tensor.dim() != 2:
         found = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
     elif tensor.layout != torch.strided or not tensor.is_contiguous():
@@ -157,7 +157,8 @@ def _validate(tensor: Any) -> None:
         found = f"is empty, shape {tuple(tensor.shape)}"
     if found is not None:
         raise InvalidArgumentError(
-            f"the KV tensor must be contiguous CPU uint8 [num_pages, page_bytes]; this one {found}",
+            "the KV tensor must be contiguous CPU uint8 [num_pages, page_bytes]; this one "
+            f"{found}{remedy}",
             found=found,
         )
 
