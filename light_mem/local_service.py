@@ -31,7 +31,7 @@ from light_mem.filesystem import warn_of_network
 from light_mem.index.keys import HashValue, as_key
 from light_mem.layouts import Layout
 from light_mem.service import DEFAULT_CREATE_TIMEOUT, CacheService
-from light_mem.service_close import close_service
+from light_mem.service_close import ServiceEnding
 from light_mem.service_settings import ServiceSettings
 from light_mem.session import Session
 from light_mem.startup import start_line
@@ -123,16 +123,14 @@ class LocalCacheService(CacheService):
         self._kvcache = kvcache  # the workers map its memory: it lives as long as the service
         self._started = False
         self._start_guard = threading.Lock()
-        self._finalizer = weakref.finalize(
-            self,
-            close_service,
+        self._ending = ServiceEnding(
             self._pool,
             self._session,
             self._engine,
             source,
-            (self._small_reads, self._small_writes),
-            fork_token(),
+            (self._small_writes, self._small_reads),
         )
+        weakref.finalize(self, self._ending)  # when the object goes, or the interpreter ends
         if log.isEnabledFor(logging.INFO):
             line = start_line(self._engine.geometry, self._session.table, source, settings)
             log.info("%s", line)
@@ -254,7 +252,7 @@ class LocalCacheService(CacheService):
         """Stop the workers as `close` does, and stay in the store: nothing touches the KV tensor
         any more, every block is Finished or Aborted, and what was Finished wrongly can still be
         deleted. All else but `delete`, `stats` and `close` raises ServiceClosedError. Calling it
-        again does nothing."""
+        again is as calling `close` again."""
         self._check_open()
         self._small_reads.close()
         self._small_writes.close()
@@ -269,14 +267,15 @@ class LocalCacheService(CacheService):
         Blocks that were to be written and are not are counted in a warning. Nothing stays behind
         but what open views hold, until they are closed too. Task objects keep their states. Also
         happens, without `drain`, at the end of a `with` block, when the object goes and when the
-        interpreter ends. Calling it again, or in a forked child, does nothing. Raises
+        interpreter ends. Calling it again, from any thread or a signal's handler, waits for the
+        end, or ends what a Ctrl-C has broken off; in a forked child it does nothing. Raises
         InvalidArgumentError.
         """
         drain = blocks.seconds("drain", drain)
         was_open, self._closed = not self._closed, True
         if drain and was_open and self._started and self._fork_token == fork_token():
             self._drain(time.monotonic() + drain)
-        self._finalizer()
+        self._ending()
 
     def _drain(self, deadline: float) -> None:
         """Wait until no task is under way, or nobody is there to do them."""

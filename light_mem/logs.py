@@ -42,7 +42,7 @@ class Limited:
         self._seconds = seconds
         self._clock = clock
         self._kinds: dict[str, _Kind] = {}
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal's handler may flush while its thread warns
 
     def warning(self, template: str, *arguments: object) -> None:
         """Log a warning, or count it."""
@@ -73,7 +73,7 @@ class Limited:
     def flush(self) -> None:
         """At the end: say how many were left out and not told of yet."""
         with self._guard:
-            left = {text: k.suppressed for text, k in self._kinds.items() if k.suppressed}
+            left = {t: k.suppressed for t, k in list(self._kinds.items()) if k.suppressed}
             for text in left:
                 self._kinds[text].suppressed = 0
         for text, count in left.items():

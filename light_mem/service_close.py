@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 
+from light_mem.closing import Ending
 from light_mem.engine.in_server import InServer
 from light_mem.engine.kvmemory import MemorySource, close_source
 from light_mem.engine.local import LocalStorageEngine
@@ -13,23 +14,27 @@ from light_mem.engine.process import fork_token
 from light_mem.session import Session
 
 
-def close_service(
-    pool: WorkerPool,
-    session: Session,
-    engine: LocalStorageEngine,
-    source: MemorySource,
-    in_server: Sequence[InServer],
-    token: int,
-) -> None:
-    """Close what a service is made of; `token`: the `fork_token` of its process. A finalizer: it
-    must not hold the service itself."""
-    if token != fork_token():
-        return  # a forked child: the workers and the locks are its parent's
-    with ExitStack() as steps:  # the last comes first, and none is left out when one fails
-        steps.callback(engine.close)
-        steps.callback(close_source, source)
-        steps.callback(session.table.close)
-        steps.callback(session.close)
-        steps.callback(pool.stop)
-        for mover in in_server:
-            steps.callback(mover.close)
+class ServiceEnding(Ending):
+    """Closes what a service is made of. A finalizer too: it must not hold the service itself."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        session: Session,
+        engine: LocalStorageEngine,
+        source: MemorySource,
+        in_server: Sequence[InServer],
+    ) -> None:
+        self._token = fork_token()
+        super().__init__(
+            *(mover.close for mover in in_server),
+            pool.stop,
+            session.close,
+            session.table.close,
+            partial(close_source, source),
+            engine.close,
+        )
+
+    def __call__(self) -> None:
+        if self._token == fork_token():  # in a forked child the workers and locks are its parent's
+            super().__call__()

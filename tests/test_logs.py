@@ -63,6 +63,17 @@ def test_what_was_left_out_is_told_in_the_end(
     assert caplog.messages == ["block 0 is bad", "suppressed 4 similar to: block %d is bad"]
 
 
+def test_a_handler_may_flush_while_its_thread_warns(caplog: pytest.LogCaptureFixture) -> None:
+    def clock() -> float:  # asked in the middle of a warning
+        limited.flush()
+        return 1000.0
+
+    limited = Limited(each=1, clock=clock)
+    for n in range(3):
+        limited.warning("block %d is bad", n)
+    assert caplog.messages == ["block 0 is bad", "suppressed 1 similar to: block %d is bad"]
+
+
 def test_the_line_names_the_place_that_warned(
     caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:

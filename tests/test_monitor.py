@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from light_mem import StoreFormatError
-from light_mem.engine.queue import QUEUE_BYTE
+from light_mem.engine.queue_lock import QUEUE_BYTE
 from light_mem.engine.table_layout import NAME
 from light_mem.engine.table_stats import read_numbers
 from light_mem.engine.task_table import TaskTable

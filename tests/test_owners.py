@@ -119,6 +119,44 @@ def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
     assert sorted(taken) == list(range(1, 9))
 
 
+def test_leaving_and_closing_in_the_middle_of_reclaiming_waits_for_its_end(
+    pair: Pair, tmp_path: Path
+) -> None:
+    one, other = pair
+    for number in range(1, 4):
+        one.join("worker").announce(0, (0, number))
+    one.locks.close()
+    me = other.join("server")
+    taken: list[int] = []
+
+    def take_back(owner: int, _: list[ShardSlot]) -> None:
+        taken.append(owner)
+        assert other.reclaim(take_back) == 0  # not in the middle of itself
+        me.leave()
+        other.close()
+        assert not third.locks.try_lock(owner)  # the record is not another's before it is empty
+        assert not third.records["pid"][me.number]
+
+    third = Owners(tmp_path)
+    try:
+        assert other.reclaim(take_back) == 1
+        assert taken == [1]
+        assert third.locks.try_lock(1)  # all locks went with the file
+        assert reclaimed(third) == [(2, [(0, 2)]), (3, [(0, 3)])]
+    finally:
+        third.close()
+        let_go(third)
+
+
+def test_a_membership_that_has_ended_is_not_ended_again(pair: Pair) -> None:
+    one, other = pair
+    me = one.join("server")
+    me.leave()
+    assert other.join("server").number == me.number
+    me.leave()
+    assert other.records["pid"][me.number] == os.getpid()
+
+
 def test_what_could_not_be_taken_back_is_tried_again(pair: Pair) -> None:
     one, other = pair
     one.join("worker").announce(0, (0, 3))

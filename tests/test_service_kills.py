@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from light_mem import LockTimeoutError, State
-from light_mem.engine import queue
-from light_mem.engine.queue import QUEUE_BYTE
+from light_mem.engine import queue_lock
+from light_mem.engine.queue_lock import QUEUE_BYTE
 from light_mem.engine.worker import BUSY_QUEUE_SECONDS, Worker
 from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
@@ -126,7 +126,7 @@ def test_a_block_that_kills_every_worker_is_aborted_in_the_end(tmp_path: Path) -
 def test_a_client_stopped_with_the_queue_in_hand_holds_up_but_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(queue, "LOCK_TIMEOUT_SECONDS", 0.1)  # in this process
+    monkeypatch.setattr(queue_lock, "LOCK_TIMEOUT_SECONDS", 0.1)  # in this process
     with rig(tmp_path) as r:
         table = r.service._session.table
         stopped_client = RangeLock(f"/proc/self/fd/{table.fd}")

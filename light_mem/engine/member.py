@@ -8,6 +8,7 @@ from __future__ import annotations
 import _thread
 import logging
 
+from light_mem.closing import Ending
 from light_mem.engine import keeping
 from light_mem.engine.open_store import OpenStore
 from light_mem.errors import LeaseLimitError, LockTimeoutError
@@ -23,6 +24,8 @@ class Member(OpenStore):
     """An open store until it is left. Any thread."""
 
     _closed = False
+    _broken_off = False  # `close` was
+    _leaving: Ending | None = None  # from `close` on
     _in_order = True  # nothing of ours was left behind
 
     # --- leases ----------------------------------------------------------------------------------
@@ -56,16 +59,33 @@ class Member(OpenStore):
         return self._closed
 
     def close(self) -> None:
-        """Leave the store; the last one to leave syncs the index. Calling it again does nothing.
+        """Leave the store; the last one to leave syncs the index. Calling it again does nothing, or
+        ends what a Ctrl-C has broken off.
 
         While blocks are leased the process stays a member, until the last lease has ended.
         """
-        if self._closed:
+        if self._closed and not self._broken_off:
             return
-        self._closed = True
-        self._in_order = self._end_moves()
-        keeping.end_dropped(self, timeout=1)  # a living holder needs some milliseconds
-        self._leave_unless_leased()
+        if self._leaving is None:
+            # Not made before: its steps name this object, and are struck off when they are made.
+            self._leaving = Ending(
+                self._end_membership,
+                self._owners.close,
+                self._let_go,
+                self.limited.flush,
+                self._open.close,
+            )
+        self._closed, self._broken_off = True, False
+        try:
+            if self.leases.closed:
+                self._leaving()
+            else:
+                self._in_order = self._end_moves()
+                keeping.end_dropped(self, timeout=1)  # a living holder needs some milliseconds
+                self._leave_unless_leased()
+        except BaseException as error:
+            self._broken_off = not isinstance(error, Exception)
+            raise
 
     def _end_moves(self) -> bool:
         """End what is in hand; whether none of our slots is left behind."""
@@ -110,8 +130,11 @@ class Member(OpenStore):
     def _leave_unless_leased(self) -> None:
         """Leave the store. Who still looks at blocks in it stays a member, so that they stay what
         they are; leases that could not be ended end with the membership, as at a death."""
-        if not self.leases.close():
-            return
+        if self.leases.close():
+            assert self._leaving is not None
+            self._leaving()
+
+    def _end_membership(self) -> None:
         quiet = self._open.shut(LOCK_TIMEOUT_SECONDS)
         if quiet and self._in_order and not self.leases.open:
             self._owner.leave()
@@ -128,7 +151,3 @@ class Member(OpenStore):
                     self._index.mark_clean()
         except (LockTimeoutError, OSError) as error:
             log.warning("store %s is left without a sync: %s", self.directory, str(error))
-        self._owners.close()
-        self._let_go()
-        self.limited.flush()
-        self._open.close()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from light_mem.engine.kvmemory import MemorySource
+from light_mem.engine.one_thread import OneThread
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
 from light_mem.engine.table_layout import WORKER_COUNTERS, WRITE
@@ -39,7 +40,11 @@ _ROUND_SECONDS = 30.0  # between two looks for what was dropped and waits to be 
 
 
 class WorkerPool:
-    """`count` workers on one table. `start` and `stop` from one thread; the rest is its own."""
+    """`count` workers on one table. `start` and `stop` from any thread; the rest is its own.
+
+    Only its own thread starts workers: no signal's handler runs there, which could close the
+    service while a process is there already and not yet known.
+    """
 
     def __init__(
         self,
@@ -73,12 +78,14 @@ class WorkerPool:
         self._recover = recover
         self._prepare = prepare
         self._now_and_then = now_and_then
-        self._life = threading.Lock()  # keeps `start` and `stop` apart
+        # Reentrant: a signal's handler may stop what its thread starts or stops.
+        self._life = threading.RLock()
         self._stopping = False
+        self._stopped = False  # ... and nothing is left
+        self._thread = OneThread("lightmem-pool")
         self._early_deaths = 0
         self._restarts = Restarts()
         self._did: dict[int, int] = {}  # by worker: its counters' sum when it was last replaced
-        self._thread: threading.Thread | None = None
         self._limited = Limited()
         self.failure = ""  # why there are no workers any more
 
@@ -93,7 +100,9 @@ class WorkerPool:
         Raises WorkerStartError, and ServiceClosedError when another thread stops them meanwhile.
         """
         with self._life:
-            self._start()
+            if self._stopping:
+                raise ServiceClosedError("the service is closed")
+            self._thread.start(self._run)
         deadline = time.monotonic() + START_SECONDS
         workers = self._table.workers["ready"][1 : self._count + 1]
         while not workers.all():
@@ -112,24 +121,34 @@ class WorkerPool:
             seen = int(self._table.header["done_seq"][0])
             self._table.futex.wait(self._table.done_word, seen, 0.02)
 
-    def _start(self) -> None:
-        if self._stopping:
-            raise ServiceClosedError("the service is closed")
-        try:
-            self._workers.open()
-            for number in range(1, self._count + 1):
-                self._spawn(number)
-        except OSError as error:  # no such executable, no more processes or descriptors
-            self.failure = str(error)
-            return
-        self._thread = threading.Thread(target=self._watch, name="lightmem-pool", daemon=True)
-        self._thread.start()
-
     def _spawn(self, number: int) -> None:
         self._workers.start(number)
         self._restarts.started(number)
 
     # --- the watching thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._start_all():
+                self._watch()
+        except Exception:
+            if not self._stopped:
+                raise
+        finally:
+            if self._stopped:  # by a finalizer in this very thread, maybe while it started a worker
+                self._workers.end(STOP_SECONDS)
+
+    def _start_all(self) -> bool:
+        try:
+            self._workers.open()
+            for number in range(1, self._count + 1):
+                if self._stopping:
+                    return False
+                self._spawn(number)
+        except Exception as error:  # no such executable, no more processes or descriptors
+            self.failure = str(error) or type(error).__name__
+            return False
+        return True
 
     def _watch(self) -> None:
         workers = self._workers
@@ -155,6 +174,8 @@ class WorkerPool:
             # dead worker is met again at once, and the lock waited for again.
             self._limited.warning("worker %d died and waits to be replaced: %s", number, str(error))
         except Exception:
+            if self._stopped:
+                return  # in the middle of the step
             log.exception("replacing worker %d failed", number)
             self._give_up(f"worker {number} could not be replaced")
 
@@ -216,6 +237,8 @@ class WorkerPool:
                 self._spawn(number)
                 return
             except OSError as error:
+                if self._stopping:
+                    return
                 log.warning("worker %d cannot be started: %s", number, str(error))
                 time.sleep(pause)
         self._spawn(number)
@@ -229,24 +252,27 @@ class WorkerPool:
     # --- the end ---------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Let the workers finish what they have in hand and leave; kill those who do not."""
+        """Let the workers finish what they have in hand and leave; kill those who do not. None is
+        left when this returns, whoever called it first.
+
+        Each step may be made again: after a call that was broken off, and in the middle of one of
+        the same thread, by a signal's handler.
+        """
+        self._stopping = True  # before it waits: the thread that starts workers looks at it
         with self._life:
-            if self._stopping:
+            if self._stopped:
                 return
-            self._stopping = True
-        self._shut_down()
-        if self._thread is not None:
-            self._workers.wake()
-            if self._thread is not threading.current_thread():
-                self._thread.join()
-        self._workers.end(STOP_SECONDS)
-        try:
-            self._queue.abort_all()
-        except LockTimeoutError as error:
-            log.warning(
-                "a client is stopped and keeps its tasks from being aborted: %s", str(error)
-            )
-        self._workers.close()
+            self._shut_down()
+            self._thread.end(self._workers.wake)
+            self._workers.end(STOP_SECONDS)
+            try:
+                self._queue.abort_all()
+            except LockTimeoutError as error:
+                log.warning(
+                    "a client is stopped and keeps its tasks from being aborted: %s", str(error)
+                )
+            self._workers.close()
+            self._stopped = True
 
     def _shut_down(self) -> None:
         """From now on nothing is queued, what waits is aborted, and idle workers leave."""

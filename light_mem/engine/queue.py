@@ -16,15 +16,14 @@ home (see `claiming` and `dealing`). The head is the first entry that may wait.
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.claiming import Chooser
+from light_mem.engine.queue_lock import QUEUE_BYTE, QueueLock
 from light_mem.engine.table_layout import (
     ABORTED,
     COPIED,
@@ -36,63 +35,25 @@ from light_mem.engine.table_layout import (
 )
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import InvalidArgumentError, LockTimeoutError, ServiceClosedError
-from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, RangeLock
+from light_mem.index.locks import RangeLock
 
-QUEUE_BYTE = 0  # byte of the table's memory object that is the queue's lock
-LANE_BYTE = 1  # ... and the first of the lanes' locks
+LANE_BYTE = QUEUE_BYTE + 1  # the first of the lanes' locks, in the same memory object
 # Reads make a user wait, writes do not: writes go first at one claim of this many.
 WRITE_TURN = 3
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
 
-class TaskQueue:
+class TaskQueue(QueueLock):
     """The queue as one process sees it. Thread-safe; each process makes its own object."""
 
     def __init__(self, table: TaskTable, lock: RangeLock) -> None:
-        self._table = table
-        self._lock = lock
-        self._closed = False
-        self._threads = threading.Lock()
+        super().__init__(table, lock)
         self._turn = 0
         self._chooser = Chooser(table)
         # Where there are no more cores than workers the kernel has one of those that are woken run
         # on this core at once, and whoever queues waits until it sleeps again: 3 ms of `create`.
         self._has_cores = _cores() > int(table.header["workers"][0])
         self._states, self._workers = table.states.data, table.cells["worker"].data
-
-    @contextmanager
-    def held(self, timeout: float | None = None) -> Iterator[None]:
-        """Hold the queue; raises LockTimeoutError when its holder is stopped.
-
-        `timeout`: seconds to wait for it, LOCK_TIMEOUT_SECONDS as a rule.
-        """
-        timeout = LOCK_TIMEOUT_SECONDS if timeout is None else timeout
-        deadline = time.monotonic() + timeout  # for both: threads wait together
-        if not self._threads.acquire(timeout=timeout):
-            raise LockTimeoutError(
-                f"the queue was not free within {timeout:g} s: its holder is stopped",
-                path=self._lock.path,
-                byte=QUEUE_BYTE,
-                timeout=timeout,
-            )
-        try:
-            if self._closed:
-                raise ServiceClosedError("the service is closed")
-            # Within: a signal may raise when the byte is taken and `lock` has not come back. To
-            # free what is not held does nothing; no other thread of this process can hold it.
-            try:
-                self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
-                yield
-            finally:
-                self._lock.unlock(QUEUE_BYTE)
-        finally:
-            self._threads.release()
-
-    def close(self) -> None:
-        """Let go of the lock; whoever comes later gets ServiceClosedError."""
-        with self._threads:
-            self._closed = True
-            self._lock.close()
 
     def push(self, cells: npt.NDArray[np.uint32], mode: int, publish: Callable[[], object]) -> None:
         """Queue cells of one mode, in this order, and wake as many workers as can help; or one,
@@ -217,10 +178,12 @@ class TaskQueue:
 
     def abort_waiting(self, cells: slice | None = None) -> None:
         """Abort every block of these cells, or of all, that nobody has begun."""
-        with self.held():
-            for part in self._table.used_cells() if cells is None else [cells]:
-                states = self._table.states[part]
-                states[states == INITIAL] = ABORTED
+        self.do(partial(self._abort_waiting, cells))
+
+    def _abort_waiting(self, cells: slice | None) -> None:
+        for part in self._table.used_cells() if cells is None else [cells]:
+            states = self._table.states[part]
+            states[states == INITIAL] = ABORTED
         self.tell_ready()
 
     def abort_all(self) -> None:
@@ -230,18 +193,16 @@ class TaskQueue:
         Raises LockTimeoutError then, afterwards.
         """
         try:
-            with self.held():
-                self._abort_all()
+            self.do(self._abort_all)
         except LockTimeoutError:
             self._abort_all()
             raise
-        finally:
-            self.tell_ready()
 
     def _abort_all(self) -> None:
         for cells in self._table.used_cells():
             states = self._table.states[cells]
             states[(states != FINISHED)] = ABORTED
+        self.tell_ready()
 
     def recover(self, worker: int, is_stored: Callable[[int, int, int], bool], again: bool) -> int:
         """Settle the blocks of a dead worker; returns how many there were.

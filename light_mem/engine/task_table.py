@@ -232,12 +232,12 @@ class TaskTable(TableMemory):
     def close(self) -> None:
         """Close the descriptor: nobody can attach any more. The mapping stays for task objects."""
         _tables.pop(self.address().table_id, None)
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # first: closed twice, the number may be another file's
+        if fd >= 0:
+            os.close(fd)
         if self.path and int(self.header["server_pid"][0]) == os.getpid():
-            os.unlink(self.path)
-            self.path = ""
+            path, self.path = self.path, ""
+            os.unlink(path)
 
 
 _tables: weakref.WeakValueDictionary[str, TaskTable] = weakref.WeakValueDictionary()

@@ -22,6 +22,8 @@ class WorkerLog:
 
     def relay(self) -> None:
         """Log what is there."""
+        if self.read < 0:
+            return
         try:
             raw = os.read(self.read, 1 << 16)
         except BlockingIOError:
@@ -39,7 +41,9 @@ class WorkerLog:
         return "\n".join(self._tail[-lines:])
 
     def close(self) -> None:
-        """Log what is there, and close both ends."""
+        """Log what is there, and close both ends. Calling it again does nothing."""
         self.relay()
-        os.close(self.read)
-        os.close(self.write)
+        (read, self.read), (write, self.write) = (self.read, -1), (self.write, -1)
+        for descriptor in (read, write):
+            if descriptor >= 0:
+                os.close(descriptor)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import select
 import selectors
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from light_mem.engine import program, worker
@@ -20,12 +23,15 @@ log = logging.getLogger("light_mem")
 # One thread a worker: they would only add memory and start time.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+_LOOK_SECONDS = 0.5  # between two looks at one that is waited for; 0.01 where there are no pidfds
+
 Process = subprocess.Popen[bytes]
 
 
 class WorkerProcesses:
     """Workers by number, and what one thread sleeps on to hear of them: their pidfds, the pipe of
-    their log lines, and a pipe of its own. One thread at a time."""
+    their log lines, and a pipe of its own. One thread at a time; `end` and `close` also where a
+    signal's handler or a finalizer interrupts that thread, and again where it was interrupted."""
 
     def __init__(
         self,
@@ -43,13 +49,13 @@ class WorkerProcesses:
         self._processes: dict[int, Process] = {}
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
-        self._wakes: tuple[int, ...] = ()  # a pipe
+        self._wakes: list[int] = []  # a pipe
         self.log: WorkerLog | None = None
 
     def open(self) -> None:
         """Be able to listen; raises OSError where no descriptors are left."""
         lines = self.log = WorkerLog()
-        self._wakes = os.pipe()
+        self._wakes = list(os.pipe())
         self._selector.register(lines.read, selectors.EVENT_READ, lines.relay)
         self._selector.register(self._wakes[0], selectors.EVENT_READ, None)
 
@@ -107,8 +113,9 @@ class WorkerProcesses:
                 relay()
 
     def wake(self) -> None:
-        """Have `listen` return, after `open`. Any thread."""
-        os.write(self._wakes[1], b"x")
+        """Have `listen` return; nothing to do before `open`. Any thread, before `close`."""
+        if self._wakes:
+            os.write(self._wakes[1], b"x")
 
     def dead(self) -> Iterator[tuple[int, Process]]:
         """Those that have died and are not forgotten."""
@@ -120,29 +127,50 @@ class WorkerProcesses:
         """A worker has died; what it still had to say is logged."""
         assert self.log is not None
         self.log.relay()
-        self._processes.pop(number).wait()
+        process = self._processes.get(number)
+        if process is None:
+            return
+        process.poll()  # not `wait`: its lock may be this thread's, further out
         self._table.workers[number : number + 1]["ready"] = 0
         pidfd = self._pidfds.pop(number, -1)
         if pidfd >= 0:
-            self._selector.unregister(pidfd)
+            with suppress(KeyError):  # closed meanwhile, further in
+                self._selector.unregister(pidfd)
             os.close(pidfd)
+        self._processes.pop(number, None)  # last: one that is not forgotten is met again
 
     def end(self, seconds: float) -> None:
         """All were told to leave: forget them, and kill those who have not left by then."""
         deadline = time.monotonic() + seconds
-        for process in self._processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        for number, process in list(self._processes.items()):
+            if not self._wait(number, process, deadline):
                 log.warning("worker pid %d did not leave; killed", process.pid)
                 process.kill()
-        for number in list(self._processes):
+        for number, process in list(self._processes.items()):
+            self._wait(number, process)
             self.forget(number)
+
+    def _wait(self, number: int, process: Process, deadline: float = math.inf) -> bool:
+        """Whether a worker has ended, by then. Not `Popen.wait`, which keeps a lock meanwhile: a
+        signal's handler that waits for the same worker would wait for its own thread."""
+        while process.poll() is None:
+            seconds = min(deadline - time.monotonic(), _LOOK_SECONDS)
+            if seconds <= 0:
+                return False
+            pidfd = self._pidfds.get(number, -1)
+            if pidfd < 0:
+                time.sleep(min(seconds, 0.01))
+                continue
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if poll.poll(math.ceil(seconds * 1000)):
+                return True
+        return True
 
     def close(self) -> None:
         """Nobody listens any more."""
         self._selector.close()
         if self.log is not None:
             self.log.close()
-        for descriptor in self._wakes:
-            os.close(descriptor)
+        while self._wakes:
+            os.close(self._wakes.pop())

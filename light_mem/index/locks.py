@@ -191,9 +191,9 @@ class RangeLock:
 
     def close(self) -> None:
         """Free all and close; calling it again does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: closed twice, the number may be another file's
+        if fd >= 0:
+            os.close(fd)
 
 
 _range_locks: weakref.WeakSet[RangeLock] = weakref.WeakSet()

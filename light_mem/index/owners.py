@@ -14,7 +14,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,10 @@ class Owners:
         self.locks = RangeLock(path)
         # A lock of our own does not keep us out, nor does it keep our threads apart.
         self._joined: set[int] = set()
-        self._guard = threading.Lock()
+        # Reentrant: a finalizer may leave and close in the middle of `reclaim`.
+        self._guard = threading.RLock()
+        self._reclaiming = False
+        self._closing = False
 
     def join(self, kind: str) -> Owner:
         """Become an owner; `kind` is at most 16 ASCII letters. Raises StoreBusyError when full."""
@@ -87,7 +91,7 @@ class Owners:
         record["started"] = started_at(os.getpid())
         record["kind"] = kind.encode()
         record["joined"] = time.time_ns()
-        with self._guard:
+        with self._alone():
             for number in range(1, MAX_OWNERS):
                 # A record with a pid whose lock is free is a dead owner with intents to be taken
                 # back first; `reclaim` does that.
@@ -107,14 +111,23 @@ class Owners:
         """Call `take_back(owner, intents)` for each dead owner, whose leases are ended there as
         well; returns how many of them left nothing (it was True), and so are forgotten.
 
-        One thread at a time: the loser of two would empty the record of a new owner.
+        One thread at a time, and not in the middle of itself: the loser of two would empty the
+        record of a new owner.
         """
-        with self._guard:
-            return self._reclaim(take_back)
+        with self._alone():
+            if self._reclaiming:
+                return 0
+            self._reclaiming = True
+            try:
+                return self._reclaim(take_back)
+            finally:
+                self._reclaiming = False
 
     def _reclaim(self, take_back: Callable[[int, list[ShardSlot]], bool]) -> int:
         dead = 0
         for number in np.flatnonzero(self.records["pid"].copy()).tolist():
+            if self._closing:
+                break  # further in: the store was left
             if number in self._joined or not self.locks.try_lock(number):
                 continue
             try:
@@ -129,8 +142,11 @@ class Owners:
         return dead
 
     def forget(self, number: int) -> None:
-        """The membership has ended: its record is empty, its lock goes."""
-        with self._guard:
+        """The membership has ended: its record is empty, its lock goes. Does nothing when it has
+        ended before: the record may be another's."""
+        with self._alone():
+            if number not in self._joined:
+                return
             self.records[number] = np.zeros((), OWNER)
             self._joined.discard(number)
             self.locks.unlock(number)
@@ -162,8 +178,28 @@ class Owners:
         self._map.flush()
 
     def close(self) -> None:
-        """Close the file; memberships end."""
-        self.locks.close()
+        """Close the file; memberships end. Where records of the dead are being reclaimed, maybe by
+        this very thread, that goes on, with its locks, and closes it at its end."""
+        self._closing = True
+        self._close_if_free()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            with self._guard:
+                yield
+        finally:
+            if self._closing:
+                self._close_if_free()
+
+    def _close_if_free(self) -> None:
+        # Each side looks after it has made its mark (closing; let go): one of them finds it free.
+        if self._guard.acquire(blocking=False):
+            try:
+                if not self._reclaiming:
+                    self.locks.close()
+            finally:
+                self._guard.release()
 
 
 def process_start(pid: int) -> float:

@@ -1,0 +1,47 @@
+"""A thread that begins once at most, and is waited for by whoever ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+_JOIN_SECONDS = 0.5
+
+
+class OneThread:
+    """Any thread, and signals' handlers and finalizers in the middle of any of this: no lock."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        # Under "it": the thread, or None for `end`. Who comes first stores it, and both learn who
+        # that was, in one step (`setdefault`).
+        self._first: dict[str, threading.Thread | None] = {}
+        self._over = False
+
+    def start(self, run: Callable[[], None]) -> None:
+        """Start it, unless it has begun, or `end` came first; so also after a call that a Ctrl-C
+        broke off."""
+        # `run` is an argument, and not kept: what it belongs to keeps this object.
+        threading.Thread(target=self._run, args=(run,), name=self._name, daemon=True).start()
+
+    def _run(self, run: Callable[[], None]) -> None:
+        me = threading.current_thread()
+        if self._first.setdefault("it", me) is not me:
+            return
+        try:
+            run()
+        finally:
+            self._over = True
+
+    def end(self, wake: Callable[[], None]) -> None:
+        """When this returns the thread has ended, or never begins; in the thread itself it returns
+        at once. `wake`: called before it is waited for."""
+        thread = self._first.setdefault("it", None)
+        if thread is None or thread is threading.current_thread():
+            return
+        if not self._over:
+            wake()
+        thread.join(_JOIN_SECONDS)
+        # Not one long `join`: in the middle of another of this thread it might wait for that one.
+        while not self._over:
+            thread.join(_JOIN_SECONDS)
