@@ -193,5 +193,5 @@ class ForkedProcessError(LightMemError, RuntimeError):
 class WorkerStartError(LightMemError, RuntimeError):
     """Worker processes could not be started, or died again and again.
 
-    Attributes `reason`, and `log` when they did not start: their last lines of output.
+    Attributes `reason`, and `log`, the last line that they said.
     """
