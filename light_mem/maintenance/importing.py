@@ -54,9 +54,8 @@ def import_store(
 ) -> TransferReport:
     """Store the blocks of an export that are whole and not stored yet.
 
-    storage_size, shards   make the store with these (shards: None is 1) when there is none. One
-                           that is there keeps its own: of another size it is warned, another
-                           number of shards is an error
+    storage_size, shards   make the store with these (None: 1 shard) when there is none. One that is
+                           keeps its own: another size is a warning, other shards are an error
     dry_run                only read and check the file
 
     Raises FileNotFoundError, StoreFormatError (no export; no store; another page size or number
