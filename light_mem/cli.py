@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from light_mem import __version__
 from light_mem.commands import (
     change,
     demo,
@@ -20,7 +21,8 @@ from light_mem.commands import (
     transfer,
     verify,
 )
-from light_mem.commands.output import guarded
+from light_mem.commands.output import guarded, speak_anyway
+from light_mem.index.format import FORMAT_VERSION
 
 COMMANDS = (demo, doctor, look, stats, top, metrics, verify, rebuild, transfer, change)
 
@@ -53,12 +55,15 @@ def run(
     argv: Sequence[str] | None,
 ) -> int:
     """Run one of the commands that these modules add."""
+    speak_anyway()
     parser = argparse.ArgumentParser(
         prog=program,
         description=text,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"%(prog)s {__version__}, store format {FORMAT_VERSION}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in modules:
         module.add(commands)

@@ -160,8 +160,11 @@ class LockTimeoutError(LightMemError, TimeoutError):
 
     Attributes `timeout` (seconds); `path`, of the file with the lock (the queue's is the task
     table, as this process has it open), or of the store; `byte`, where that alone is locked;
-    `shards`, where several locks are meant. Where there is no path, `what`: "task".
+    `shards`, where several locks are meant. Where there is no path, `what`: "task". `holder`: the
+    pid of who has the lock, None where the kernel does not tell.
     """
+
+    holder: int | None = None
 
 
 class TaskTableFullError(LightMemError, TimeoutError):
@@ -193,5 +196,5 @@ class ForkedProcessError(LightMemError, RuntimeError):
 class WorkerStartError(LightMemError, RuntimeError):
     """Worker processes could not be started, or died again and again.
 
-    Attributes `reason`, and `log` when they did not start: their last lines of output.
+    Attributes `reason`, and `log`, the last line that they said.
     """

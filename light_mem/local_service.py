@@ -26,7 +26,7 @@ from light_mem.engine.table_layout import (
 )
 from light_mem.engine.table_memory import Sizes
 from light_mem.engine.task_table import TaskTable
-from light_mem.errors import InvalidArgumentError, ServiceClosedError, WorkerStartError
+from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.filesystem import warn_of_network
 from light_mem.index.keys import HashValue, as_key
 from light_mem.layouts import Layout
@@ -206,8 +206,7 @@ class LocalCacheService(CacheService):
     def _check(self) -> None:
         self._check_open()
         if self._pool.failure:
-            reason = self._pool.failure
-            raise WorkerStartError(f"the service has no workers any more: {reason}", reason=reason)
+            raise self._pool.error("the service has no workers any more")
         if self._session.table.shutdown:
             raise ServiceClosedError(
                 "the workers of the service were ended: what is left are delete, stats, check "

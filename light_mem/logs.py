@@ -16,12 +16,13 @@ SECONDS = 60.0  # ... in so long
 class _Kind:
     """What happened to one message template."""
 
-    __slots__ = ("began", "said", "suppressed")
+    __slots__ = ("began", "last", "said", "suppressed")
 
     def __init__(self, now: float) -> None:
         self.began = now
         self.said = 0
         self.suppressed = 0
+        self.last = ""  # of those that were suppressed
 
 
 class Limited:
@@ -47,14 +48,14 @@ class Limited:
     def warning(self, template: str, *arguments: object) -> None:
         """Log a warning, or count it."""
         with self._guard:
-            suppressed = self._admit(template)
+            suppressed = self._admit(template, arguments)
         if suppressed is None:
             return
         if suppressed:
             template, arguments = template + " (suppressed %d similar)", (*arguments, suppressed)
         log.warning(template, *arguments, stacklevel=2)
 
-    def _admit(self, template: str) -> int | None:
+    def _admit(self, template: str, arguments: tuple[object, ...]) -> int | None:
         """None: leave this one out; else how many were left out before it."""
         now = self._clock()
         kind = self._kinds.get(template)
@@ -66,15 +67,18 @@ class Limited:
             kind.began, kind.said = now, 0
         if kind.said >= self._each:
             kind.suppressed += 1
+            # As text: what is kept here is not to keep anything else.
+            kind.last = template % arguments if arguments else template
             return None
         kind.said += 1
         return suppressed
 
     def flush(self) -> None:
-        """At the end: say how many were left out and not told of yet."""
+        """At the end: say how many were left out and not told of yet, and the last one of each."""
         with self._guard:
-            left = {t: k.suppressed for t, k in list(self._kinds.items()) if k.suppressed}
-            for text in left:
-                self._kinds[text].suppressed = 0
-        for text, count in left.items():
+            kinds = list(self._kinds.values())
+            left = [(kind.last, kind.suppressed) for kind in kinds if kind.suppressed]
+            for kind in kinds:
+                kind.suppressed = 0
+        for text, count in left:
             log.warning("suppressed %d similar to: %s", count, text)

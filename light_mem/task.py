@@ -8,6 +8,7 @@ import logging
 import math
 import reprlib
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -215,6 +216,8 @@ class CacheTask:
         At once, in this thread, when that is so already; else in a thread that all waiting tasks
         of the service share, so it is to return soon. What it raises is logged.
         """
+        if not callable(callback):
+            raise InvalidArgumentError(f"no callback: {callback!r}", callback=callback)
         table = self._table
         if table is None or outcome_of(self) is not None:
             _call(callback, self)
@@ -266,10 +269,9 @@ def _number(timeout: object) -> float:
 def _call(callback: Callable[[CacheTask], object], task: CacheTask) -> None:
     try:
         callback(task)
-    except BaseException as error:  # SystemExit too: the thread has others to tell
-        # As text: a log record that is kept would keep the memory of the task.
-        text = f"{type(error).__name__}: {error}"
-        log.error("a callback of %s failed: %s", repr(task), text)
+    except BaseException:  # SystemExit too: the thread has others to tell
+        # As text, not by `exc_info`: a log record that is kept would keep the memory of the task.
+        log.error("a callback of %s failed: %s", repr(task), traceback.format_exc().rstrip())
 
 
 def _restore(

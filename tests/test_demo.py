@@ -17,6 +17,7 @@ from light_mem.demo.model import ModelConfig
 from light_mem.demo.plan import Engine, Plan, prompt_text
 from light_mem.demo.prefix import identity, page_hashes
 from light_mem.demo.proof import difference, read_logits, write_logits
+from light_mem.demo.report import Report
 from light_mem.demo.request import answer, prefill, store
 
 TINY = ModelConfig(
@@ -253,6 +254,18 @@ def test_a_prompt_without_a_whole_chunk_is_refused(
     assert "--tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_where_the_store_was_is_told_with_what_became_of_it(
+    keep: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(run, "run_demo", lambda plan, *_, **__: Report(1, 1, 1, plan.store))
+    assert cli.main(["demo", *["--keep"][: int(keep)]]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("(removed; --keep keeps it)" in shown) is not keep
+    assert bool(list(tmp_path.iterdir())) is keep
+
+
 def test_the_demo_runs_and_notices_a_wrong_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +282,7 @@ def test_the_demo_runs_and_notices_a_wrong_bit(
     assert first["stored"]["pages"] == 8
     assert first["stored"]["already"] == 0
     assert first["files"]
+    assert not first["removed"]
 
     # The store was kept: the next run loads in its first request. Its second process is told
     # logits with one wrong bit, and must say so.

@@ -90,13 +90,15 @@ def half_written(engine: LocalStorageEngine, pages: int) -> Iterator[None]:
 
 
 def test_a_block_without_room_waits_and_is_refused_in_time(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(writing, "ROOM_SECONDS", 0.1)
     with half_written(local_of(rig), PAGES):
         started = time.monotonic()
         assert rig.write(Block(1), Block(2)) == [(Outcome.NO_ROOM,)] * 2
         assert 0.1 < time.monotonic() - started < 5
+    [said] = caplog.messages
+    assert f"of its {PAGES} slots 0 are pinned and 0 viewed, and others are being written" in said
     assert rig.write(Block(1)) == [COPIED_AND_STORED]
 
 

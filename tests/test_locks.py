@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from light_mem.errors import LockTimeoutError
+from light_mem.index.lock_holder import holder_of
 from light_mem.index.locks import PathLock
 from tests.children import child, line
 
@@ -61,6 +62,29 @@ def test_another_process_keeps_us_out_until_it_lets_go(tmp_path: Path) -> None:
         with PathLock(path).hold(timeout=0):
             pass
         process.stdin = None
+
+
+def test_who_waits_in_vain_is_told_who_holds_the_lock_and_whether_that_is_stopped(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "lock"
+    with child(HOLD_PATH, path) as process:
+        assert line(process) == "held"
+        if holder_of(str(path)) == (None, ""):
+            pytest.skip("this file system or container does not tell")
+        lock = PathLock(path)
+        with pytest.raises(LockTimeoutError, match=rf"held by pid {process.pid}, ") as caught:
+            lock.acquire(timeout=0.15)
+        assert caught.value.holder == process.pid
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(LockTimeoutError, match=rf"held by pid {process.pid}, which is stopped"):
+            lock.acquire(timeout=0.15)
+        with pytest.raises(LockTimeoutError, match="its holder is stopped or very slow") as caught:
+            lock.acquire(timeout=0)  # a try looks no further
+        assert caught.value.holder is None
+    with lock.hold(), pytest.raises(LockTimeoutError, match=f"by pid {os.getpid()}, this process"):
+        PathLock(path).acquire(timeout=0.15)
+    assert holder_of(str(path)) == holder_of(str(tmp_path / "none")) == (None, "")
 
 
 def test_a_holder_killed_with_sigkill_frees_the_lock(tmp_path: Path) -> None:

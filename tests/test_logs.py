@@ -60,7 +60,7 @@ def test_what_was_left_out_is_told_in_the_end(
         limited.warning("block %d is bad", n)
     limited.flush()
     limited.flush()
-    assert caplog.messages == ["block 0 is bad", "suppressed 4 similar to: block %d is bad"]
+    assert caplog.messages == ["block 0 is bad", "suppressed 4 similar to: block 4 is bad"]
 
 
 def test_a_handler_may_flush_while_its_thread_warns(caplog: pytest.LogCaptureFixture) -> None:

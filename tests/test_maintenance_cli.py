@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import light_mem
 from light_mem import cli
 from light_mem.commands.arguments import age, hash_value, size
+from light_mem.index.format import FORMAT_VERSION
 from tests.children import ROOT
 from tests.engine_helpers import Block
 from tests.maintenance_helpers import (
@@ -61,6 +64,36 @@ def test_the_whole_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert all(f"    {name} " in text for name in (*COMMANDS, *OPERATORS))
+
+
+@pytest.mark.parametrize("program", [["-m", "light_mem"], ["-m", "light_mem.cli"]])
+def test_it_tells_its_version_and_runs_as_a_module(program: list[str]) -> None:
+    said = subprocess.run(
+        [sys.executable, *program, "--version"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said == f"light-mem {light_mem.__version__}, store format {FORMAT_VERSION}\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_what_an_output_cannot_show_is_no_error(tmp_path: Path, encoding: str) -> None:
+    store = make_store(tmp_path / "größe")
+    for arguments in (["stats", store], ["dump", store, "größe"], ["inspect", f"{store}ł"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "light_mem", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+            encoding=encoding,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        assert "codec" not in done.stderr
+        assert done.returncode == {"stats": 0, "dump": 1, "inspect": 2}[arguments[0]]
+        if arguments[0] == "stats":
+            assert ("größe" if encoding == "latin-1" else "gr\\xf6\\xdfe") in done.stdout
+            assert "100.0% ####################" in done.stdout
 
 
 def test_the_document_describes_every_command() -> None:

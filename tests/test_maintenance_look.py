@@ -129,7 +129,10 @@ def test_dump_of_a_hash_uses_the_servers_way_to_a_key(tmp_path: Path, command: C
     assert command("dump", tmp_path / "store", "prefix") == 0
     assert command("dump", tmp_path / "store", "hex:0102") == 0
     assert command("dump", tmp_path / "store", "0102") == 1
-    assert "is not stored" in command.err
+    key = keymath.key_text(*keymath.as_key("0102"))
+    assert f"block 0102 (key {key}) is not stored" in command.err
+    assert command("dump", tmp_path / "store", key) == 1
+    assert f"block {key} is not stored" in command.err
 
 
 def test_dump_does_not_write_damaged_bytes(store: Path, tmp_path: Path, command: Command) -> None:

@@ -79,6 +79,37 @@ def test_an_import_makes_no_store_that_no_server_could_open(
         assert not (tmp_path / "new").exists()
 
 
+def test_what_is_asked_of_a_store_that_is_there_is_not_ignored(
+    exported: Path, tmp_path: Path, command: Command
+) -> None:
+    target, size = tmp_path / "new", 128 * PAGE
+    asked = ["--storage-size", size, "--shards", 2]
+    for _ in range(2):  # an import that was broken off is run again as it was
+        assert command("import", target, exported, *asked) == 0
+        assert command.err == ""
+    assert command("import", target, exported, "--storage-size", 2 * size) == 0
+    assert f"keeps its size of {size} bytes, not {2 * size}" in command.err
+    before = files(target)
+    for more in ([], ["--dry-run"]):
+        assert command("import", target, exported, "--shards", 3, *more) == 2
+        assert "has 2 shards and keeps them: it cannot have 3" in command.err
+    assert files(target) == before
+
+
+def test_a_file_of_hashes_is_utf8_in_any_locale(
+    store: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = tmp_path / "hashes"
+    hashes.write_bytes(b"\xff\xfe\n")
+    assert command("export", store, tmp_path / "x", "--hashes", hashes) == 2
+    assert f"light-mem export: {hashes} is no UTF-8 text" in command.err
+    hashes.write_bytes("größe\n".encode())
+    # As for a program in the locale C.
+    monkeypatch.setattr("io.text_encoding", lambda encoding, _=2: encoding or "ascii")
+    assert command("export", store, tmp_path / "x", "--hashes", hashes) == 1
+    assert "größe" in command.out
+
+
 def test_pages_of_another_size_are_refused(
     exported: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -3,8 +3,7 @@ and with what in hand."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -136,24 +135,21 @@ def test_who_waits_for_room_takes_back_what_the_dead_were_filling(
     assert is_clean(engine)
 
 
-@pytest.mark.parametrize("locked", [True, False])
-def test_what_cannot_be_taken_back_from_the_dead_is_no_matter_of_those_who_wait(
-    engine: LocalStorageEngine,
-    other: LocalStorageEngine,
-    monkeypatch: pytest.MonkeyPatch,
-    locked: bool,
+def test_who_waits_takes_back_from_the_dead_in_its_own_shards_and_waits_for_no_lock(
+    engine: LocalStorageEngine, other: LocalStorageEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of another shard, whose lock a stopped process holds, or whose files are not to be had."""
+    """A stopped process may hold another shard's lock, or its files may not be to be had."""
     clock, filling = Clock(monkeypatch), Filling(other, 0)
     clock.pause = lambda pauses: filling.give_back() if pauses == 2 else None
+    asked: list[tuple[float, set[int]]] = []
 
-    def fail() -> int:
-        if locked:
-            raise LockTimeoutError("held", path="1", timeout=LOCK_TIMEOUT_SECONDS)
-        raise OSError(errno.EIO, "no device")
+    def note(timeout: float, only: Collection[int]) -> int:
+        asked.append((timeout, set(only)))
+        return 0
 
-    monkeypatch.setattr(engine, "reclaim", fail)
+    monkeypatch.setattr(engine, "reclaim", note)
     assert Rig(engine).write(*batch(0)) == [COPIED_AND_STORED] * 2
+    assert asked == [(0, {0})] * 2
     assert clock.pauses == 2
 
 

@@ -93,7 +93,7 @@ def test_a_failure_takes_back_the_pins_of_its_call(
 
 @pytest.mark.parametrize("kept", ["pinned", "leased", "both"])
 def test_what_can_never_have_room_evicts_nothing_and_makes_nobody_wait(
-    store: Store, kept: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(writing, "ROOM_SECONDS", 3600.0)
     if kept != "leased":
@@ -104,6 +104,10 @@ def test_what_can_never_have_room_evicts_nothing_and_makes_nobody_wait(
         assert leased is not None
     large, small = Block(50, 7), Block(51, 1)
     assert store.write(large, small) == ["NO_ROOM", "STORED"]
+    [said] = caplog.messages
+    viewed = 2 if kept == "leased" else 0  # a pinned one is counted once
+    assert "no room for a block of 7 slots in shard 0: of its 8 slots" in said
+    assert f" {2 - viewed} are pinned and {viewed} viewed; unpin blocks, close views" in said
     assert store.stored(A, B, C, D, small) == [1, 3, 4, 51]  # one made room for the small one
     assert store.write(Block(52, 6)) == ["STORED"]
     assert store.stored(A, B, C, D, small, Block(52)) == [1, 52]

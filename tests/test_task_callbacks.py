@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from light_mem import CacheTask, State
+from light_mem import CacheTask, InvalidArgumentError, State
 from tests.conftest import wait_until
 from tests.service_rig import WAIT, rig
 
@@ -63,6 +63,14 @@ def test_a_callback_that_fails_is_logged_and_disturbs_no_other(
         r.service.run()
         assert told.wait(WAIT)
         assert "ZeroDivisionError" in caplog.text
+        assert f'{__file__}", line' in caplog.text  # where
+
+
+def test_what_cannot_be_called_is_no_callback(tmp_path: Path) -> None:
+    with rig(tmp_path, run=False) as r:
+        task = r.service.create("w", ["a"], [0])
+        with pytest.raises(InvalidArgumentError, match="no callback: 3"):
+            task.add_done_callback(3)  # type: ignore[arg-type]
 
 
 def test_a_callback_that_exits_leaves_others_told(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,9 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from light_mem import cli
 from light_mem.commands.output import seconds_text, share_text
+from light_mem.commands.stats import stats_screen
+from light_mem.commands.top import top_screen
+from light_mem.monitor import look
 from tests.maintenance_helpers import BLOCKS, Command, files, flip, make_store
 from tests.monitor_helpers import ask, server
 from tests.service_child import ROOT
@@ -141,6 +146,16 @@ def test_top_without_a_server_and_without_an_index(tmp_path: Path, command: Comm
     assert "cannot be used: it is missing" in command.out
     assert command("stats", store, "--interval", "0.01") == 0
     assert "cannot be used: it is missing" in command.out
+
+
+def test_servers_of_another_user_are_servers(tmp_path: Path) -> None:
+    found = look(make_store(tmp_path / "store"))
+    console = Console(file=io.StringIO(), width=120)
+    for screen in (top_screen, stats_screen):
+        with console.capture() as shown:
+            console.print(screen(found._replace(unseen=1), None))
+        assert "1 server has it open, of another user" in shown.get()
+        assert "no server" not in shown.get()
 
 
 def test_evictions_and_damage_are_shown(tmp_path: Path, command: Command) -> None:

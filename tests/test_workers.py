@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from light_mem import (
     State,
     WorkerStartError,
 )
+from light_mem.maintenance import inspect
 from tests.conftest import wait_until
 from tests.service_child import ROOT
 from tests.service_rig import WAIT, alive, rig
@@ -166,6 +168,40 @@ def test_workers_that_cannot_be_replaced_end_the_service_with_every_task_final(
         with pytest.raises(WorkerStartError, match="no workers any more") as caught:
             r.service.create("w", ["more"], [0])
         assert caught.value.values["reason"] in str(caught.value)
+
+
+def test_workers_that_cannot_open_the_store_say_why_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rig(tmp_path, run=False) as r:
+        shutil.rmtree(tmp_path / "store")
+        why = f"worker 1 cannot open the store: {tmp_path / 'store'} holds no store"
+        with pytest.raises(WorkerStartError) as first:
+            r.service.run()
+        with pytest.raises(WorkerStartError) as then:
+            r.service.create("w", ["a"], [0])
+    for error in (first.value, then.value):
+        assert str(error).endswith(f"said: {why}; restart the server")
+        assert "\n" not in str(error)
+        assert vars(error)["log"] == why
+    assert caplog.messages.count(why) == 3
+    assert "Traceback" not in caplog.text
+
+
+def test_a_worker_is_known_by_its_name_and_its_death_by_the_signal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rig(tmp_path, workers=2) as r:
+        one, two = r.service.worker_pids
+        assert psutil.Process(one).name() == "lightmem-worker"
+        shown = {owner.pid: owner.command for owner in inspect(tmp_path / "store").owners}
+        assert shown[one] == shown[two] == "lightmem-worker"
+        for pid, number in ((one, signal.SIGKILL), (two, signal.SIGSEGV)):
+            os.kill(pid, number)
+            wait_until(lambda pid=pid: f"(pid {pid}) was killed" in caplog.text)
+    hint = " (out of memory? see the kernel's log)"
+    assert f"worker 1 (pid {one}) was killed by SIGKILL{hint}; it is replaced" in caplog.messages
+    assert f"worker 2 (pid {two}) was killed by SIGSEGV; it is replaced" in caplog.messages
 
 
 def test_a_program_that_is_no_python_is_not_waited_for_forever(

@@ -67,7 +67,13 @@ def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
     hashes: list[HashValue] = list(arguments.hashes)
     if arguments.hash_file is None:
         return hashes or None
-    for line in arguments.hash_file.read_text().splitlines():
+    try:
+        text = arguments.hash_file.read_text(encoding="utf-8")  # as tools write it, in any locale
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"{arguments.hash_file} is no UTF-8 text: {error}", path=str(arguments.hash_file)
+        ) from None
+    for line in text.splitlines():
         if line.strip():
             try:
                 hashes.append(hash_value(line.strip()))

@@ -79,15 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         threads=default_threads() if arguments.threads is None else arguments.threads,
     )
+    is_to_go = arguments.store is None and not arguments.keep
     try:
         report = run_demo(plan, console, drop_cache=arguments.drop_page_cache)
+        report.removed = is_to_go
     except (LightMemError, ValueError, RuntimeError, OSError) as error:
         Console(stderr=True).print(f"light-mem demo: {error}", style="red", markup=False)
         return 2
     except KeyboardInterrupt:
         return 130
     finally:
-        if arguments.store is None and not arguments.keep:
+        if is_to_go:
             shutil.rmtree(store, ignore_errors=True)
     if arguments.json:
         sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")

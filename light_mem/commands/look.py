@@ -149,7 +149,9 @@ def _dump_one(arguments: argparse.Namespace) -> int:
     found = next(blocks(arguments.store, [arguments.hash]), None)
     if found is None:
         key = keymath.key_text(*keymath.as_key(arguments.hash))
-        sys.stderr.write(f"light-mem dump: block {key} is not stored\n")
+        given = str(arguments.hash)
+        named = key if given == key else f"{given} (key {key})"
+        sys.stderr.write(f"light-mem dump: block {named} is not stored\n")
         return output.FOUND
     problem, data = _bytes(arguments)
     if arguments.output is not None and not problem:

@@ -3,13 +3,14 @@ and errors to standard error."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -35,7 +36,8 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         return run()
     except BrokenPipeError:
         raise
-    except (LightMemError, OSError) as error:
+    # UnicodeError: a text of the user's or of the machine's; the library's own are no errors.
+    except (LightMemError, OSError, UnicodeError) as error:
         text = Text(f"light-mem {name}: {error}", style="red")
         Console(stderr=True).print(text, soft_wrap=True)
         return FAILED
@@ -43,6 +45,26 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         return INTERRUPTED
     finally:
         log.removeHandler(handler)
+
+
+def speak_anyway() -> None:
+    """From now on a character that standard output or error cannot show is shown by its number:
+    with an encoding of its own (PYTHONIOENCODING, a locale) a path or a bar would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):  # tests and programs put others there
+            continue
+        # "surrogateescape", of the locale C: the bytes of paths go out as they came, and no more.
+        if stream.errors == "strict" or not shows("█", stream):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def shows(text: str, stream: TextIO | None = None) -> bool:
+    """Whether standard output, or another stream, can show these characters."""
+    try:
+        text.encode((stream or sys.stdout).encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return True
 
 
 def write_json(report: Any, **more: Any) -> None:
@@ -98,12 +120,13 @@ def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def unseen(servers: int) -> list[Text]:
-    """What is to be said of servers whose numbers cannot be read."""
+def unseen(seen: int, servers: int) -> list[Text]:
+    """What is to be said where no server is `seen`, and of servers whose numbers cannot be read."""
     if not servers:
-        return []
+        return [] if seen else [Text("no server has it open")]
     what = "server has" if servers == 1 else "servers have"
-    return [Text(f"{servers} more {what} it open, of another user: run this as that user")]
+    more = "more " if seen else ""
+    return [Text(f"{servers} {more}{what} it open, of another user: run this as that user")]
 
 
 def seconds_text(seconds: float | None) -> str:

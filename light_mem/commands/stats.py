@@ -117,9 +117,7 @@ def stats_screen(look: Look, since: Rates | None) -> Group:
     if look.servers:
         parts.append(_services_table(look, since))
         parts.append(_latency_table(look, since))
-    else:
-        parts.append(Text("no server has it open"))
-    parts += output.unseen(look.unseen)
+    parts += output.unseen(len(look.servers), look.unseen)
     if look.store.ages is not None and look.store.blocks:
         parts.append(_ages_table(look.store))
     return Group(*parts)
@@ -224,7 +222,7 @@ def _row(
 
 
 def _bar(share: float) -> str:
-    return "█" * round(share * 20)
+    return ("█" if output.shows("█") else "#") * round(share * 20)
 
 
 def _age(seconds: int) -> str:

@@ -98,10 +98,8 @@ def top_screen(look: Look, since: Rates | None) -> Group:
     table.add_column(TOP_COLUMNS[-1])  # the one that gives way on a narrow terminal
     for row in top_rows(look, since):
         table.add_row(*map(Text, row[:-1]), Text(row[-1], no_wrap=True, overflow="ellipsis"))
-    parts: list[Table | Text] = [Text(line), table]
-    if not look.servers:
-        parts = [Text(line), Text("no server has it open")]
-    return Group(*parts, *output.unseen(look.unseen))
+    parts = [table] if look.servers else []
+    return Group(Text(line), *parts, *output.unseen(len(look.servers), look.unseen))
 
 
 def top_rows(look: Look, since: Rates | None) -> list[tuple[str, ...]]:

@@ -62,9 +62,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--storage-size", metavar="SIZE", type=size, help="make the store if there is none: bytes"
     )
-    parser.add_argument(
-        "--shards", metavar="N", type=count, default=1, help="... and its shards (%(default)s)"
-    )
+    parser.add_argument("--shards", metavar="N", type=count, help="... and its shards (1)")
     add_dry_run(parser)
 
 

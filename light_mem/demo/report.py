@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from light_mem.demo.request import Answer, Stored
 
@@ -53,6 +54,7 @@ class Report:
     steps: int
     threads: int
     store: str
+    removed: bool = False  # the store, by now
     page_bytes: int = 0
     restart_means: str = ""
     opened_seconds: dict[str, float] = field(default_factory=dict)
@@ -164,7 +166,10 @@ def requests_table(rows: Sequence[Row]) -> Table:
 
 
 def files_table(report: Report) -> Table:
-    table = Table(title=f"On disk: {report.store}", title_justify="left", box=SIMPLE_HEAD)
+    gone = " (removed; --keep keeps it)" if report.removed else ""
+    table = Table(
+        title=Text(f"On disk: {report.store}{gone}"), title_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("file")
     table.add_column("size (bytes)", justify="right")
     table.add_column("allocated", justify="right")

@@ -100,8 +100,8 @@ def memlock(soft: int) -> Check:
     """Locked memory: LightMem locks none, servers that pin their KV cache do."""
     found = size_text(soft) if soft != resource.RLIM_INFINITY else "unlimited"
     if soft != resource.RLIM_INFINITY and soft < _LEAST_MEMLOCK:
-        advice = "LightMem locks none; a server that locks its KV cache needs more (ulimit -l)"
-        return Check("locked memory", WARN, found, advice)
+        note = "LightMem locks none; a server that locks its KV cache needs more (ulimit -l)"
+        return Check("locked memory", OK, found, note)
     return Check("locked memory", OK, found)
 
 

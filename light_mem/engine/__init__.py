@@ -6,7 +6,8 @@ the engine
   open_store.py    what a process has open of them: look-ups, changes; member.py: leases, leaving
   memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
   reading.py       batches of reads: find, copy, look again; read_job.py: one batch
-  writing.py       batches of writes: find room; filling.py: copy; write_job.py: one batch
+  writing.py       batches of writes: find room; filling.py: copy; write_job.py: one batch;
+                   no_room.py: why there is none
   publishing.py    copied blocks become visible
   write_now.py     one block at once; intents.py: the slots that are being filled
   dealing.py       in which order a task's writes are queued; claiming.py: who takes which

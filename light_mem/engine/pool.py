@@ -19,7 +19,7 @@ from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
 from light_mem.engine.table_layout import WORKER_COUNTERS, WRITE
 from light_mem.engine.task_table import TaskTable
-from light_mem.engine.worker_processes import Process, WorkerProcesses
+from light_mem.engine.worker_processes import Process, WorkerProcesses, how_it_ended
 from light_mem.errors import (
     LockTimeoutError,
     ServiceClosedError,
@@ -112,12 +112,7 @@ class WorkerPool:
                 self.failure = f"not ready within {START_SECONDS:g} s"
             if self.failure:
                 self.stop()
-                tail = self._workers.log.tail(10) if self._workers.log else ""
-                raise WorkerStartError(
-                    f"workers did not start: {self.failure}\n{tail}",
-                    reason=self.failure,
-                    log=tail,
-                )
+                raise self.error("workers did not start")
             seen = int(self._table.header["done_seq"][0])
             self._table.futex.wait(self._table.done_word, seen, 0.02)
 
@@ -173,11 +168,11 @@ class WorkerPool:
             # Whoever is stopped with the queue in hand (a debugged client) may go on later: the
             # dead worker is met again at once, and the lock waited for again.
             self._limited.warning("worker %d died and waits to be replaced: %s", number, str(error))
-        except Exception:
+        except Exception as error:
             if self._stopped:
                 return  # in the middle of the step
             log.exception("replacing worker %d failed", number)
-            self._give_up(f"worker {number} could not be replaced")
+            self._give_up(f"worker {number} could not be replaced: {error}")
 
     def _look_round(self) -> None:
         # The one worker that was woken for a task may have been stopped before it woke the others.
@@ -196,22 +191,23 @@ class WorkerPool:
         lost = self._queue.recover(number, self._is_stored, again)
         self._early_deaths = early_deaths
         self._workers.forget(number)
+        if ready:
+            self._workers.forget_said()  # not why the next ones are never ready
         if ends:
             return
         self._tidy_up()
         pause = self._restarts.died(number, self._has_done(number) or lost > 0)
-        log.warning(
-            "worker %d (pid %d) died with status %d; %d blocks were in its hands%s",
-            number,
-            process.pid,
-            process.returncode,
-            lost,
-            f"; it did nothing, as those before it: the next one starts in {pause:g} s"
-            if pause
-            else "",
-        )
+        how = how_it_ended(process.returncode)
+        then = "it is replaced"
         if not again:
-            self._give_up(f"{MAX_EARLY_DEATHS} workers in a row died before they were ready")
+            then = "no other one is started"
+        elif pause:
+            then = f"it did nothing, as those before it: the next one starts in {pause:g} s"
+        held = f" with {lost} blocks in its hands" if lost else ""
+        log.warning("worker %d (pid %d) %s%s; %s", number, process.pid, how, held, then)
+        if not again:
+            row = f"{MAX_EARLY_DEATHS} workers in a row died before they were ready"
+            self._give_up(f"{row}, the last one {how}")
 
     def _has_done(self, number: int) -> bool:
         """Whether a worker has ended blocks since this was asked last."""
@@ -248,6 +244,14 @@ class WorkerPool:
         self.failure = reason
         log.error("the service stops: %s", reason)
         self._shut_down()
+
+    def error(self, what: str) -> WorkerStartError:
+        """`what`, and why: the service's failure, and what its workers said of it."""
+        said = self._workers.said
+        quoted = f"; the last that they said: {said}" if said else ""
+        return WorkerStartError(
+            f"{what}: {self.failure}{quoted}; restart the server", reason=self.failure, log=said
+        )
 
     # --- the end ---------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from typing import Any
 COPY_TUNABLES = (
     "glibc.cpu.x86_non_temporal_threshold=0x4080:glibc.cpu.x86_rep_movsb_threshold=0x10000000"
 )
+_PR_SET_NAME = 15  # linux/prctl.h
 
 
 def environment(added: dict[str, str]) -> dict[str, str]:
@@ -52,6 +53,15 @@ def command(module: str, config: dict[str, Any]) -> list[str]:
     executable = os.fsdecode(spawn.get_executable() or sys.executable)
     # -S: what `site` would do is in the path that is handed over; it saves start time.
     return [executable, "-S", "-c", program, json.dumps({**config, "path": path})]
+
+
+def name_process(name: str) -> None:
+    """What `ps`, `top` and the kernel's log call this process (Linux): at most 15 bytes. Else it
+    is the program's name, `python`."""
+    if sys.platform == "linux":
+        import ctypes  # not above: a child without a name does without it
+
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def die_with(parent: int) -> None:

@@ -27,11 +27,11 @@ from light_mem.engine.kvmemory import MemorySource, attach
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.map_ahead import MapAhead
 from light_mem.engine.places import Bytes2D, Regions, Rows
-from light_mem.engine.program import die_with
+from light_mem.engine.program import die_with, name_process
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.table_layout import READ, WORDS_PER_REGION, Cells
 from light_mem.engine.task_table import TaskTable
-from light_mem.errors import LockTimeoutError
+from light_mem.errors import LightMemError, LockTimeoutError
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
 from light_mem.logs import Limited
@@ -40,6 +40,7 @@ log = logging.getLogger("light_mem")
 
 # Read by the server and logged there: level, then the text.
 LOG_FORMAT = "%(levelno)d %(message)s"
+PROCESS_NAME = "lightmem-worker"
 IDLE_SECONDS = 3600.0  # an idle worker wakes this often for no reason
 BUSY_QUEUE_SECONDS = 0.01  # how long what was begun waits for the queue, which takes microseconds
 QUIET_SECONDS = 0.1  # longer than most batches take that come from a device
@@ -176,6 +177,7 @@ def main(config: dict[str, Any]) -> None:
     """Run one worker; `config` is what `worker_processes.py` wrote."""
     # A Ctrl-C in the terminal goes to the whole group; the server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name_process(PROCESS_NAME)
     try:
         die_with(config["parent"])
     except ProcessLookupError:
@@ -184,21 +186,28 @@ def main(config: dict[str, Any]) -> None:
     logging.basicConfig(stream=sys.stderr, level=config["log_level"], format=LOG_FORMAT)
     if config["cpus"]:
         bind(config["cpus"])  # before any memory is used: it then comes from the worker's node
-    table = TaskTable(config["table_fd"], None)
-    source = MemorySource(**config["memory"])
-    page_bytes = int(table.header["page_bytes"][0])
-    memory = attach(source).reshape(-1, page_bytes)
-    engine = LocalStorageEngine(
-        os.fsdecode(bytes(table.header["store"][0])),
-        kind="worker",
-        verify=config["verify"],
-        durability=config["durability"],
-        page_cache=config["page_cache"],
-        time_to_live=config["time_to_live"],
-    )
-    # A descriptor of its own: the inherited one shares its locks with the server and all workers.
-    lock = RangeLock(config["table_path"] or f"/proc/self/fd/{config['table_fd']}")
     number = config["number"]
+    doing = "map the server's memory"
+    try:
+        table = TaskTable(config["table_fd"], None)
+        source = MemorySource(**config["memory"])
+        page_bytes = int(table.header["page_bytes"][0])
+        memory = attach(source).reshape(-1, page_bytes)
+        # A descriptor of its own: the inherited one shares its locks with the server and all
+        # workers.
+        lock = RangeLock(config["table_path"] or f"/proc/self/fd/{config['table_fd']}")
+        doing = "open the store"
+        engine = LocalStorageEngine(
+            os.fsdecode(bytes(table.header["store"][0])),
+            kind="worker",
+            verify=config["verify"],
+            durability=config["durability"],
+            page_cache=config["page_cache"],
+            time_to_live=config["time_to_live"],
+        )
+    except (LightMemError, OSError) as error:  # of the machine or the store, not of the program
+        log.error("worker %d cannot %s: %s", number, doing, str(error))
+        sys.exit(1)
     me = table.workers[number : number + 1]
     me["pid"], me["started"] = os.getpid(), process_start(os.getpid())
     me["ready"] = 1

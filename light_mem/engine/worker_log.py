@@ -7,7 +7,9 @@ import os
 
 log = logging.getLogger("light_mem")
 
-_TAIL_LINES = 50
+_READ_BYTES = 1 << 16
+_LONGEST = 1 << 16  # bytes of a line; what has no end is not gathered for ever
+_QUOTED = 500  # characters of a line in an error
 
 
 class WorkerLog:
@@ -18,31 +20,49 @@ class WorkerLog:
         """Raises OSError where no descriptors are left."""
         self.read, self.write = os.pipe()
         os.set_blocking(self.read, False)
-        self._tail: list[str] = []
+        self._begun = b""  # of a line whose end has not come yet
+        self.last = ""  # what they complained of last, for an error that says why none is left
 
-    def relay(self) -> None:
-        """Log what is there."""
+    def relay(self) -> bool:
+        """Log the whole lines that are there, of one read; False: nothing is there."""
         if self.read < 0:
-            return
+            return False
         try:
-            raw = os.read(self.read, 1 << 16)
+            raw = os.read(self.read, _READ_BYTES)
         except BlockingIOError:
-            return
-        for line in raw.decode("utf-8", "replace").splitlines():
-            level, _, text = line.partition(" ")
-            self._tail = [*self._tail[-_TAIL_LINES:], line]
-            if level.isdigit():
-                log.log(int(level), "%s", text)
-            else:
-                log.error("worker: %s", line)
+            return False
+        *lines, self._begun = (self._begun + raw).split(b"\n")
+        for line in lines:
+            self._log(line)
+        if len(self._begun) > _LONGEST:
+            self._log_begun()
+        return bool(raw)
 
-    def tail(self, lines: int) -> str:
-        """The last lines, for an error that says why workers do not start."""
-        return "\n".join(self._tail[-lines:])
+    def finish(self) -> None:
+        """Log all that is there, with or without the end of a line: who wrote it is dead. (A line
+        of up to PIPE_BUF bytes, 4,096 on Linux, comes as one; it is of nobody who lives.)"""
+        while self.relay():
+            pass
+        self._log_begun()
+
+    def _log_begun(self) -> None:
+        line, self._begun = self._begun, b""
+        self._log(line)
+
+    def _log(self, raw: bytes) -> None:
+        line = raw.decode("utf-8", "replace").rstrip()
+        if not line:
+            return
+        level, _, text = line.partition(" ")
+        if len(level) != 2 or not level.isdecimal():
+            level, text = str(logging.ERROR), f"worker: {line}"
+        log.log(int(level), "%s", text)
+        if int(level) >= logging.WARNING:
+            self.last = text.removeprefix("worker: ").strip()[:_QUOTED]
 
     def close(self) -> None:
         """Log what is there, and close both ends. Calling it again does nothing."""
-        self.relay()
+        self.finish()
         (read, self.read), (write, self.write) = (self.read, -1), (self.write, -1)
         for descriptor in (read, write):
             if descriptor >= 0:

@@ -7,6 +7,7 @@ import math
 import os
 import select
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,19 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_TH
 _LOOK_SECONDS = 0.5  # between two looks at one that is waited for; 0.01 where there are no pidfds
 
 Process = subprocess.Popen[bytes]
+
+
+def how_it_ended(status: int) -> str:
+    """A process's return code, in words."""
+    if status >= 0:
+        return f"died with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-status}"
+    # The kernel's killer sends it where memory is short, of the machine or of the container.
+    why = " (out of memory? see the kernel's log)" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{why}"
 
 
 class WorkerProcesses:
@@ -108,7 +122,7 @@ class WorkerProcesses:
     def listen(self, seconds: float) -> None:
         """Sleep until there is something to do, at most so long; logs what workers say."""
         for key, _ in self._selector.select(seconds):
-            relay: Callable[[], None] | None = key.data
+            relay: Callable[[], object] | None = key.data
             if relay is not None:
                 relay()
 
@@ -126,7 +140,7 @@ class WorkerProcesses:
     def forget(self, number: int) -> None:
         """A worker has died; what it still had to say is logged."""
         assert self.log is not None
-        self.log.relay()
+        self.log.finish()
         process = self._processes.get(number)
         if process is None:
             return
@@ -138,6 +152,16 @@ class WorkerProcesses:
                 self._selector.unregister(pidfd)
             os.close(pidfd)
         self._processes.pop(number, None)  # last: one that is not forgotten is met again
+
+    @property
+    def said(self) -> str:
+        """What workers complained of last, in a line; "": of nothing."""
+        return self.log.last if self.log is not None else ""
+
+    def forget_said(self) -> None:
+        """What workers have said so far is of no use to who asks why others do not start."""
+        if self.log is not None:
+            self.log.last = ""
 
     def end(self, seconds: float) -> None:
         """All were told to leave: forget them, and kill those who have not left by then."""

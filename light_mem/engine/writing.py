@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from light_mem.engine import no_room
 from light_mem.engine.base import BlockIO, Outcome, Report, Stop
 from light_mem.engine.filling import Filler
 from light_mem.engine.intents import MOST_BLOCKS, Intents
@@ -89,7 +90,7 @@ class Writer:
             self._give_back_failed()
             now, later = _first(wanted, self._most_at_a_time())
             if not now:
-                error = _no_intents(self._engine, self._intents.shards)
+                error = no_room.no_intents(self._engine, self._intents.shards)
                 for shard, positions in later.items():
                     self._fail(shard, positions, job, error)
                 break
@@ -205,14 +206,18 @@ class Writer:
         """Wait a moment; returns the blocks that shall go on waiting."""
         late = time.monotonic() > deadline
         left: ByShard = {}
+        refused: dict[int, int] = {}  # slots of a block, by shard
         for shard, positions in waiting.items():
             for at in positions:
                 if job.stop(at):
                     job.settle([at], Outcome.STOPPED)
                 elif late:
                     job.settle([at], Outcome.NO_ROOM)
+                    refused[shard] = job.slots[at]
                 else:
                     left.setdefault(shard, []).append(at)
+        for shard, slots in refused.items():
+            no_room.late(self._engine, shard, slots)
         if left:
             self._engine.reclaim(timeout=0, only=left)
             time.sleep(_ROOM_PAUSE)
@@ -231,7 +236,7 @@ class Writer:
         with self._engine.change(shard, timeout) as (index, file):
             self._intents.give_back(shard, index, file, in_hand)
             found = index.find_mixed(job.keys.at(positions))
-            wanted, outcomes = self._wanted(index, positions, found, job)
+            wanted, outcomes, refused = self._wanted(index, positions, found, job)
             # First come, first served: what finds no room waits, and so does what follows.
             given = index.allocate_many(
                 [job.slots[at] for at in wanted], evicted, self._engine.evicts
@@ -245,24 +250,29 @@ class Writer:
             index.mark_many(given, self._owner.number)
             all_new = index.stamp() if max(found) < 0 else None
         job.settle_each(outcomes)
+        if refused is not None:
+            no_room.warn(self._engine, shard, refused)
         taken = list(zip(wanted, given, strict=False))
         return Part(shard, job, taken, all_new), wanted[len(given) :]
 
     def _wanted(
         self, index: ShardIndex, positions: list[int], found: list[int], job: WriteJob
-    ) -> tuple[list[int], list[tuple[int, Outcome]]]:
-        """Which blocks want room, and what became of the others; `found`: where they are stored."""
+    ) -> tuple[list[int], list[tuple[int, Outcome]], no_room.Refused | None]:
+        """Which blocks want room, what became of the others, and one that is too long; `found`:
+        where they are stored."""
         wanted: list[int] = []
         outcomes: list[tuple[int, Outcome]] = []
+        refused = None
         most = index.most_slots()
         for at, stored in zip(positions, found, strict=True):
             if stored >= 0 and is_present(index, stored, job.nbytes[at]):
                 outcomes.append((at, Outcome.PRESENT))
             elif job.slots[at] > most:  # nor ever, while what is pinned or viewed stays so
                 outcomes.append((at, Outcome.NO_ROOM))
+                refused = no_room.Refused(job.slots[at], most, index.retention.pinned_slots)
             else:
                 wanted.append(at)
-        return wanted, outcomes
+        return wanted, outcomes, refused
 
 
 def _first(wanted: ByShard, most: int) -> tuple[ByShard, ByShard]:
@@ -285,12 +295,3 @@ def _joined(*parts: ByShard) -> ByShard:
         for shard, positions in part.items():
             joined[shard] = joined.get(shard, []) + positions
     return joined
-
-
-def _no_intents(engine: LocalStorageEngine, shards: list[int]) -> LockTimeoutError:
-    return LockTimeoutError(
-        f"{MAX_INTENTS} slots of failed writes wait for the locks of shards {shards}",
-        path=str(engine.directory),
-        shards=shards,
-        timeout=0,
-    )

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from light_mem.errors import LockTimeoutError
+from light_mem.index.lock_holder import holder_of
 
 POLL_SECONDS = 0.0005  # filelock polls every 50 ms by default; a shard is held for some 100 us
 # Long enough for a shard's index to be made anew by another process, short enough that a stopped
@@ -115,10 +116,14 @@ class PathLock:
             held.thread.release()
 
     def _timeout(self, timeout: float) -> LockTimeoutError:
+        # Not after a try: the next one follows soon, and /proc/locks holds up all who lock files.
+        holder, who = holder_of(self.path) if timeout > SHORT_SECONDS else (None, "")
         return LockTimeoutError(
-            f"{self.path} was not free within {timeout:g} s: its holder is stopped or very slow",
+            f"{self.path} was not free within {timeout:g} s: "
+            + (who or "its holder is stopped or very slow"),
             path=self.path,
             timeout=timeout,
+            holder=holder,
         )
 
 

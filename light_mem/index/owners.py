@@ -218,7 +218,11 @@ def started_at(pid: int) -> float:
 
     As `psutil.Process(pid).create_time()`, which the workers do not import for its 26 ms.
     """
-    start = process_start(pid)
+    return since_1970(process_start(pid))
+
+
+def since_1970(start: float) -> float:
+    """A `process_start` in seconds since 1970, as the clock is set now; 0 stays 0."""
     if not start:
         return 0.0
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + start

@@ -78,6 +78,11 @@ class Retention:
         self._page_bytes = page_bytes
         self.limit = len(entries) // 2  # slots that may be pinned: writes always find the others
 
+    @property
+    def pinned_slots(self) -> int:
+        """Slots of pinned blocks."""
+        return self._control.pinned_slots
+
     def slots_at(self, slot: int) -> int:
         """Slots of the block that begins at `slot`."""
         return slots_needed(int(self._nbytes[slot]), self._page_bytes)

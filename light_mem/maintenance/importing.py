@@ -27,7 +27,7 @@ from light_mem.errors import BlockNotStoredError, PinLimitError, StoreFormatErro
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
-from light_mem.index.description import Geometry
+from light_mem.index.description import Geometry, slots_for
 from light_mem.maintenance.changing import evict
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
@@ -48,18 +48,19 @@ def import_store(
     file: str | os.PathLike[str],
     *,
     storage_size: int | None = None,
-    shards: int = 1,
+    shards: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> TransferReport:
     """Store the blocks of an export that are whole and not stored yet.
 
-    storage_size, shards   make the store with these when there is none; else they are not used
+    storage_size, shards   make the store with these (None: 1 shard) when there is none. One that is
+                           keeps its own: another size is a warning, other shards are an error
     dry_run                only read and check the file
 
-    Raises FileNotFoundError, StoreFormatError (no export; no store; another page size),
-    InvalidArgumentError (too small for a server, see `check_size`), StoreBusyError, StoreFullError,
-    BlockNotStoredError.
+    Raises FileNotFoundError, StoreFormatError (no export; no store; another page size or number
+    of shards), InvalidArgumentError (too small for a server, see `check_size`), StoreBusyError,
+    StoreFullError, BlockNotStoredError.
     """
     started = time.monotonic()
     source = ExportFile(file)
@@ -67,14 +68,14 @@ def import_store(
         importing = _Import(source, progress)
         geometry = _geometry(directory)
         if geometry is not None:
-            _require_same_pages(directory, geometry, source)
+            _require_same(directory, geometry, source, storage_size, shards)
         elif storage_size is not None:
-            check_size(source.page_bytes, shards, storage_size)
+            check_size(source.page_bytes, shards or 1, storage_size)
         if dry_run:
             importing.check(directory)
         else:
             _take_out_expired(directory)
-            engine = _open(directory, source, storage_size, shards)
+            engine = _open(directory, source, storage_size, shards or 1)
             try:
                 importing.run(engine)
             finally:
@@ -102,8 +103,12 @@ def _geometry(directory: str | os.PathLike[str]) -> Geometry | None:
     return describe(Path(directory)) if Path(directory).is_dir() else None
 
 
-def _require_same_pages(
-    directory: str | os.PathLike[str], geometry: Geometry, source: ExportFile
+def _require_same(
+    directory: str | os.PathLike[str],
+    geometry: Geometry,
+    source: ExportFile,
+    storage_size: int | None,
+    shards: int | None,
 ) -> None:
     if geometry.page_bytes != source.page_bytes:
         raise StoreFormatError(
@@ -113,6 +118,24 @@ def _require_same_pages(
             field="page_bytes",
             found=source.page_bytes,
             expected=geometry.page_bytes,
+        )
+    if shards is not None and shards != geometry.shards:
+        raise StoreFormatError(
+            f"the store {directory} has {geometry.shards} shards and keeps them: it cannot have "
+            f"{shards}; nothing was changed",
+            path=os.fspath(directory),
+            field="num_of_shard",
+            found=geometry.shards,
+            expected=shards,
+        )
+    if storage_size is None:
+        return
+    if slots_for(storage_size, geometry.shards, geometry.page_bytes) != geometry.slots:
+        log.warning(
+            "the store %s keeps its size of %d bytes, not %d: light-mem resize gives it another",
+            directory,
+            geometry.storage_size,
+            storage_size,
         )
 
 

@@ -21,6 +21,8 @@ from light_mem.index.format import named_slot
 from light_mem.index.owners import NAME, Owners, started_at
 from light_mem.maintenance.report import OwnerReport
 
+_OUR_NAMES = "lightmem-"  # of processes that name themselves: `program.name_process`
+
 Blocks = set[tuple[int, int]]  # (shard, first slot)
 
 
@@ -92,9 +94,12 @@ def command_of(pid: int, started: float) -> str:
     if abs(started_at(pid) - started) > 1:
         return ""  # not that process: another container's, or one that took the number over
     try:
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return ""
+    if name.startswith(_OUR_NAMES):
+        return name  # its command line is a program text: nobody knows it by that
     words = raw.decode("utf-8", "replace").split("\0")
     text = " ".join(os.path.basename(word) if "/" in word else word for word in words[:3]).strip()
     return text if len(text) <= 40 else text[:37] + "..."

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from light_mem.engine.table_stats import ServiceNumbers, read_numbers
 from light_mem.index.ages import AgeBucket, added, by_age
+from light_mem.index.owners import since_1970
 from light_mem.maintenance.owners import command_of
 from light_mem.maintenance.store import Store
 from light_mem.monitor.servers import ServerTable, find_tables
@@ -107,7 +108,7 @@ def _store(store: Store, ages: bool) -> StoreLook:
 
 def _server(found: ServerTable) -> ServerLook:
     header = found.table.header[0]
-    started = float(header["server_started"])
+    started = since_1970(float(header["server_started"]))
     return ServerLook(
         table_id=bytes(header["table_id"]).decode(),
         pid=found.pid,
