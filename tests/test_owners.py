@@ -129,13 +129,14 @@ def test_leaving_and_closing_in_the_middle_of_reclaiming_waits_for_its_end(
     me = other.join("server")
     taken: list[int] = []
 
-    def take_back(owner: int, _: list[ShardSlot]) -> None:
+    def take_back(owner: int, _: list[ShardSlot]) -> bool:
         taken.append(owner)
         assert other.reclaim(take_back) == 0  # not in the middle of itself
         me.leave()
         other.close()
         assert not third.locks.try_lock(owner)  # the record is not another's before it is empty
         assert not third.records["pid"][me.number]
+        return True
 
     third = Owners(tmp_path)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,20 @@ def test_a_client_stopped_with_the_queue_in_hand_holds_up_but_ends_nothing(
 def test_a_thread_that_has_the_queue_is_named_as_another_process_is(tmp_path: Path) -> None:
     with rig(tmp_path, run=False) as r:
         waited, path = r.service._session.queue, r.service._session.table.lock_path()
-        with waited.held(), pytest.raises(LockTimeoutError) as caught, waited.held(0.01):
+        has, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with waited.held():
+                has.set()
+                go_on.wait(20)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert has.wait(20)
+        with pytest.raises(LockTimeoutError) as caught, waited.held(0.01):
             pass
+        go_on.set()
+        holder.join()
         assert caught.value.values == {"path": path, "byte": QUEUE_BYTE, "timeout": 0.01}
 
 

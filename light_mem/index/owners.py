@@ -222,7 +222,10 @@ def started_at(pid: int) -> float:
 
 
 def since_1970(start: float) -> float:
-    """A `process_start` in seconds since 1970, as the clock is set now; 0 stays 0."""
-    if not start:
+    """A `process_start` in seconds since 1970, as the clock is set now; 0: unknown."""
+    try:
+        lines = Path("/proc/stat").read_bytes().splitlines() if start else []
+    except OSError:
         return 0.0
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + start
+    boot = next((int(line.split()[1]) for line in lines if line.startswith(b"btime")), 0)
+    return boot + start if boot else 0.0
