@@ -1,7 +1,8 @@
-"""A call with a look between any two instructions of the library that it runs."""
+"""A call with a look, or an exception, between any two instructions of the library that it runs."""
 
 from __future__ import annotations
 
+import dis
 import sys
 import threading
 from collections.abc import Callable
@@ -23,6 +24,47 @@ def watch_opcodes(
     raises comes out of that instruction."""
     # On Python 3.12 and later a trace function is told of few of the instructions.
     return (_by_monitoring if sys.version_info >= (3, 12) else _by_trace)(call, look, where)
+
+
+def interrupt(
+    call: Callable[[], object],
+    at: int,
+    kept: Callable[[BaseException], object] = lambda _: None,
+    where: tuple[str, ...] = (LIBRARY,),
+) -> bool:
+    """Run `call`, with a KeyboardInterrupt at the `at`-th place in the library, from 1 on, where an
+    interpreter may call signal handlers; whether there were as many. `kept` is called while the
+    traceback is kept.
+
+    Such a place is the beginning of a function, after a call, and after a jump back.
+    """
+    left = at
+    before: dict[FrameType, int] = {}  # the last instruction of each
+
+    def look() -> None:
+        nonlocal left
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not frame.f_code.co_filename.startswith(where):
+            frame = frame.f_back
+        assert frame is not None
+        code, at = frame.f_code.co_code, frame.f_lasti
+        last, before[frame] = before.get(frame), at
+        if last is not None and last < at:  # no beginning, no jump back
+            if not dis.opname[code[last]].startswith(("CALL", "RESUME")):
+                return
+            # A call that raised; one whose `try` the return is not in, and the call itself is.
+            if dis.opname[code[at]] in ("PUSH_EXC_INFO", "RETURN_VALUE"):
+                return
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    try:
+        watch_opcodes(call, look, where)
+    except KeyboardInterrupt as error:
+        kept(error)
+    before.clear()  # the frames know this function: else they would wait for the collector
+    return left <= 0
 
 
 def _by_trace(call: Callable[[], Any], look: Callable[[], object], where: tuple[str, ...]) -> Any:

@@ -68,9 +68,9 @@ def test_who_waited_for_a_shard_while_the_store_was_left_changes_nothing(
     lock = engine._open.index(0)._lock
     real = lock.acquire
 
-    def acquire(timeout: float) -> None:
+    def acquire(by: object, timeout: float) -> None:
         waits.set()
-        real(timeout)
+        real(by, timeout)
 
     held = ExitStack()
     held.enter_context(lock_of(engine, 0).hold())

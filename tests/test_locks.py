@@ -74,16 +74,16 @@ def test_who_waits_in_vain_is_told_who_holds_the_lock_and_whether_that_is_stoppe
             pytest.skip("this file system or container does not tell")
         lock = PathLock(path)
         with pytest.raises(LockTimeoutError, match=rf"held by pid {process.pid}, ") as caught:
-            lock.acquire(timeout=0.15)
+            lock.acquire("me", timeout=0.15)
         assert caught.value.holder == process.pid
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(LockTimeoutError, match=rf"held by pid {process.pid}, which is stopped"):
-            lock.acquire(timeout=0.15)
+            lock.acquire("me", timeout=0.15)
         with pytest.raises(LockTimeoutError, match="its holder is stopped or very slow") as caught:
-            lock.acquire(timeout=0)  # a try looks no further
+            lock.acquire("me", timeout=0)  # a try looks no further
         assert caught.value.holder is None
     with lock.hold(), pytest.raises(LockTimeoutError, match=f"by pid {os.getpid()}, this process"):
-        PathLock(path).acquire(timeout=0.15)
+        PathLock(path).acquire("me", timeout=0.15)
     assert holder_of(str(path)) == holder_of(str(tmp_path / "none")) == (None, "")
 
 

@@ -2,7 +2,7 @@
 
 Who leaves as the last one marks the index clean. A thread that waited for a shard's lock meanwhile
 must not change the shard after that, and a lease that it took would stand in a record that is not
-this process's any more. So a change is made inside a `with` of the fence, with the shard's lock in
+this process's any more. So a change is made between `enter` and `leave`, with the shard's lock in
 hand, and `shut` first refuses new ones, then waits for those that had begun.
 
 No lock in here: a finalizer may run in the middle of any step, in the thread that is at it.
@@ -21,20 +21,20 @@ class Fence:
     """Any thread."""
 
     def __init__(self) -> None:
-        self._holders: list[int] = []  # threads, one entry a change
+        self._holders: dict[int, int] = {}  # by change: its thread
         self.is_shut = False
 
-    def __enter__(self) -> None:
-        """Be changing something; raises ServiceClosedError once it is shut."""
-        me = threading.get_ident()
+    def enter(self, change: int) -> None:
+        """Be changing something; raises ServiceClosedError once it is shut. `leave` must follow,
+        also where this raises: a signal handler may do so when the change is in already."""
         # The order binds: whoever shuts sets the mark and then looks for holders.
-        self._holders.append(me)
+        self._holders[change] = threading.get_ident()
         if self.is_shut:
-            self._holders.remove(me)
             self.check()
 
-    def __exit__(self, *_: object) -> None:
-        self._holders.remove(threading.get_ident())
+    def leave(self, change: int) -> None:
+        """A change has ended, if it was in."""
+        self._holders.pop(change, None)
 
     @property
     def is_held(self) -> bool:
@@ -53,7 +53,7 @@ class Fence:
         me = threading.get_ident()
         deadline = time.monotonic() + timeout
         while self._holders:
-            if me in self._holders or time.monotonic() > deadline:
+            if me in list(self._holders.values()) or time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
         return True

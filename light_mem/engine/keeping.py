@@ -153,9 +153,16 @@ def lease(engine: OpenStore, low: int, high: int) -> Leased | None:
             entry = index.entries[slot]
             nbytes, checksum, tag = (int(entry[name]) for name in ("nbytes", "checksum", "tag"))
             runs = engine.lookup.runs(shard, slot, nbytes)
-            # Not raised in here: that would have the shard put in order.
-            problem = None if runs is None else _take(engine, index, slot)
-            taken = runs is not None and problem is None
+            before = engine.leases.count(shard, slot)
+            try:
+                # Not raised in here: that would have the shard put in order.
+                problem = None if runs is None else _take(engine, index, slot)
+                taken = runs is not None and problem is None
+            except BaseException:
+                # Of a signal handler, perhaps, after the lease was noted. One that comes between
+                # the end of this call and the first step of who gets the lease leaves it.
+                taken = engine.leases.count(shard, slot) > before
+                raise
         if problem is not None:
             raise problem
         if runs is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -143,25 +142,24 @@ class _Change(AbstractContextManager["tuple[ShardIndex, ShardFile]"]):
     def __enter__(self) -> tuple[ShardIndex, ShardFile]:
         shards = self._open
         index, file = shards.index(self._shard), shards.file(self._shard)
-        self._change = index.change(self._timeout, shards._fence)
+        change = self._change = index.change(self._timeout, shards._fence)
         try:
-            recovered = self._change.__enter__()
-            if recovered:
-                try:
-                    # The holder that died may have taken blocks out and not cleared their records:
-                    # an index made anew from them must not list what others have written over.
-                    file.clear_records(index.unlisted_slots())
-                    file.follow_keeps(index.entries)
-                except BaseException:
-                    self._change.__exit__(*sys.exc_info())
-                    raise
+            if change.__enter__():
+                # The holder that died may have taken blocks out and not cleared their records: an
+                # index made anew from them must not list what others have written over.
+                file.clear_records(index.unlisted_slots())
+                file.follow_keeps(index.entries)
+            return index, file
         except BaseException:
+            change.give_up()
             shards._ended()
             raise
-        return index, file
 
     def __exit__(self, *error: Any) -> None:
         try:
             self._change.__exit__(*error)
+        except BaseException:
+            self._change.give_up()
+            raise
         finally:
             self._open._ended()

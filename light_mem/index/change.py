@@ -2,22 +2,38 @@
 
 A class and no generator: a change of a shard is in the way of each batch, twice, and of each short
 write, and a generator costs 1 us there, several after a copy.
+
+An exception may come from a signal handler between any two steps, so everything is taken within a
+`try`, and what is given up is told by what is held then, not by how far this came. What remains:
+
+- one that comes as the outermost `__exit__` is entered, before its `try`, leaves all held until its
+  traceback is dropped (`__del__`), and the threads' lock for good where another thread drops it
+- a second one while the first is being dealt with
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from light_mem.index.locks import PathLock
+
+
+class Within(Protocol):
+    """What changes are made within: see `Fence`."""
+
+    def enter(self, change: int) -> None:
+        """A change begins."""
+
+    def leave(self, change: int) -> None:
+        """It has ended; nothing happens where it never began, or has been told of before."""
 
 
 class ShardChange(AbstractContextManager[bool]):
     """See `ShardIndex.change`. To be entered once."""
 
-    __slots__ = ("_begin", "_end", "_lock", "_timeout", "_within")
+    __slots__ = ("_begin", "_end", "_lock", "_me", "_timeout", "_within")
 
     def __init__(
         self,
@@ -25,34 +41,50 @@ class ShardChange(AbstractContextManager[bool]):
         begin: Callable[[], bool],
         end: Callable[[bool], None],
         timeout: float,
-        within: AbstractContextManager[None] | None,
+        within: Within | None,
     ) -> None:
         """`begin`: with the lock in hand; its answer is what is yielded. `end`: before the lock is
         given back, with whether the change is whole; not called where `begin` raises."""
         self._lock, self._begin, self._end = lock, begin, end
         self._timeout, self._within = timeout, within
+        self._me = 0  # its name to others: a reference would keep it from being dropped
 
     def __enter__(self) -> bool:
-        self._lock.acquire(self._timeout)
+        me = self._me = id(self)
         try:
-            if self._within is None:
-                return self._begin()
-            self._within.__enter__()
-            try:
-                return self._begin()
-            except BaseException:
-                self._within.__exit__(*sys.exc_info())
-                raise
+            self._lock.acquire(me, self._timeout)
+            if self._within is not None:
+                self._within.enter(me)
+            return self._begin()
         except BaseException:
-            self._lock.release()
+            self._let_go()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         try:
             self._end(kind is None)
         finally:
-            try:
-                if self._within is not None:
-                    self._within.__exit__(kind, *rest)
-            finally:
-                self._lock.release()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
+            if self._within is not None:
+                self._within.leave(self._me)
+        finally:
+            self._lock.release(self._me)
+        self._me = 0  # last: what is cut short before is to be done again
+
+    def give_up(self) -> None:
+        """End it as one that is not whole, if it has not ended: for whom its `__exit__` may have
+        been cut short, or its `__enter__` after it had begun."""
+        if not self._me:
+            return
+        try:
+            if self._lock.is_held(self._me):
+                self._end(False)
+        finally:
+            self._let_go()
+
+    def __del__(self) -> None:
+        if getattr(self, "_me", 0):  # `__init__` may have been cut short, too
+            self.give_up()

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import time
-from contextlib import suppress
 
 import filelock
 
@@ -90,10 +89,13 @@ class KeptFileLock(filelock.BaseFileLock):
         """Close the descriptor without unlocking: in a forked child the lock is the parent's, and
         left open it would outlive the parent for as long as the child lives."""
         self._locked = False
+        # No call between the two, at which a signal handler might raise: nobody would close it.
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with suppress(OSError):
+            try:
                 os.close(descriptor)
+            except OSError:
+                pass
 
     def __del__(self) -> None:
         # Closing is unlocking, unless a forked child still has it open.

@@ -48,6 +48,10 @@ class Leases:
         with self._guard:
             return sum(self._held.values())
 
+    def count(self, shard: int, slot: int) -> int:
+        """How many of them are on one block; only a holder of the shard's lock changes that."""
+        return self._held.get((shard, slot), 0)
+
     def close(self) -> bool:
         """Take no more leases, unless views are still open. True to one caller only, who must then
         leave the store.

@@ -6,6 +6,10 @@ RangeLock  exclusive locks on byte ranges of one file: owners, the task queue, c
 Order, for the whole package: the open lock before a shard's lock; never two shards' locks at a
 time; owner ranges are only ever tried, never waited for; the queue's range is never held
 together with a shard's lock.
+
+Signal handlers raise between any two steps, KeyboardInterrupt above all. A lock is taken within
+the `try` that gives it up, by whoever can then tell whether it was taken: of a PathLock by name
+(`by`), since a call that took it may be cut short before it returns.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from light_mem.errors import LockTimeoutError
 from light_mem.index.lock_holder import holder_of
@@ -42,9 +47,22 @@ class _Held:
     def __init__(self, path: str) -> None:
         from light_mem.index.kept_lock import KeptFileLock  # 25 ms: ready before it is needed
 
-        self.thread = threading.Lock()
+        # Knows its owner: it may be taken and the call that took it be cut short, which no mark set
+        # afterwards would tell. Nobody takes it twice.
+        self.thread: Any = threading.RLock()
+        self.by: object = _NOBODY  # who has it; set and reset with `thread` in hand
         self.waited = False  # whether who has it got it through filelock
         self.file = KeptFileLock(path)
+
+    def give_up(self) -> None:
+        """Let go of what this thread may have taken so far."""
+        if self.thread._is_owned():
+            self.file.abandon()  # whether it was locked cannot be told
+            self.by = _NOBODY
+            self.thread.release()
+
+
+_NOBODY = object()
 
 
 # Weak: the descriptor of a lock goes with the last PathLock on its path.
@@ -81,19 +99,26 @@ class PathLock:
     @contextmanager
     def hold(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
         """Hold the lock; raises LockTimeoutError after `timeout` seconds."""
-        self.acquire(timeout)
+        by = object()
         try:
+            self.acquire(by, timeout)
             yield
         finally:
-            self.release()
+            try:
+                self.release(by)
+            finally:
+                self.release(by)  # where the first was cut short as it began
 
-    def acquire(self, timeout: float = LOCK_TIMEOUT_SECONDS) -> None:
+    def acquire(self, by: object, timeout: float = LOCK_TIMEOUT_SECONDS) -> None:
         """Take the lock, to be released by this thread; raises as `hold`, a generator, which costs
-        some 1 us more."""
+        some 1 us more. `by`: whom to release it for; no two may be equal. To be called within the
+        `try` that releases it."""
         held = self._mine or self._shared()
-        if not held.thread.acquire(timeout=timeout):
+        if held.thread._is_owned():  # a finalizer, or a caller that is wrong: it would never end
             raise self._timeout(timeout)
         try:
+            if not held.thread.acquire(timeout=timeout):
+                raise self._timeout(timeout)
             held.waited = not held.file.try_now()
             if held.waited and not timeout:
                 raise self._timeout(timeout)
@@ -102,17 +127,33 @@ class PathLock:
                     held.file.acquire(timeout=timeout, poll_interval=POLL_SECONDS)
                 except TimeoutError:  # filelock.Timeout
                     raise self._timeout(timeout) from None
+            held.by = by
         except BaseException:
-            held.thread.release()
+            try:
+                held.give_up()
+            finally:
+                held.give_up()  # where the first was cut short
             raise
 
-    def release(self) -> None:
-        """Let go of what `acquire` took."""
+    def is_held(self, by: object) -> bool:
+        """Whether `acquire` took it for `by`, and it was not released since."""
+        return self._mine is not None and self._mine.by == by
+
+    def release(self, by: object) -> None:
+        """Let go of what `acquire` took for `by`; does nothing where there is nothing."""
         held = self._mine
-        assert held is not None
+        if held is None or held.by != by:
+            return
         try:
-            (held.file.release if held.waited else held.file.let_go)()
+            if held.waited:
+                held.file.release(force=True)  # filelock counts, and a call cut short too many
+            else:
+                held.file.let_go()
+        except BaseException:
+            held.file.abandon()
+            raise
         finally:
+            held.by = _NOBODY  # before others have it
             held.thread.release()
 
     def _timeout(self, timeout: float) -> LockTimeoutError:

@@ -11,7 +11,6 @@ remove   see `taking.py`; who is removed for want of room, `allocation.py`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from light_mem.index import format as fmt
 from light_mem.index.allocation import Allocation, Allocator
 from light_mem.index.chains import Chains
-from light_mem.index.change import ShardChange
+from light_mem.index.change import ShardChange, Within
 from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
 from light_mem.index.keys import MixedKeys
@@ -89,8 +88,8 @@ class ShardIndex:
     def change(
         self,
         timeout: float = LOCK_TIMEOUT_SECONDS,
-        within: AbstractContextManager[None] | None = None,
-    ) -> AbstractContextManager[bool]:
+        within: Within | None = None,
+    ) -> ShardChange:
         """Hold the shard's lock and have its state at hand; raises LockTimeoutError.
 
         `within` is entered with the lock in hand and before anything is changed, and left after
