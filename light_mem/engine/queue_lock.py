@@ -64,9 +64,13 @@ class QueueLock:
                     self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
                     yield
                 finally:
-                    while self._again:
-                        self._again.pop()()
-                    self._lock.unlock(QUEUE_BYTE)
+                    try:
+                        while self._again:
+                            self._again.pop()()
+                        self._lock.unlock(QUEUE_BYTE)
+                    except BaseException:  # a signal's, before the lock was free: twice is as once
+                        self._lock.unlock(QUEUE_BYTE)
+                        raise
             finally:
                 self._holder = 0
         finally:
