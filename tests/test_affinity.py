@@ -134,7 +134,7 @@ def test_spread_workers_have_a_core_each(tmp_path: Path) -> None:
 def test_a_worker_whose_cpus_are_gone_works_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("light_mem.local_service.place_workers", lambda *_: [(8191,)])
+    monkeypatch.setattr("light_mem.service_settings.place_workers", lambda *_: [(8191,)])
     with rig(tmp_path) as r:
         r.write(["a"], [0])
         wait_until(lambda: "not bound to CPUs [8191]" in caplog.text)

@@ -152,7 +152,7 @@ def test_a_size_that_no_server_could_open_is_refused(store: Path, command: Comma
         assert str(least) in command.err
     with pytest.raises(InvalidArgumentError) as caught:
         resize(store, least - 1)
-    assert caught.value.least == least  # type: ignore[attr-defined]
+    assert caught.value.needed == least  # type: ignore[attr-defined]
     assert files(store) == before
     assert resize(store, least).storage_size == least
 

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,10 +63,14 @@ def save(directory: Path, geometry: Geometry) -> None:
     text = json.dumps({**fields, "crc": _crc(fields)}, indent=1) + "\n"
     temporary = directory / f"{NAME}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            left = text.encode()
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
