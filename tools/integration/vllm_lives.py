@@ -17,6 +17,9 @@ import psutil
 from vllm_model import make_model
 
 from light_mem import maintenance, monitor
+from light_mem.index import description
+from light_mem.index import file as index_file
+from light_mem.index.file import IndexFile
 
 HERE = Path(__file__).resolve().parent
 BLOCK = 32  # tokens; vLLM on a CPU wants multiples of it
@@ -193,8 +196,8 @@ def workers_of(store: Path) -> list[psutil.Process]:
 
 
 class MidStore:
-    """Holds the workers of an engine until it has answered, lets them go until some of the chunks
-    that wait are stored, and stops them where they are, for the engine to be killed."""
+    """Holds the workers of an engine until it has answered, lets one go until some of the chunks
+    that wait are stored, and stops it where it is, for the engine to be killed."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -209,15 +212,18 @@ class MidStore:
     def when_done(self, store: Path) -> None:
         (server,) = monitor.look(store, ages=False).servers
         self.waiting = server.numbers.gauges["write_queue"]
-        for worker in self._held:
-            worker.resume()
+        # One alone stores a batch after the other, and the next one is some 20 ms away: too soon to
+        # look at all of the store in between.
+        worker, geometry = self._held[0], description.load(store)
+        assert geometry is not None
+        blocks = IndexFile(store / index_file.NAME, geometry, writable=False).control["blocks"]
+        worker.resume()
         deadline = time.monotonic() + 60
         while not self.stored:
-            self.stored = stored_blocks(store)
+            self.stored = int(blocks.sum())
             if time.monotonic() > deadline:
-                raise SystemExit("nothing was stored after the workers went on")
-        for worker in self._held:  # finding all that is to be killed takes a moment
-            worker.suspend()
+                raise SystemExit("nothing was stored after the worker went on")
+        worker.suspend()  # finding all that is to be killed takes a moment
 
 
 def stored_blocks(store: Path) -> int:
