@@ -12,6 +12,7 @@ from light_mem import maintenance
 from light_mem.engine import shard_making
 from light_mem.engine.base import Outcome
 from light_mem.errors import StoreFormatError
+from light_mem.index import description
 from light_mem.index import format as fmt
 from tests.engine_helpers import Block, Rig, assert_consistent, blocks_of_shard, open_local
 from tests.test_foreign import contents
@@ -203,3 +204,22 @@ def test_a_file_of_another_store_is_refused_before_blocks_are_taken_out(
     rig = opened(store)
     assert rig.read(*MINE, *OTHERS) == [LOADED] * len(MINE + OTHERS)
     rig.engine.close()
+
+
+@pytest.mark.parametrize("lost", ["header", "file"])
+def test_a_store_is_described_by_its_slots_files_too(tmp_path: Path, lost: str) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(Block(1), Block(2))
+    rig.engine.close()
+    before = description.load(tmp_path / "store")
+    (tmp_path / "store" / "store.json").unlink()
+    data = tmp_path / "store" / "shard-000.data"
+    if lost == "file":
+        data.unlink()
+    else:
+        with data.open("r+b") as file:
+            file.write(bytes(4096))
+    rig = Rig(open_local(tmp_path / "store", 8))
+    assert rig.find(Block(1), Block(2)) == [lost == "header"] * 2
+    rig.engine.close()
+    assert description.load(tmp_path / "store") == before

@@ -262,21 +262,6 @@ def test_opening_what_is_no_store_leaves_no_descriptor(tmp_path: Path) -> None:
         LocalStorageEngine(tmp_path / "store", kind="tool")
 
 
-def test_without_the_owners_file_nothing_stays_marked_as_being_filled(tmp_path: Path) -> None:
-    rig = Rig(open_local(tmp_path / "store", 8))
-    rig.write(Block(1))
-    with rig.engine.change(0) as (index, _):
-        where = index.allocate(3, [])
-        assert where is not None
-        index.mark(where.runs, owner=77)
-    rig.engine.close()
-    (tmp_path / "store" / "owners").unlink()
-    rig = Rig(open_local(tmp_path / "store", 8))
-    assert rig.engine.stats()["used_slots"] == 1
-    assert rig.read(Block(1)) == [LOADED]
-    rig.engine.close()
-
-
 def test_the_last_one_to_leave_syncs_the_owners_before_the_index_is_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,3 +271,16 @@ def test_the_last_one_to_leave_syncs_the_owners_before_the_index_is_clean(
         monkeypatch.setattr(cls, name, lambda it, n=name, r=real: (steps.append(n), r(it)))
     open_local(tmp_path / "store", 8).close()
     assert steps == ["flush", "mark_clean"]
+
+
+def test_a_refused_opening_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(open_local(tmp_path / "store", 8))
+    rig.write(Block(1))
+    rig.engine.close()
+    (tmp_path / "store" / "store.json").unlink()
+    before = snapshot(tmp_path / "store")
+    monkeypatch.setattr(opening, "describe", lambda _: None)
+    with pytest.raises(StoreFormatError, match="nothing was changed"):
+        open_local(tmp_path / "store", 8)
+    after = snapshot(tmp_path / "store")
+    assert {name: after[name] for name in before} == before

@@ -291,3 +291,18 @@ def test_what_a_clock_that_was_ahead_has_left_ages(slots: int) -> None:
         shard.tags[slot] = make_tag(LIVE, 0, int(shard.tags[slot]) >> 32)
         shard.used[slot] = time.time_ns()
     assert gone == list(range(slots))
+
+
+def test_times_of_a_clock_that_was_ahead_keep_their_order_among_all() -> None:
+    """It was an hour ahead for three: what was used before the last hour is not later than now."""
+    shard, now, quarter = Shard(12), time.time_ns(), 15 * 60 * 10**9
+    for slot in range(12):
+        shard.store(slot)
+        shard.used[slot] = now + 4 * quarter - (12 - slot) * quarter
+    gone = []
+    for _ in range(12):
+        slot = shard.order.oldest()
+        assert slot is not None
+        gone.append(slot)
+        shard.drop(slot)
+    assert gone == list(range(12))

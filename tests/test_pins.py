@@ -166,6 +166,12 @@ def test_a_pin_outlives_the_length_of_its_block(
     assert maintenance.verify(store.engine.directory).clean  # records and entries agree
 
 
+def test_blocks_that_replace_pinned_ones_together_pin_half_a_shard_at_most(store: Store) -> None:
+    store.engine.pin(keys_of(A, B))
+    assert store.write(Block(A.key, 3), Block(B.key, 3)) == ["STORED", "STORED"]
+    assert pinned(store) == (1, 3)
+
+
 def test_of_a_key_with_two_lengths_in_a_batch_the_last_one_stays(store: Store) -> None:
     short, long = Block(60, 1), Block(60, 2)
     assert store.write(short, long) == ["PRESENT", "STORED"]

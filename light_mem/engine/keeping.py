@@ -84,7 +84,7 @@ def _unpin_again(engine: OpenStore, shard: int, keys: list[Key]) -> None:
         return
     try:
         _unpin(engine, shard, keys)
-    except (OSError, StoreFormatError) as error:
+    except (OSError, StoreFormatError, ServiceClosedError) as error:
         log.warning(
             "%d blocks of shard %d of %s stay pinned by a call that failed: %s",
             len(keys),

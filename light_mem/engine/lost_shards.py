@@ -137,7 +137,9 @@ def _changed(
     lookup = Lookup(file)
     # Nobody is there who could have leased anything.
     index = open_shard(directory, file, shard, lookup, set)
+    was_clean = bool(file.header["clean"][0])
     file.mark_open()
     with index.change():
         yield index, lookup
-    file.mark_clean()
+    if was_clean:  # else what the owners file says of the dead may not be on the device
+        file.mark_clean()

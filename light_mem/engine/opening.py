@@ -116,6 +116,8 @@ def prepare(
             make_shards(directory, geometry, None, alone)
             make_index(directory, geometry)
             description.save(directory, geometry)  # last: from here on the store exists
+        except StoreFormatError:
+            raise  # refused before any change: what is there is not ours to remove
         except BaseException:
             remove_shards(directory, geometry)  # else another try would have to be of this size
             raise
@@ -242,13 +244,15 @@ def describe(directory: Path) -> Geometry | None:
 
 def _from_shards(directory: Path) -> Geometry | None:
     """The description from the shards' own headers; None when there are none."""
-    for path in sorted(directory.glob("shard-*.data")):
+    data, records = (sorted(directory.glob(f"shard-*.{kind}")) for kind in ("data", "slots"))
+    for path in data + records:
         header = shard_header.read_header(path)
         if header is None:
             continue
         shards, page_bytes = int(header["shards"]), int(header["page_bytes"])
-        sizes = [p.stat().st_size for p in directory.glob("shard-*.data")]
-        slots = max(0, max(sizes) - fmt.SHARD_HEADER_BYTES) // page_bytes
+        files, each = (data, page_bytes) if data else (records, fmt.RECORD.itemsize)
+        sizes = [p.stat().st_size for p in files]
+        slots = max(0, max(sizes) - fmt.SHARD_HEADER_BYTES) // each
         log.warning(
             "store %s: its description is lost; the shards' headers say the same", directory
         )
@@ -265,8 +269,6 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, before: G
         # Whoever has the store open has proved that this kernel wrote the index.
         if not file.trustworthy and not owners.others():
             reason = "the machine went down with the index unsynced"
-        if owners.is_new:
-            reason = "the owners file is missing, which alone names slots that were being filled"
         file.close()
     except FileNotFoundError:
         reason = "the index is missing"

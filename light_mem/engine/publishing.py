@@ -159,8 +159,9 @@ class Publisher:
                     file.clear_records([slot])
                 left.append(at)
             fresh, keys = left, part.job.keys.at(left)
+        more = 0  # slots that are pinned as these are published
         for at, slots in pinned.items():
-            self._pin(index, file, written, at, slots)
+            more += self._pin(index, file, written, at, slots, more)
         blocks = [written[at] for at in fresh]
         index.publish(blocks, keys.mixed, time.time_ns())
         return fresh
@@ -172,21 +173,24 @@ class Publisher:
         written: dict[int, Written],
         at: int,
         slots: int,
-    ) -> None:
+        more: int,
+    ) -> int:
         """What is about to be published replaces a pinned block of so many slots: it has the pin
-        from the first moment on, for whoever does this may die before the next."""
+        from the first moment on, for whoever does this may die before the next. Returns the slots
+        that it will have pinned; `more`: those of others that are published with it."""
         block = written[at]
         wanted = self._engine.geometry.slots_of(block.nbytes)
-        if wanted > slots and not index.retention.has_room(wanted):
+        if wanted > slots and not index.retention.has_room(more + wanted):
             log.warning(
                 "a pinned block of shard %d of %s was replaced by a longer one, which is not "
                 "pinned: more than half of the shard would be",
                 index.shard,
                 self._engine.directory,
             )
-            return
+            return 0
         written[at] = block._replace(keep=block.keep | KEEP_PINNED)
         file.set_keep(block.slot, written[at].keep)
+        return wanted
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:

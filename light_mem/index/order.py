@@ -98,16 +98,16 @@ class EvictionOrder:
                 self._again.add((used, slot))
 
     def _not_ahead(self, live: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Times of use of these blocks. What a clock that was ahead has left is moved, its order
-        kept, to end now: else nothing that is stored from now on would be used later than it, and
-        be evicted before it."""
+        """Times of use of these blocks. What a clock that was ahead has left is moved to now, its
+        order kept: else nothing that is stored from now on would be used later than it, and be
+        evicted before it."""
         uses = np.asarray(self._uses)
         used: npt.NDArray[np.uint64] = uses[live]
         now = time.time_ns()
-        ahead = int(used.max()) - now
-        if ahead > _AHEAD_NS:
-            late = used > now
-            used[late] -= np.minimum(used[late], np.uint64(ahead))
+        if int(used.max()) - now > _AHEAD_NS:
+            late = np.flatnonzero(used > now)
+            late = late[np.argsort(used[late], kind="stable")]
+            used[late] = np.arange(now - late.size + 1, now + 1, dtype=np.uint64)
             uses[live[late]] = used[late]
         return used
 

@@ -68,8 +68,7 @@ class Owners:
         size = MAX_OWNERS * OWNER.itemsize
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self.is_new = os.fstat(descriptor).st_size < size
-            if self.is_new:
+            if os.fstat(descriptor).st_size < size:
                 # Never shortened and never replaced: others may have it mapped and locked.
                 allocate(descriptor, path, size)
             self._map = mmap.mmap(descriptor, size)

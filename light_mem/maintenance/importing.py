@@ -32,7 +32,7 @@ from light_mem.maintenance.changing import evict
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
 from light_mem.maintenance.inspecting import listed
-from light_mem.maintenance.opening import check_size, open_tool
+from light_mem.maintenance.opening import check_new, open_tool
 from light_mem.maintenance.report import TransferReport
 from light_mem.maintenance.store import Store
 
@@ -70,7 +70,7 @@ def import_store(
         if geometry is not None:
             _require_same(directory, geometry, source, storage_size, shards)
         elif storage_size is not None:
-            check_size(source.page_bytes, shards or 1, storage_size)
+            check_new(directory, source.page_bytes, shards or 1, storage_size)
         if dry_run:
             importing.check(directory)
         else:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from light_mem.blocks import pages_per_block
-from light_mem.engine import opening
+from light_mem.engine import foreign, opening
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.maintenance.store import Store
 
@@ -18,6 +18,15 @@ def check_size(page_bytes: int, shards: int, storage_size: int) -> None:
     have room for one full block. How many pages that has is what LIGHTMEM_MAX_BLOCK_SIZE_MB says
     here: it should say the same as for the server."""
     opening.check_sizes(page_bytes, shards, storage_size, pages_per_block(page_bytes))
+
+
+def check_new(
+    directory: str | os.PathLike[str], page_bytes: int, shards: int, storage_size: int
+) -> None:
+    """`check_size` of a store that is to be made; raises StoreFormatError where files of others are
+    in its place."""
+    check_size(page_bytes, shards, storage_size)
+    foreign.refuse_foreign(Path(directory))
 
 
 def open_tool(
