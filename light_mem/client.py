@@ -10,8 +10,11 @@ from typing import Any
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token
 from light_mem.engine.task_table import TableAddress, TaskTable
+from light_mem.index.keys import HashValue
+from light_mem.layouts import Layout
 from light_mem.service import CacheService
 from light_mem.session import Session
+from light_mem.task import CacheTask
 from light_mem.waiting import check_server
 
 
@@ -45,6 +48,14 @@ class CacheClient(CacheService):
         super()._check()
         if self._session.table.orphaned:
             check_server(self._session.table)
+
+    def _create(self, kind: int, hashes: list[HashValue], layout: Layout) -> CacheTask:
+        # `close`, in another thread or a signal's handler, gives the lane back only after this.
+        connection = self._connection
+        try:
+            return super()._create(kind, hashes, layout)
+        finally:
+            del connection
 
     def client(self) -> CacheClient:
         """Another client of the same service."""

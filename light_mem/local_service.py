@@ -261,7 +261,8 @@ class LocalCacheService(CacheService):
         """Stop the workers after the blocks in their hands, abort what waits, leave the store.
 
         drain   seconds to wait before that for the tasks that there are, of clients too, to become
-                ready; this process can make no new ones meanwhile
+                ready; this process can make no new ones meanwhile. (Not where a signal's handler
+                interrupts a `create`: until that goes on nothing is done.)
 
         Blocks that were to be written and are not are counted in a warning. Nothing stays behind
         but what open views hold, until they are closed too. Task objects keep their states. Also
@@ -279,7 +280,7 @@ class LocalCacheService(CacheService):
     def _drain(self, deadline: float) -> None:
         """Wait until no task is under way, or nobody is there to do them."""
         table = self._session.table
-        while not (table.shutdown or self._pool.failure):
+        while not (table.shutdown or self._pool.failure or self._session.queue.is_mine):
             mark = int(table.header["done_seq"][0])  # before the look: what is ready after it wakes
             left = deadline - time.monotonic()
             if left <= 0 or not (table.active_tasks(READ) or table.active_tasks(WRITE)):

@@ -71,6 +71,8 @@ class Session:
             for patience in (0.0, _LANE_SECONDS):
                 for lane in range(table.sizes.lanes):
                     if lock.try_lock(LANE_BYTE + lane):
+                        if table.shutdown:  # lane 0 is free then, its tasks are still asked for
+                            raise ServiceClosedError("the service is closed")
                         if _clean(table, lane, queue, patience):
                             return cls(table, lane, lock, queue)
                         lock.unlock(LANE_BYTE + lane)

@@ -106,7 +106,11 @@ class CacheTask:
         if is_final(states):
             self._final = states
             if not self._shared and hasattr(self, "_release"):
-                self._release()
+                # Not `self._release()`, which forgets it first: a signal that raises then would
+                # lose the room. Twice is as once.
+                if known := self._release.peek():
+                    known[1](*known[2])
+                self._release.detach()
         elif table.orphaned:
             raise server_is_gone(table)
         return states
@@ -138,9 +142,12 @@ class CacheTask:
     def count(self, state: State) -> int:
         """How many blocks are in this state; cheaper than `state()` where there are many."""
         if type(state) is not State:
-            raise InvalidArgumentError(
-                f"state is a light_mem.State, not {reprlib.repr(state)}", state=state
-            )
+            try:
+                state = State(state)
+            except ValueError:
+                raise InvalidArgumentError(
+                    f"state is a light_mem.State, not {reprlib.repr(state)}", state=state
+                ) from None
         if state is State.Working:  # has two values in the table
             return self.state().count(state)
         return self._states().count(int(state))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.table_layout import READ, WORKER, words_of
@@ -34,14 +35,21 @@ class InServer:
         self._time_word = _WORDS["read_ns" if reading else "write_ns"]
         # Reentrant: a signal's handler or a finalizer may close in the middle of a block. One that
         # moves another block there is refused as other threads are.
-        self._guard = threading.RLock()
+        self._guard: Any = threading.RLock()
         self._busy = False
         self._closed = False
 
     @contextmanager
     def _turn(self) -> Iterator[bool]:
         """Have the turn; False: somebody has it, or it is closed."""
-        if not self._guard.acquire(blocking=False):
+        mine = self._guard._is_owned()  # further out
+        try:
+            taken = self._guard.acquire(blocking=False)
+        except BaseException:
+            if not mine and self._guard._is_owned():  # a signal's, once it was taken
+                self._guard.release()
+            raise
+        if not taken:
             yield False
             return
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 
 _JOIN_SECONDS = 0.5
@@ -33,15 +35,19 @@ class OneThread:
         finally:
             self._over = True
 
-    def end(self, wake: Callable[[], None]) -> None:
-        """When this returns the thread has ended, or never begins; in the thread itself it returns
-        at once. `wake`: called before it is waited for."""
+    def end(self, wake: Callable[[], None], seconds: float = math.inf) -> bool:
+        """Whether the thread has ended within `seconds`, or never begins; in the thread itself it
+        returns at once. It may wait for what this thread holds, further out (a log handler's lock,
+        a shard that is being opened), and then would never. `wake`: called before it is waited
+        for."""
         thread = self._first.setdefault("it", None)
         if thread is None or thread is threading.current_thread():
-            return
+            return True
         if not self._over:
             wake()
-        thread.join(_JOIN_SECONDS)
+        deadline = time.monotonic() + seconds
+        thread.join(min(seconds, _JOIN_SECONDS))
         # Not one long `join`: in the middle of another of this thread it might wait for that one.
-        while not self._over:
+        while not self._over and time.monotonic() < deadline:
             thread.join(_JOIN_SECONDS)
+        return self._over

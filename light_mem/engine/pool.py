@@ -228,16 +228,16 @@ class WorkerPool:
         if self.failure or self._table.shutdown:
             return
         self._table.header["restarts"] += 1
-        for pause in _SPAWN_PAUSES:
+        for pause in (*_SPAWN_PAUSES, None):
             try:
-                self._spawn(number)
+                if not self._stopping:
+                    self._spawn(number)
                 return
             except OSError as error:
-                if self._stopping:
-                    return
+                if pause is None:
+                    raise
                 log.warning("worker %d cannot be started: %s", number, str(error))
                 time.sleep(pause)
-        self._spawn(number)
 
     def _give_up(self, reason: str) -> None:
         """Workers that live finish what they have in hand and leave; the rest is aborted."""
@@ -267,22 +267,21 @@ class WorkerPool:
             if self._stopped:
                 return
             self._shut_down()
-            self._thread.end(self._workers.wake)
+            if not self._thread.end(self._workers.wake, STOP_SECONDS):
+                # It starts no worker any more, and ends one that it is starting.
+                log.warning("the thread that starts workers is busy and ends later")
             self._workers.end(STOP_SECONDS)
             try:
                 self._queue.abort_all()
             except LockTimeoutError as error:
-                log.warning(
-                    "a client is stopped and keeps its tasks from being aborted: %s", str(error)
-                )
+                log.warning("a client is stopped, and its tasks are not aborted: %s", str(error))
             self._workers.close()
             self._stopped = True
 
     def _shut_down(self) -> None:
         """From now on nothing is queued, what waits is aborted, and idle workers leave."""
         table = self._table
-        unwritten = table.waiting(WRITE)
-        if unwritten:
+        if unwritten := table.waiting(WRITE):
             log.warning(
                 "%d blocks that waited to be written are not stored: the service %s",
                 unwritten,

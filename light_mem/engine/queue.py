@@ -67,6 +67,9 @@ class TaskQueue(QueueLock):
                 raise ServiceClosedError("the service is closed")
             self._append(cells, mode)
             publish()
+            if bool(self._table.header["shutdown"][0]):
+                # Who shut down has not waited for this hold any longer: nobody does these blocks.
+                self._abort_waiting(None)
             count = len(cells)
             if not self._has_cores:
                 self._table.to_wake, count = max(self._table.to_wake, count - 1), 1

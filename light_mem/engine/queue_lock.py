@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LockTimeoutError, ServiceClosedError
@@ -24,7 +25,7 @@ class QueueLock:
     def __init__(self, table: TaskTable, lock: RangeLock) -> None:
         self._table = table
         self._lock = lock
-        self._threads = threading.RLock()
+        self._threads: Any = threading.RLock()
         self._holder = 0  # the thread that has the queue in hand
         self._again: list[Callable[[], None]] = []  # steps for the end of that
         self._closed = False
@@ -38,13 +39,19 @@ class QueueLock:
         """
         timeout = LOCK_TIMEOUT_SECONDS if timeout is None else timeout
         deadline = time.monotonic() + timeout  # for both: threads wait together
-        if not self._threads.acquire(timeout=timeout):
-            raise LockTimeoutError(
-                f"the queue was not free within {timeout:g} s: its holder is stopped",
-                path=self._lock.path,
-                byte=QUEUE_BYTE,
-                timeout=timeout,
-            )
+        mine = self._threads._is_owned()  # further out
+        try:
+            if not self._threads.acquire(timeout=timeout):
+                raise LockTimeoutError(
+                    f"the queue was not free within {timeout:g} s: its holder is stopped",
+                    path=self._lock.path,
+                    byte=QUEUE_BYTE,
+                    timeout=timeout,
+                )
+        except BaseException:
+            if not mine and self._threads._is_owned():  # a signal's, once it was taken
+                self._threads.release()
+            raise
         try:
             if self._holder:
                 raise LockTimeoutError(
@@ -78,6 +85,11 @@ class QueueLock:
             if self._closed:
                 self._close_if_free()
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread has the queue in hand, further out: nobody claims meanwhile."""
+        return self._holder == threading.get_ident()
+
     def do(self, step: Callable[[], None]) -> None:
         """Make a step that may be made twice with the queue in hand; raises LockTimeoutError. Does
         nothing once the queue is closed."""
@@ -90,6 +102,8 @@ class QueueLock:
             return
         # What this thread is in the middle of may undo it.
         self._again.append(step)
+        # It may be waiting for the byte still, that a worker has, in the middle of a claim.
+        self._lock.lock(QUEUE_BYTE)
         step()
         if self._table.shutdown:
             # Nobody queues or claims any more: workers that wait for the lock are to see that.
