@@ -79,10 +79,7 @@ class StoredBlocks(Closing, ABC):
             self._count_lookups(1, int(found))
             return found
         keys = keymath.as_keys(blocks.parse_hashes(hashes))  # type: ignore[arg-type]
-        lengths = None
-        if pages is not None:
-            lengths = blocks.parse_lengths(pages, len(keys)) * self.page_size()
-        found_all = self._engine.find(keys, nbytes=lengths)
+        found_all = self._engine.find(keys, nbytes=self._lengths(pages, len(keys)))
         self._count_lookups(len(found_all), int(found_all.sum()))
         return found_all.tolist()
 
@@ -97,10 +94,7 @@ class StoredBlocks(Closing, ABC):
         """
         self._check()
         keys = keymath.as_keys(blocks.parse_hashes(hashes))
-        lengths = None
-        if pages is not None:
-            lengths = blocks.parse_lengths(pages, len(keys)) * self.page_size()
-        found = self._engine.find(keys, touch=False, nbytes=lengths)
+        found = self._engine.find(keys, touch=False, nbytes=self._lengths(pages, len(keys)))
         length = len(found) if found.all() else int(found.argmin())
         if length:
             self._engine.find(keys[:length])
@@ -111,6 +105,10 @@ class StoredBlocks(Closing, ABC):
         """Count hashes as used for eviction, those that are stored; no look-up in `stats()`."""
         self._check()
         self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
+
+    def _lengths(self, pages: object, hashes: int) -> npt.NDArray[np.int64] | None:
+        """Bytes of each block that has so many pages; None: of any length."""
+        return None if pages is None else blocks.parse_lengths(pages, hashes) * self.page_size()
 
     def _count_lookups(self, lookups: int, hits: int) -> None:
         self._session.count("queried", lookups)

@@ -93,7 +93,7 @@ class QueueLock:
     def do(self, step: Callable[[], None]) -> None:
         """Make a step that may be made twice with the queue in hand; raises LockTimeoutError. Does
         nothing once the queue is closed."""
-        if self._holder != threading.get_ident():
+        if not self.is_mine:
             try:
                 with self.held():
                     step()

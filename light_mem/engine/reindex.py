@@ -24,6 +24,7 @@ from light_mem.index import recovery
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
 from light_mem.index.recovery import Table
+from light_mem.index.runs import slots_needed
 
 # A clock that was set back since: what an entry says lies in the future by more is garbage, and
 # would keep its block from eviction for good.
@@ -154,7 +155,7 @@ def pinned_slots(directory: Path, geometry: Geometry, shard: int) -> int:
     """Slots of a shard's pinned blocks, as its records say."""
     entries = plan_shard(directory, geometry, shard, None).entries
     is_pinned = (recovery.states_of(entries) == fmt.LIVE) & (entries["keep"] >= fmt.KEEP_PINNED)
-    pages = -(-entries["nbytes"][is_pinned].astype(np.int64) // geometry.page_bytes)
+    pages = slots_needed(entries["nbytes"][is_pinned].astype(np.int64), geometry.page_bytes)
     return int(pages.sum())
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from light_mem.errors import StoreFormatError, StoreFullError
+from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
+from light_mem.index.room import refuse_full
 
 NAME = "store.json"
 
@@ -73,13 +72,8 @@ def save(directory: Path, geometry: Geometry) -> None:
             os.close(descriptor)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFullError(
-                f"{directory / NAME} cannot be written: {error.strerror}",
-                needed=len(text),
-                available=shutil.disk_usage(directory).free,
-                errno=error.errno,
-            ) from error
+        path = directory / NAME
+        refuse_full(error, path, len(text), f"{path} cannot be written")
         raise
     os.replace(temporary, directory / NAME)
     sync_directory(directory)

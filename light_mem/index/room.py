@@ -15,6 +15,18 @@ from light_mem.errors import StoreFullError
 _ZEROS = bytes(1 << 20)
 
 
+def refuse_full(error: OSError, path: Path, needed: int, what: str) -> None:
+    """Raise StoreFullError, which begins with `what`, where the error says that there is no room
+    for `needed` bytes of a file."""
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        raise StoreFullError(
+            f"{what}: {error.strerror}",
+            needed=needed,
+            available=shutil.disk_usage(path.parent).free,
+            errno=error.errno,
+        ) from error
+
+
 def allocate(descriptor: int, path: Path, size: int) -> None:
     """Give an open file `size` bytes of room; what it holds stays.
 
@@ -29,11 +41,5 @@ def allocate(descriptor: int, path: Path, size: int) -> None:
                 os.pwrite(descriptor, _ZEROS[: size - at], at)
     except OSError as error:
         os.ftruncate(descriptor, found)
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise StoreFullError(
-                f"{path} needs {size} bytes: {error.strerror}",
-                needed=size,
-                available=shutil.disk_usage(path.parent).free,
-                errno=error.errno,
-            ) from error
+        refuse_full(error, path, size, f"{path} needs {size} bytes")
         raise

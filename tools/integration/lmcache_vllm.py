@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from vllm_lives import BLOCK, ENVIRONMENT, HERE, stored_blocks
+from vllm_lives import BLOCK, ENGINE, ENVIRONMENT, HERE, stored_blocks
 from vllm_model import make_model
 
 from light_mem import maintenance
@@ -166,15 +166,7 @@ class Stack:
             "prompts": self.prompts,
             "max_tokens": 16,
             "wait_to_be_killed": wait,
-            "engine": {
-                "skip_tokenizer_init": True,
-                "enforce_eager": True,
-                "seed": 0,
-                "max_model_len": 8192,
-                "max_num_seqs": 4,
-                "block_size": BLOCK,
-                "disable_log_stats": False,
-            },
+            "engine": ENGINE,
             "kv_transfer_config": {
                 "kv_connector": "LMCacheMPConnector",
                 "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",

@@ -24,6 +24,15 @@ from light_mem.index.file import IndexFile
 HERE = Path(__file__).resolve().parent
 BLOCK = 32  # tokens; vLLM on a CPU wants multiples of it
 STORE_BYTES = 64 << 20
+ENGINE = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "seed": 0,
+    "max_model_len": 8192,
+    "max_num_seqs": 4,
+    "block_size": BLOCK,
+    "disable_log_stats": False,
+}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -117,15 +126,7 @@ class Engines:
             "prompts": self.prompts,
             "max_tokens": 16,
             "wait_to_be_killed": wait,
-            "engine": {
-                "skip_tokenizer_init": True,
-                "enforce_eager": True,
-                "seed": 0,
-                "max_model_len": 8192,
-                "max_num_seqs": 4,
-                "block_size": BLOCK,
-                "disable_log_stats": False,
-            },
+            "engine": ENGINE,
             "kv_transfer_config": {
                 "kv_connector": "OffloadingConnector",
                 "kv_role": "kv_both",
