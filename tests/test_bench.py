@@ -115,7 +115,11 @@ def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:
     by_servers = results["servers"]["246 KB"]
     assert list(by_servers) == ["LightMem, 1", "LightMem, 2"]
     by_size = results["sizes"]["in turn"]
-    assert list(by_size) == ["LightMem, 3.93 MB", "LightMem, 983 KB in one page"]
+    assert list(by_size) == [
+        f"{name}, {shape}"
+        for shape in ("3.93 MB", "983 KB in one page")
+        for name in ("LightMem", "memory to memory", "copies alone")
+    ]
     for works in [*by_servers.values(), *by_size.values()]:
         assert works["write"]["GBps"] > 0 < works["read"]["GBps"]
         assert works["write"]["samples"] == 2

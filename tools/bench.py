@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
         choices=rivals.ALL,
         default=list(rivals.ALL),
         metavar="NAME",
-        help=f"of copies and latency: {', '.join(rivals.ALL)}",
+        help=f"of copies and latency, of sizes the first three: {', '.join(rivals.ALL)}",
     )
     add("--quick", action="store_true", help="small sizes, few rounds")
     add("--rounds", type=int, help="samples of each kind (9; quick: 2)")

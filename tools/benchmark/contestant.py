@@ -148,6 +148,12 @@ class Contestant:
         """Seconds of `write`, `read` or `mixed`: those of the slowest process."""
         return float(max(self.tell(what, passes=passes)))
 
+    def complete(self, what: str, passes: int) -> None:
+        """After `passes` of `what`: have every block there. A service that is at two passes of
+        writing at a time may have evicted a block of the last one for one of the pass before."""
+        if what == "write" and passes > 1 and not self.kind.one_process_each:
+            self.move("write")
+
     def steady(self, what: str, seconds: float) -> tuple[int, int]:
         """Bytes that all processes together move by `write` or `read` while all are at it, for so
         many seconds, and the bytes until the last has ended its pass."""

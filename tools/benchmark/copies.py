@@ -50,6 +50,7 @@ def _compare(
         sample = run.meter.take(
             lambda: contestant.move(what or work, passes), passes * plan.nbytes, contestant.family
         )
+        contestant.complete(work, passes)
         contestant.awake(False)
         samples[contestant.name][work].all.append(sample)
 

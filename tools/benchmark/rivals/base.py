@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -86,9 +86,16 @@ class Rival(ABC):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         """Fill pages with the blocks of these hashes."""
 
+    # A service is given the next pass while it is at the last one, as others' processes go on
+    # without waiting for each other.
+
+    def write_passes(self, passes: list[list[Any]], pages: Pages) -> None:
+        """`write`, several times: of each pass the hashes."""
+        for hashes in passes:
+            self.write(hashes, pages)
+
     def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
-        """`read`, several times. A service is given the next pass while it is at the last one, as
-        others' processes go on without waiting for each other."""
+        """`read`, several times."""
         for _ in range(passes):
             self.read(hashes, pages)
 
@@ -117,15 +124,16 @@ def gather(memory: Bytes, rows: Pages, out: Bytes) -> None:
     np.take(memory, rows, axis=0, out=out, mode="clip")
 
 
-def two_at_a_time(passes: int, create: Callable[[], T], finish: Callable[[T], None]) -> None:
-    """Have a service make the passes, at least one: each is queued before the one before it is
+def two_at_a_time(passes: Iterable[T], finish: Callable[[T], None]) -> None:
+    """Have a service make passes, created one by one: each is queued before the one before it is
     waited for."""
-    before = create()
-    for _ in range(passes - 1):
-        now = create()
-        finish(before)
-        before = now
-    finish(before)
+    under_way: list[T] = []
+    for created in passes:
+        under_way.append(created)
+        if len(under_way) > 1:
+            finish(under_way.pop(0))
+    for last in under_way:
+        finish(last)
 
 
 def page_aligned(nbytes: int) -> Bytes:

@@ -97,8 +97,11 @@ class CppLightMem(Rival):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         self._finish(self._create("r", hashes, pages))
 
+    def write_passes(self, passes: list[list[Any]], pages: Pages) -> None:
+        two_at_a_time((self._create("w", hashes, pages) for hashes in passes), self._finish)
+
     def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
-        two_at_a_time(passes, lambda: self._create("r", hashes, pages), self._finish)
+        two_at_a_time((self._create("r", hashes, pages) for _ in range(passes)), self._finish)
 
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
         self._finish(self._create("r", old, into) + self._create("w", new, pages))

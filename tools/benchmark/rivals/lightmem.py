@@ -79,8 +79,11 @@ class LightMem(Rival):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         self._wait(self._create("read", hashes, pages))
 
+    def write_passes(self, passes: list[list[Any]], pages: Pages) -> None:
+        two_at_a_time((self._create("write", hashes, pages) for hashes in passes), self._wait)
+
     def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
-        two_at_a_time(passes, lambda: self._create("read", hashes, pages), self._wait)
+        two_at_a_time((self._create("read", hashes, pages) for _ in range(passes)), self._wait)
 
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
         self._wait(
