@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench.py"
-PARTS = ["copies", "sizes", "entries", "servers", "process"]  # the others work like these
+PARTS = ["copies", "sizes", "bounds", "entries", "servers", "process"]  # the others work like these
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -115,12 +115,14 @@ def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:
     by_servers = results["servers"]["246 KB"]
     assert list(by_servers) == ["LightMem, 1", "LightMem, 2"]
     by_size = results["sizes"]["in turn"]
-    assert list(by_size) == [
+    assert list(by_size) == ["LightMem, 3.93 MB", "LightMem, 983 KB in one page"]
+    bounds = results["bounds"]["in turn"]
+    assert list(bounds) == [
         f"{name}, {shape}"
         for shape in ("3.93 MB", "983 KB in one page")
-        for name in ("LightMem", "memory to memory", "copies alone")
+        for name in ("LightMem", "copies alone", "memory to memory")
     ]
-    for works in [*by_servers.values(), *by_size.values()]:
+    for works in [*by_servers.values(), *by_size.values(), *bounds.values()]:
         assert works["write"]["GBps"] > 0 < works["read"]["GBps"]
         assert works["write"]["samples"] == 2
 

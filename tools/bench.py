@@ -23,7 +23,7 @@ from benchmark.copies import bench_shape
 from benchmark.plan import SHAPES
 from benchmark.run import Run
 
-PARTS = ("copies", "latency", "sizes", "entries", "workers", "shards", "servers", "process")
+PARTS = tuple("copies latency sizes bounds entries workers shards servers process".split())
 
 
 def parse() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
         choices=rivals.ALL,
         default=list(rivals.ALL),
         metavar="NAME",
-        help=f"of copies and latency, of sizes the first three: {', '.join(rivals.ALL)}",
+        help=f"of copies and latency: {', '.join(rivals.ALL)}",
     )
     add("--quick", action="store_true", help="small sizes, few rounds")
     add("--rounds", type=int, help="samples of each kind (9; quick: 2)")
@@ -101,6 +101,8 @@ def main() -> None:
                 run.results[part] = queries.bench_entries(run)
             elif part == "sizes":
                 run.results[part] = growth.bench_sizes(run)
+            elif part == "bounds":
+                run.results[part] = growth.bench_bounds(run)
             elif part == "process":
                 run.results[part] = process.bench_process(run)
             else:

@@ -3,6 +3,7 @@ others: figures that were taken minutes apart say what the machine did meanwhile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,10 @@ from benchmark.plan import SHAPES, Plan, Shape
 from benchmark.run import Run
 from benchmark.samples import Sample, Samples
 
-SMALL, LARGE = Shape(3840, 64), Shape(61440, 64)
+SMALL, LARGE, ONE_PAGE = SHAPES[0], SHAPES[1], SHAPES[3]
 _WINDOW_SECONDS = 0.25  # of a sample of several servers
 # Samples a round: single ones differ by half, and shares of two medians by more than one does.
 _SAMPLES = 2
-_BOUNDS = ("baseline", "bare")  # no stores: what LightMem could reach at most
 
 
 def bench_growth(run: Run, what: str) -> dict[str, Any]:
@@ -37,25 +37,36 @@ def bench_growth(run: Run, what: str) -> dict[str, Any]:
 
 
 def bench_sizes(run: Run) -> dict[str, Any]:
-    """GB/s of write and read by block shape, the first the longest blocks of several pages. What
-    bounds LightMem, if asked for, has that one and blocks of one page of 1 MB: all would be too
-    much dirty memory."""
-    first, one_page = SHAPES[1 if run.quick else 2], SHAPES[3]
-    others = [one_page] if run.quick else [shape for shape in SHAPES if shape != first]
-    bounds = [kind for kind in _BOUNDS if kind in run.kinds]
+    """GB/s of write and read by block shape, the first the longest blocks of several pages."""
+    first = _first(run)
+    others = [ONE_PAGE] if run.quick else [shape for shape in SHAPES if shape != first]
+    return _by_shape(run, "sizes", [first, *others], ("lightmem",))
+
+
+def bench_bounds(run: Run) -> dict[str, Any]:
+    """The same of the longest blocks and of one-page blocks of 1 MB, with what bounds LightMem at
+    each. (Of all shapes at a time it would be too much dirty memory.)"""
+    return _by_shape(run, "bounds", [_first(run), ONE_PAGE], ("lightmem", "bare", "baseline"))
+
+
+def _first(run: Run) -> Shape:
+    return SHAPES[1 if run.quick else 2]
+
+
+def _by_shape(run: Run, what: str, shapes: list[Shape], kinds: Sequence[str]) -> dict[str, Any]:
     contestants = []
     with ExitStack() as stack:
-        for shape in [first, *others]:
+        for shape in shapes:
             plan = run.plan(shape)
             _, source = stack.enter_context(run.tensor(plan))
             # What comes after the last comma is what they differ by.
             name = shape.name.replace(", one page", " in one page")
-            for kind in ["lightmem", *(bounds if shape in (first, one_page) else [])]:
+            for kind in kinds:
                 contestant = run.start(kind, run.place(), source, plan)
                 assert contestant is not None
                 stack.enter_context(run.together([contestant], contestant.directory))
                 contestants.append((contestant, f"{contestant.name}, {name}"))
-        return {"in turn": _measure(run, "sizes", contestants)}
+        return {"in turn": _measure(run, what, contestants)}
 
 
 def _start(

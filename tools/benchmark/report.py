@@ -86,7 +86,7 @@ def show_part(run: Run, part: str) -> None:
     found = run.results.get(part, {})
     if part == "latency":
         _show_latency(found)
-    elif part in ("sizes", "workers", "shards", "servers"):
+    elif part in ("sizes", "bounds", "workers", "shards", "servers"):
         _show_growth(part, found)
     elif part in ("entries", "process"):
         _show_columns(part, found)
