@@ -17,32 +17,43 @@ from light_mem.session import Session
 from light_mem.task import CacheTask
 from light_mem.waiting import check_server
 
+_CONNECTED = ("_session", "_engine", "_connection")  # attributes of one that is connected
+
 
 class CacheClient(CacheService):
     """The service from another process of the same server; picklable.
 
     It uses the server's workers and KV tensor: page indices mean the server's pages. It connects
-    when it is first used, takes one lane of the task table for its process, and gives it back on
-    `close` or when the process ends. When the server is gone, calls raise ServiceClosedError.
+    when it is first used, and takes one lane of the task table for its process. The lane is given
+    back when the process ends, or when its clients are closed or dropped and so is each of their
+    tasks that is not known to be ready; what is still queued then is Aborted. When the server is
+    gone, calls raise ServiceClosedError.
     """
 
     def __init__(self, address: TableAddress, create_timeout: float) -> None:
         super().__init__(create_timeout)
         self._address = address
-        self._connect_guard = threading.Lock()
+        self._connect_guard = threading.RLock()  # a signal's handler may be the next to connect
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only while not connected: `_session` and `_engine` come into being here.
-        if name not in ("_session", "_engine"):
+        # Reached only while not connected: these come into being here.
+        if name not in _CONNECTED:
             raise AttributeError(name)
-        self._check_open()
         with self._connect_guard:
-            if "_session" not in self.__dict__:
+            self._check_open()
+            connection: _Connection | None = self.__dict__.get("_connection")
+            if connection is None:
                 connection = _connect(self._address)
+                self._session, self._engine = connection.session, connection.engine
                 self._connection = connection
-                self._engine = connection.engine
-                self._session = connection.session
-        return self.__dict__[name]
+                if self._closed:  # meanwhile: that has not found all of these
+                    self._forget()
+                    self._check_open()
+        return {
+            "_connection": connection,
+            "_session": connection.session,
+            "_engine": connection.engine,
+        }[name]
 
     def _check(self) -> None:
         super()._check()
@@ -52,10 +63,9 @@ class CacheClient(CacheService):
     def _create(self, kind: int, hashes: list[HashValue], layout: Layout) -> CacheTask:
         # `close`, in another thread or a signal's handler, gives the lane back only after this.
         connection = self._connection
-        try:
-            return super()._create(kind, hashes, layout)
-        finally:
-            del connection
+        task = super()._create(kind, hashes, layout)
+        task.keep(connection)
+        return task
 
     def client(self) -> CacheClient:
         """Another client of the same service."""
@@ -66,9 +76,13 @@ class CacheClient(CacheService):
         return CacheClient, (self._address, self._create_timeout)
 
     def close(self) -> None:
-        """Stop using the service; it and other clients of this process go on."""
+        """Stop using the service; it and other clients of this process go on, and so do tasks that
+        somebody has. To wait for what is queued, wait for its tasks."""
         self._closed = True
-        for name in ("_session", "_engine", "_connection"):
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in _CONNECTED:
             self.__dict__.pop(name, None)
 
 
@@ -96,13 +110,13 @@ def _disconnect(session: Session, engine: LocalStorageEngine, token: int) -> Non
 
 
 _connections: weakref.WeakValueDictionary[str, _Connection] = weakref.WeakValueDictionary()
-_connections_guard = threading.Lock()
+_connections_guard = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
     global _connections_guard
     _connections.clear()  # their locks are the parent's
-    _connections_guard = threading.Lock()
+    _connections_guard = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -45,6 +45,8 @@ class LaneRoom:
         self._cells = FreeRuns([self._all_cells])
         self._pages = FreeRuns([self._all_pages])
         self._rows: deque[int] = deque(self._all_rows)
+        # Those of a former owner last: a worker that was late to tell of its tasks may do so yet.
+        self._rows.rotate(-int(self._tops["rows_top"][0]))
         # Room of ready tasks by (blocks, page indices), for the next one of that size: most tasks
         # of a server are alike, and merging free ranges costs more than all else here.
         self._spare: dict[tuple[int, int], list[Room]] = {}
@@ -88,13 +90,14 @@ class LaneRoom:
         row = self._rows.popleft()  # the longest unused one: late readers of old tasks find out
         tops, table = self._tops, self._table
         end = start + blocks
-        tops["cells_top"] = max(int(tops["cells_top"][0]), end - self._all_cells[0])
-        tops["rows_top"] = max(int(tops["rows_top"][0]), row + 1 - self._all_rows.start)
         # Before the states: whoever still polls a former task of this row finds out.
         table.generations[row] += 1
         # Cells that were never used are INITIAL: as such the room could not come back before it
-        # is submitted, and its process may fail or die until then.
+        # is submitted, and its process may fail or die until then. Before they count as used: a
+        # drain would wait for them.
         table.states[start:end] = ABORTED
+        tops["cells_top"] = max(int(tops["cells_top"][0]), end - self._all_cells[0])
+        tops["rows_top"] = max(int(tops["rows_top"][0]), row + 1 - self._all_rows.start)
         return Room(row, start, blocks, first, pages)
 
     def _take_runs(self, blocks: int, pages: int) -> tuple[int, int] | None:

@@ -20,10 +20,6 @@ from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
 from light_mem.engine.small_reads import SmallReads
 from light_mem.engine.small_writes import SmallWrites
-from light_mem.engine.table_layout import (
-    READ,
-    WRITE,
-)
 from light_mem.engine.table_memory import Sizes
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
@@ -283,7 +279,7 @@ class LocalCacheService(CacheService):
         while not (table.shutdown or self._pool.failure or self._session.queue.is_mine):
             mark = int(table.header["done_seq"][0])  # before the look: what is ready after it wakes
             left = deadline - time.monotonic()
-            if left <= 0 or not (table.active_tasks(READ) or table.active_tasks(WRITE)):
+            if left <= 0 or not table.is_busy:
                 return
             table.futex.wait(table.done_word, mark, min(left, LIVENESS_SECONDS))
 

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,10 +55,11 @@ class Session:
         self.table = table
         self.queue = queue
         self._lock = lock  # holds the lane
-        self._guard = threading.Lock()
+        self._guard: Any = threading.RLock()  # of `_lane_room`
         self._lane = lane
         self._lane_room = LaneRoom(table, lane)
-        self._tasks: weakref.WeakSet[CacheTask] = weakref.WeakSet()
+        # By row. No guard: each use is one step, and a signal's handler may come with another.
+        self._tasks: weakref.WeakValueDictionary[int, CacheTask] = weakref.WeakValueDictionary()
         self.counters = table.lanes[lane : lane + 1]
         self.counters["pid"], self.counters["started"] = _identity()
         self._words = self.counters.view(np.uint64).data  # an array's item costs ten times this
@@ -160,8 +162,7 @@ class Session:
         if homes is not None:
             table.cells["home"][cells] = homes
         self.queue.push(cells, mode, publish)
-        with self._guard:
-            self._tasks.add(task)  # to take its room back early when the table is full
+        self._tasks[room.row] = task  # to take its room back early when the table is full
 
     def release(self, room: Room) -> None:
         """The task object is gone or knows its final states, or `create` has failed: the room may
@@ -195,15 +196,14 @@ class Session:
                     capacity=capacity,
                 )
         deadline = time.monotonic() + timeout
+        is_late = False
         while True:
-            with self._guard:
-                room = self._lane_room.take(count, pages, held)
+            room = self._take(count, pages, held)
             if room is not None:
                 return room
             if self.table.shutdown or self.table.orphaned:
                 raise ServiceClosedError("the service is closed or its server is gone")
-            self._notice_ready()
-            if time.monotonic() > deadline:
+            if is_late:
                 raise TaskTableFullError(
                     f"no room for {count} blocks in the task table within {timeout:g} s: all "
                     f"{sizes.cells} blocks or {sizes.rows} tasks are in use; wait for tasks, or "
@@ -212,16 +212,27 @@ class Session:
                     capacity=sizes.cells,
                     timeout=timeout,
                 )
-            time.sleep(_FULL_PAUSE)
+            self._notice_ready()
+            is_late = time.monotonic() >= deadline  # one look more: for what was just given back
+            if not is_late:
+                time.sleep(_FULL_PAUSE)
+
+    def _take(self, count: int, pages: int, held: list[Room]) -> Room | None:
+        if self._guard._is_owned():  # a signal's handler, that creates a task in a create
+            raise LockTimeoutError(
+                "this very thread is finding room for another task", what="task", timeout=0.0
+            )
+        with self._guard:
+            return self._lane_room.take(count, pages, held)
 
     def _notice_ready(self) -> None:
-        with self._guard:
-            tasks = list(self._tasks)
-        for task in tasks:
+        for reference in self._tasks.valuerefs():
+            task = reference()
             # A ready task knows its states and gives its room back. One whose `create` has failed
             # since it was noted is in some traceback only, and its room may be another's by now.
             with suppress(TaskExpiredError):
-                task.ready()
+                if task is not None:
+                    task.ready()
 
 
 def _identity() -> tuple[int, float]:
@@ -236,13 +247,17 @@ def _clean(table: TaskTable, lane: int, queue: TaskQueue, patience: float) -> bo
     """
     start = lane * table.sizes.cells
     cells = slice(start, start + int(table.lanes["cells_top"][lane]))
-    if cells.stop > start:
-        queue.abort_waiting(cells)
     deadline = time.monotonic() + patience
-    while np.isin(table.states[cells], (WORKING, COPIED)).any():
-        if time.monotonic() >= deadline:
+    while True:
+        states = table.states[cells].copy()
+        if (states == INITIAL).any():
+            queue.abort_waiting(cells)  # more than once: blocks of a dead worker are queued again
+        elif not np.isin(states, (WORKING, COPIED)).any():
+            break
+        elif time.monotonic() >= deadline:
             return False
-        time.sleep(_FULL_PAUSE)
+        else:
+            time.sleep(_FULL_PAUSE)
     # Copies of its tasks, in other processes, find out: their cells will be other tasks'.
     first = lane * table.sizes.rows
     table.generations[first : first + int(table.lanes["rows_top"][lane])] += 1

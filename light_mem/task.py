@@ -78,6 +78,7 @@ class CacheTask:
         self._final = final  # the states once they are all final
         self._table = table
         self._shared = False  # pickled: copies may look at the table
+        self._kept: object = None
         if table is not None and room is not None:
             self._row, self._start = room.row, room.start
             self._end = room.start + room.blocks
@@ -104,7 +105,7 @@ class CacheTask:
                 row=self._row,
             )
         if is_final(states):
-            self._final = states
+            self._final, self._kept = states, None
             if not self._shared and hasattr(self, "_release"):
                 # Not `self._release()`, which forgets it first: a signal that raises then would
                 # lose the room. Twice is as once.
@@ -237,13 +238,19 @@ class CacheTask:
         table = self._table
         if table is None or self.ready():
             return
-        queue.abort(table, self._start, self._end, self._row, self._generation)
-        if not self.wait(timeout):
+        deadline = time.monotonic() + timeout
+        queue.abort(table, self._start, self._end, self._row, self._generation, timeout)
+        if not self.wait(deadline - time.monotonic()):
             raise LockTimeoutError(
                 f"a worker did not let go of the task's pages within {timeout:g} s: it is stopped",
                 what="task",
                 timeout=timeout,
             )
+
+    def keep(self, needed: object) -> None:
+        """Have what the task needs stay until it is known to be ready."""
+        if self._final is None:
+            self._kept = needed
 
     # --- other processes -------------------------------------------------------------------------
 
@@ -254,13 +261,7 @@ class CacheTask:
         if self._table is not None and not self.ready():
             address = self._table.address()
             where = (self._row, self._start, self._end, self._generation)
-        fields = (
-            self._mode,
-            list(self._hashes),
-            self._layout,
-            self._already,
-            self._final,
-        )
+        fields = (self._mode, list(self._hashes), self._layout, self._already, self._final)
         return _restore, (address, where, fields)
 
 
@@ -287,13 +288,7 @@ def _restore(
     fields: tuple[Any, ...],
 ) -> CacheTask:
     mode, hashes, layout, already, final = fields
-    task = CacheTask(
-        mode=mode,
-        hashes=hashes,
-        layout=layout,
-        already=already,
-        final=final,
-    )
+    task = CacheTask(mode=mode, hashes=hashes, layout=layout, already=already, final=final)
     if address is not None and where is not None:
         task._table = TaskTable.attach(address)
         task._row, task._start, task._end, task._generation = where

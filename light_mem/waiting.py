@@ -54,7 +54,7 @@ class Notifier:
 
     def __init__(self, table: TaskTable) -> None:
         self._table = weakref.ref(table)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # a signal's handler may add one in the middle of `add`
         self._numbers = itertools.count()
         self._waiting: dict[int, Waiting] = {}
         self._running = False
@@ -154,7 +154,7 @@ def complete(future: asyncio.Future[None], outcome: Settled) -> None:
 
 
 _notifiers: weakref.WeakKeyDictionary[TaskTable, Notifier] = weakref.WeakKeyDictionary()
-_notifiers_guard = threading.Lock()
+_notifiers_guard = threading.RLock()
 
 
 def notifier_of(table: TaskTable) -> Notifier:
@@ -166,7 +166,7 @@ def notifier_of(table: TaskTable) -> Notifier:
 def _after_fork_in_child() -> None:
     # The threads that tell are the parent's.
     global _notifiers_guard
-    _notifiers_guard = threading.Lock()
+    _notifiers_guard = threading.RLock()
     _notifiers.clear()
 
 

@@ -125,6 +125,29 @@ def test_a_worker_gets_what_a_plain_look_at_the_ring_gives(
     assert short  # the end of a task, where fair shares count, was met
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_blocks_behind_one_that_is_queued_twice_are_not_passed_over(
+    table: TaskTable, far: bool
+) -> None:
+    """An abort leaves its entry, and the next task of that size gets the same cell."""
+    table.header["workers"] = 1
+    rings = Rings(table, np.random.default_rng(0))
+    rings.push(WRITE, BATCH_BLOCKS, 64, 1)
+    tail = table.tail(WRITE)
+    table.rings[WRITE][tail] = 0  # the 97th entry: a cell of the 96 before it
+    table.move_tail(WRITE, tail + 1)
+    rings.push(WRITE, 50, 64, 1)
+    table.cells["home"] = 0
+    chooser = Chooser(table)
+    if far:
+        look = chooser._look_far(1, WRITE, table.head(WRITE), table.tail(WRITE))
+        chooser._look = lambda *_: look  # type: ignore[method-assign]
+    first = chooser.choose(1, WRITE)
+    assert first is not None
+    assert first.cells == list(range(BATCH_BLOCKS))
+    assert first.head == BATCH_BLOCKS + 1
+
+
 def test_a_look_at_much_that_waits_ends_with_the_first_full_batch(table: TaskTable) -> None:
     table.header["workers"] = 2
     rings = Rings(table, np.random.default_rng(0))

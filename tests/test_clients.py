@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from light_mem import (
     State,
     TaskTableFullError,
 )
+from light_mem import session as session_module
+from light_mem.engine.table_layout import ABORTED, INITIAL
 from tests.conftest import threads, wait_until
 from tests.service_child import Child, pack, unpack
 from tests.service_rig import WAIT, rig
@@ -29,6 +32,13 @@ CLIENT = """
 import light_mem
 client = unpack(*hear())
 def states(task): return [int(s) for s in task.state()]
+"""
+
+
+QUEUES_ONE = """
+task = client.create("w", ["a"], [0])
+say("made")
+hear()
 """
 
 
@@ -159,6 +169,85 @@ def test_clients_of_one_process_share_a_lane_and_close_apart(
         four = r.service.client()
         assert four.query("a") is True
         four.close()
+
+
+def test_tasks_of_a_client_that_is_closed_or_dropped_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("light_mem.engine.table_memory.CLIENT_LANES", 1)
+    with rig(tmp_path, run=False, small_write_bytes=0) as r:
+        for key, page in zip("abc", range(3), strict=True):
+            r.fill(key, [page])
+        of_dropped = r.service.client().create("w", ["a"], [0])
+        closed = r.service.client()
+        of_closed = closed.create("w", ["b"], [1])
+        dropped = closed.create("w", ["c"], [2])
+        closed.close()
+        other = r.service.client()
+        theirs = other.create("w", ["d"], [3])  # the lane is the tasks' as well
+        assert of_dropped.state() == of_closed.state() == theirs.state() == [State.Initial]
+        copy = pickle.loads(pickle.dumps(dropped))
+        other.close()
+        del other, theirs, of_dropped, of_closed, dropped  # nobody has any of them
+        assert copy.state() == [State.Aborted]
+        other = r.service.client()
+        kept = other.create("w", ["a", "b"], [0, 1])
+        other.close()
+        r.service.run()
+        assert kept.wait(WAIT)
+        assert kept.state() == [State.Finished] * 2
+        with r.service.client() as last:  # what is known to be ready keeps no lane
+            assert last.create("r", ["a"], [5]).wait(WAIT)
+        assert r.holds("a", [5])
+        assert kept.state() == [State.Finished] * 2
+
+
+def until_refused(client: CacheClient) -> type[Exception]:
+    """Read with a client until that raises; what it raised."""
+    while True:
+        try:
+            client.create("r", ["a"], [5]).wait(WAIT)
+        except Exception as error:
+            return type(error)
+
+
+def test_a_client_that_is_closed_while_others_use_it_says_so(tmp_path: Path) -> None:
+    with rig(tmp_path) as r, ThreadPoolExecutor(2) as pool:
+        r.write(["a"], [0])
+        for _ in range(50):
+            client = r.service.client()
+            ends = [pool.submit(until_refused, client) for _ in range(2)]
+            client.query("a")
+            client.close()
+            assert [end.result(WAIT) for end in ends] == [ServiceClosedError] * 2
+
+
+def test_a_lane_is_not_given_away_while_a_dead_workers_block_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("light_mem.engine.table_memory.CLIENT_LANES", 1)
+    with rig(tmp_path, run=False) as r, Child(CLIENT + QUEUES_ONE) as first:
+        first.say(pack(r.service.client()))
+        assert first.hear() == ["made"]
+        session = r.service._session
+        cell = session.table.sizes.cells  # the first of lane 1
+        assert session.queue.claim(1) == [cell]
+        first.kill()
+        real, asked = session_module.time.sleep, []
+
+        def dies(seconds: float) -> None:
+            """While the lane is waited for its worker dies."""
+            if not asked:
+                asked.append(session.queue.recover(1, lambda *_: False, True))
+                assert session.table.states[cell] == INITIAL
+            real(seconds)
+
+        monkeypatch.setattr(session_module.time, "sleep", dies)
+        client = r.service.client()
+        assert client.query("a") is False
+        assert asked == [1]
+        assert session.table.states[cell] == ABORTED
+        client.close()
 
 
 def test_the_lane_of_a_killed_client_is_used_again(

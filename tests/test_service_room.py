@@ -14,7 +14,14 @@ from typing import Any
 
 import pytest
 
-from light_mem import CacheTask, InvalidArgumentError, State, TaskExpiredError, TaskTableFullError
+from light_mem import (
+    CacheTask,
+    InvalidArgumentError,
+    LockTimeoutError,
+    State,
+    TaskExpiredError,
+    TaskTableFullError,
+)
 from light_mem.engine.queue import QUEUE_BYTE
 from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
@@ -142,6 +149,54 @@ def test_aborted_entries_never_push_a_waiting_block_out_of_the_queue(tmp_path: P
         assert r.holds("waits", [2])
 
 
+def test_room_of_tasks_that_are_ready_is_found_without_waiting(tmp_path: Path) -> None:
+    with rig(tmp_path, max_blocks=4, create_timeout=0, small_write_bytes=0) as r:
+        tasks = [r.service.create("w", [f"a{n}"], [n]) for n in range(4)]
+        wait_until(lambda: r.service.active_create_count("write") == 0)  # nobody asked the tasks
+        assert r.service.create("w", ["b"], [5]).wait(WAIT)
+        assert r.service.stats()["dropped_stores"] == 0
+        assert all(task.state() == [State.Finished] for task in tasks)
+
+
+def test_a_create_within_a_create_of_the_same_thread_is_refused_or_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal's handler may do it, after any instruction."""
+    with rig(tmp_path, run=False, slots=256, max_blocks=4, create_timeout=0.2) as r:
+        session = r.service._session
+        place = session.place
+        refused = 0
+        for at in count(1):
+            happened = True
+            inner: list[CacheTask] = []
+
+            def create() -> None:
+                nonlocal refused
+                try:
+                    inner.append(r.service.create("w", ["inner"], [1]))  # noqa: B023
+                except LockTimeoutError:
+                    refused += 1
+
+            def watched(*args: Any, at: int = at, create: Any = create) -> Any:
+                nonlocal happened
+                with monkeypatch.context() as once:
+                    once.setattr(session, "place", place)
+                    room, happened = interleave(lambda: place(*args), create, at)
+                return room
+
+            monkeypatch.setattr(session, "place", watched)
+            outer = r.service.create("w", ["outer"], [0])
+            monkeypatch.undo()
+            for task in [outer, *inner]:
+                assert task.state() == [State.Initial]
+                r.service.abort(task)
+            r.service.abort(r.service.create("w", list("cdef"), range(4)))  # no room is lost
+            if not happened:
+                break
+        assert at > 100
+        assert refused
+
+
 class Interrupted(BaseException):
     """What a signal's handler raises."""
 
@@ -168,7 +223,7 @@ def test_a_create_that_is_interrupted_as_it_takes_room_costs_none(
             with suppress(Interrupted):
                 r.service.abort(r.service.create("w", ["a", "b"], [0, 1]))
             monkeypatch.undo()
-            if session._guard.locked():  # at a `with`, where no signal is looked for
+            if session._guard._is_owned():  # at a `with`, where no signal is looked for
                 session._guard.release()
             r.service.abort(r.service.create("w", list("cdef"), range(4)))
             if not happened:

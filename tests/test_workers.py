@@ -149,8 +149,8 @@ def test_workers_that_cannot_start_are_an_error_and_leave_nothing(
         r.write(["a"], [0])
 
 
-def test_workers_that_cannot_be_replaced_end_the_service_with_every_task_final(
-    tmp_path: Path, executable: None
+def test_workers_that_cannot_be_replaced_end_the_service_when_none_is_left(
+    tmp_path: Path, executable: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with rig(tmp_path, pages=8 * BLOCK, page_bytes=PAGE, slots=40 * BLOCK, workers=2) as r:
         workers = r.service.worker_pids
@@ -163,7 +163,12 @@ def test_workers_that_cannot_be_replaced_end_the_service_with_every_task_final(
         for task in tasks:
             assert task.wait(WAIT)
             assert set(task.state()) <= FINAL
-        wait_until(lambda: r.service.stats()["workers"] == 0)  # the other one leaves by itself
+        with caplog.at_level(logging.WARNING, "light_mem"):  # tried again, later and later
+            wait_until(lambda: "the next one starts in" in caplog.text)
+        assert r.service.create("w", ["of the other one"], [0]).wait(WAIT)
+        assert alive(workers) == [workers[1]]
+        os.kill(workers[1], signal.SIGKILL)  # now none is well
+        wait_until(lambda: r.service._pool.failure)
         assert not alive(workers)
         with pytest.raises(WorkerStartError, match="no workers any more") as caught:
             r.service.create("w", ["more"], [0])

@@ -80,7 +80,10 @@ class Chooser:
             return None
         chosen = self._first(cells, mode, -(-waiting // workers))
         taken = set(chosen)
-        head = next((at for cell, at in look.waits if cell not in taken), look.end)
+        # All that was noted may be taken, where a cell is there twice: the rest waits behind it.
+        noted_all = len(look.waits) == look.number
+        end = look.end if noted_all else look.waits[-1][1] + 1
+        head = next((at for cell, at in look.waits if cell not in taken), end)
         return Choice(list(dict.fromkeys(chosen)), head)  # a cell may be there twice
 
     def _look(self, worker: int, mode: int, workers: int) -> Look:

@@ -25,6 +25,7 @@ _NUMBERS = {
 }
 _WAIT, _WAKE = 0, 1
 _SLEEP = 0.001
+_LONGEST = 1e9  # seconds that the kernel is asked to sleep; its own clock has an end
 _NUMBER = _NUMBERS.get(platform.machine()) if sys.platform == "linux" else None
 
 
@@ -51,6 +52,7 @@ class FutexWords:
         if _NUMBER is None:
             time.sleep(min(timeout, _SLEEP))
             return
+        timeout = min(timeout, _LONGEST)
         span = _Timespec(int(timeout), int(timeout % 1 * 1e9))
         result = _syscall(
             ctypes.c_long(_NUMBER),

@@ -34,7 +34,7 @@ START_SECONDS = 60.0
 # A worker has at most two batches in hand when it is told to leave; then it is killed.
 STOP_SECONDS = 10.0
 _SPAWN_PAUSES = (0.1, 0.5, 2.0)
-MAX_EARLY_DEATHS = 3  # in a row, before the worker was ready: another try will not help
+MAX_EARLY_DEATHS = 3  # in a row, none was ever ready: where no other is, a try more will not help
 _POLL_SECONDS = 0.5  # only where there are no pidfds
 _ROUND_SECONDS = 30.0  # between two looks for what was dropped and waits to be ended
 
@@ -187,7 +187,8 @@ class WorkerPool:
         early_deaths = 0 if ready else self._early_deaths + 1
         # Where the service ends nobody is left to do its blocks again, and it may leave in order.
         ends = bool(self.failure) or self._table.shutdown
-        again = not ends and early_deaths < MAX_EARLY_DEATHS
+        others = int(self._table.workers["ready"][1 : self._count + 1].sum()) > ready
+        again = not ends and (early_deaths < MAX_EARLY_DEATHS or others)
         lost = self._queue.recover(number, self._is_stored, again)
         self._early_deaths = early_deaths
         self._workers.forget(number)

@@ -162,15 +162,18 @@ class TaskQueue(QueueLock):
         self._table.move_head(mode, choice.head)
         return choice.cells
 
-    def abort(self, table: TaskTable, start: int, end: int, row: int, generation: int) -> None:
+    def abort(
+        self, table: TaskTable, start: int, end: int, row: int, generation: int, timeout: float
+    ) -> None:
         """Abort a task: blocks nobody has begun at once, the others when their worker looks.
 
         Does nothing when the task's row has another generation by now. Raises
-        InvalidArgumentError for a task of another table.
+        InvalidArgumentError for a task of another table; LockTimeoutError when the queue is not
+        free within `timeout` seconds.
         """
         if table is not self._table:
             raise InvalidArgumentError("the task belongs to another service")
-        with self.held():
+        with self.held(timeout):
             # A row gets a new generation without this lock, but its cells get their states with it.
             if table.generations[row] != generation:
                 return

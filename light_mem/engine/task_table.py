@@ -22,8 +22,10 @@ import numpy as np
 
 from light_mem.engine.process import DeathWatch, is_alive
 from light_mem.engine.table_layout import (
+    ABORTED,
     CELL,
     CELL_FIELDS,
+    FINISHED,
     MAGIC,
     NAME,
     READ,
@@ -197,6 +199,13 @@ class TaskTable(TableMemory):
             start = self.sections.active + lane * self.sizes.rows
             count += self.map[start : start + int(self.lanes["rows_top"][lane])].count(mode)
         return count
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any block of any task is to be done. (`active_tasks` may miss a task: a worker
+        that is late to tell of the one before it in its row clears its mark.)"""
+        final = (FINISHED, ABORTED)
+        return any(not np.isin(self.states[cells], final).all() for cells in self.used_cells())
 
     def row_word(self, row: int) -> int:
         """Offset of a row's `done` word, for `futex`."""
