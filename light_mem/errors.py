@@ -80,8 +80,9 @@ class KVCacheMemoryError(LightMemError, ValueError):
     """The KV tensor lies in memory that worker processes cannot map.
 
     Attributes, each where it is known: `path` of what is mapped there, `paths` where that is
-    several things, `address` where it is nothing; `source`, how it was to be mapped, `size` of the
-    object and the bytes `needed`; `pool` of SGLang; `reason`, what the error below it says.
+    several things, `address` where it is nothing, or where it was before it was moved; `source`,
+    how it was to be mapped, `size` of the object and the bytes `needed`; `pool` of SGLang;
+    `reason`, what the error below it says.
     """
 
 

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from light_mem import blocks
 from light_mem.client import CacheClient
 from light_mem.engine.base import BlockIO, Outcome
-from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
+from light_mem.engine.kvmemory import (
+    MemorySource,
+    close_source,
+    share_tensor,
+    tensor_was_moved,
+)
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
@@ -31,6 +36,7 @@ from light_mem.service_close import ServiceEnding
 from light_mem.service_settings import ServiceSettings
 from light_mem.session import Session
 from light_mem.startup import start_line
+from light_mem.task import CacheTask
 from light_mem.waiting import LIVENESS_SECONDS
 
 if TYPE_CHECKING:
@@ -138,6 +144,7 @@ class LocalCacheService(CacheService):
         with ExitStack() as undo:
             source = share_tensor(kvcache)
             undo.callback(close_source, source)
+            self._kvcache, self._address = kvcache, kvcache.data_ptr()
             self._memory = kvcache.numpy()  # once it is shared: what is exported is not moved
             engine = LocalStorageEngine.open_store(
                 s.directory,
@@ -208,6 +215,11 @@ class LocalCacheService(CacheService):
                 "the workers of the service were ended: what is left are delete, stats, check "
                 "and close"
             )
+
+    def _create(self, kind: int, hashes: list[HashValue], layout: Layout) -> CacheTask:
+        if self._kvcache.data_ptr() != self._address:
+            raise tensor_was_moved(self._address)
+        return super()._create(kind, hashes, layout)
 
     def _check_delete(self) -> None:
         self._check_open()  # no worker is wanted: what must not stay goes when none is left too

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from light_mem import (
     CacheClient,
@@ -25,6 +26,7 @@ from light_mem import (
 from light_mem import session as session_module
 from light_mem.engine.table_layout import ABORTED, INITIAL
 from tests.conftest import threads, wait_until
+from tests.payload import block_bytes_of
 from tests.service_child import Child, pack, unpack
 from tests.service_rig import WAIT, rig
 
@@ -74,6 +76,34 @@ def test_a_spawned_process_gets_a_client_and_a_task_as_arguments(tmp_path: Path)
         ours.send("end")
         process.join(WAIT)
         assert process.exitcode == 0
+        process.close()
+
+
+def model(pipe: Connection, kv: torch.Tensor, client: CacheClient) -> None:
+    """A process of the server that has its tensor: reads into it, writes from it."""
+    kv[1] = 77
+    with client:
+        client.create("w", ["theirs"], [1]).wait(WAIT)
+        assert client.create("r", ["a"], [7]).wait(WAIT)
+        pipe.send(kv[7].tolist())
+        pipe.recv()
+
+
+def test_a_process_that_is_sent_the_tensor_has_the_workers_memory(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with rig(tmp_path) as r, ours, theirs:
+        r.write(["a"], [0])
+        process = context.Process(target=model, args=(theirs, r.kv, r.service.client()))
+        process.start()
+        read = ours.recv()
+        assert bytes(read) == block_bytes_of("a", 1, r.page_bytes).tobytes()
+        assert r.holds("a", [7])
+        r.blank([8])
+        assert r.service.create("r", ["theirs"], [8]).wait(WAIT)
+        assert (r.kv[8] == 77).all()
+        ours.send("end")
+        process.join(WAIT)
         process.close()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+import light_mem
 from light_mem.engine import kvallocation, maps
 from light_mem.engine.kvallocation import allocate_kvcache
 from light_mem.engine.kvmemory import MemorySource, close_source, share_tensor
@@ -132,6 +135,30 @@ def _asks_for_huge_pages(address: int, nbytes: int) -> bool:
 has_huge_pages = pytest.mark.skipif(
     not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages"
 )
+
+
+def test_an_allocated_tensor_stays_where_it_is_when_torch_shares_it() -> None:
+    kv = allocate_kvcache(4, 4096)
+    address = kv.data_ptr()
+    kv[2:].untyped_storage()._share_fd_cpu_()  # as for sending a view of it
+    assert kv.is_shared()
+    assert kv.share_memory_().data_ptr() == address
+
+
+def test_a_service_whose_tensor_was_moved_refuses_to_create(tmp_path: Path) -> None:
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        file.truncate(8 * 4096)
+        kv = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8).view(8, 4096)
+    with light_mem.LocalCacheService(tmp_path / "store", 256 * 4096, 1, kv, 1) as service:
+        service.run()
+        assert service.create("w", ["a"], [0]).wait(20)
+        kv.share_memory_()
+        for mode in "rw":
+            with pytest.raises(KVCacheMemoryError, match="was moved"):
+                service.create(mode, ["a"], [1])
+        with pytest.raises(KVCacheMemoryError, match="was moved"):
+            service.create_regions("r", ["a"], [(0, 4096)])
+        assert service.query("a")
 
 
 @has_huge_pages

@@ -47,19 +47,34 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     require_memory(nbytes)
     fd = _create_memory(nbytes)
     try:
+        if have_maps():
+            return _known_to_torch(fd, nbytes).view(num_pages, page_bytes)
         memory = mmap.mmap(fd, nbytes)
-        # Blocks of small pages are copied a fourth faster then: each page of the tensor begins
-        # another page of the kernel's, for address translation too (64 of 3,840 bytes: 37 instead
-        # of 50 us).
-        prefer_huge_pages(memory)
         tensor = torch.frombuffer(memory, dtype=torch.uint8).view(num_pages, page_bytes)
-        if not have_maps():
-            own = duplicate(fd)
-            allocated[own] = (tensor.data_ptr(), nbytes)
-            # The storage holds `memory`. Not at exit: the tensor may be used until the very end.
-            weakref.finalize(memory, _forget, own).atexit = False
+        own = duplicate(fd)
+        allocated[own] = (tensor.data_ptr(), nbytes)
+        # The storage holds `memory`. Not at exit: the tensor may be used until the very end.
+        weakref.finalize(memory, _forget, own).atexit = False
     finally:
-        os.close(fd)  # `memory` has its own duplicate, which share_tensor finds
+        os.close(fd)  # the memory has its own duplicate, which share_tensor finds
+    return tensor
+
+
+def _known_to_torch(fd: int, nbytes: int) -> torch.Tensor:
+    """A tensor over a descriptor's memory, uint8 [nbytes].
+
+    Its storage is one that torch itself knows as shared: of any other, the bytes are copied to
+    /dev/shm, and that put in its place, as soon as the tensor or a view of it is sent to another
+    process; the workers would go on with the memory where it was.
+    """
+    import torch
+
+    # As torch makes those that come from another process (torch/multiprocessing/reductions.py).
+    storage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[attr-defined]
+    tensor = torch.empty(0, dtype=torch.uint8).set_(storage)
+    # Blocks of small pages are copied a fourth faster then: each page of the tensor begins another
+    # page of the kernel's, for address translation too (64 of 3,840 bytes: 37 instead of 50 us).
+    prefer_huge_pages(tensor.data_ptr(), nbytes)
     return tensor
 
 

@@ -170,15 +170,13 @@ def map_file(fd: int, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memory, np.uint8, nbytes, offset - start)
 
 
-def prefer_huge_pages(memory: mmap.mmap) -> None:
+def prefer_huge_pages(address: int, nbytes: int) -> None:
     """Have the kernel back a mapping by huge pages, where it has them and gives them to who asks
     (`advise` or `madvise` in /sys/kernel/mm/transparent_hugepage: `shmem_enabled` for shared
-    memory, `enabled` for private)."""
+    memory, `enabled` for private). Nothing happens where it has not."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.MADV_HUGEPAGE)
 
 
 def private_memory(nbytes: int) -> npt.NDArray[np.uint8]:
@@ -190,8 +188,8 @@ def private_memory(nbytes: int) -> npt.NDArray[np.uint8]:
     """
     whole = nbytes + -nbytes % HUGE_PAGE_BYTES  # else the last part would not be huge
     memory = mmap.mmap(-1, whole + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    prefer_huge_pages(memory)
     array = np.frombuffer(memory, np.uint8)
+    prefer_huge_pages(array.ctypes.data, array.nbytes)
     start = -array.ctypes.data % HUGE_PAGE_BYTES
     return array[start : start + nbytes]
 
