@@ -120,6 +120,12 @@ def assert_holds(directory: Path, *blocks: Block, **sizes: int) -> None:
     """A server that opens the store reads exactly these blocks, right to the last byte, in the
     order of use that `make_store` gave them."""
     assert order_of_use(directory) == [key_of(b) for b in blocks]
+    assert_reads(directory, *blocks, **sizes)
+
+
+def assert_reads(directory: Path, *blocks: Block, **sizes: int) -> None:
+    """`assert_holds`, in whatever order of use."""
+    assert stored(directory) == {key_of(b) for b in blocks}
     rig = opened(directory, **sizes)
     assert rig.read(*blocks) == [Outcome.LOADED] * len(blocks)
     rig.engine.close()

@@ -22,6 +22,7 @@ from tests.maintenance_helpers import (
     SLOTS,
     Command,
     assert_holds,
+    assert_reads,
     entries_of,
     files,
     flip,
@@ -78,6 +79,39 @@ def test_a_flipped_byte_names_its_block_and_repair_drops_it_alone(
     assert "put right" in command.out
     assert command("verify", store) == 0
     assert_holds(store, *[b for b in BLOCKS if b is not block])
+
+
+@pytest.mark.parametrize("field", ["low", "tag", "checksum", "nbytes", "run"])
+def test_a_flipped_bit_of_an_entry_costs_no_block_whose_record_and_bytes_are_right(
+    store: Path, command: Command, field: str
+) -> None:
+    block = BLOCKS[1]
+    shard, slot = place_of(store, block)
+    entries_of(store, shard)[field][slot] ^= 2
+    assert command("verify", store) == 1
+    assert command("verify", store, "--repair") == 1
+    assert command("verify", store) == 0, command.out
+    assert_reads(store, *BLOCKS)
+
+
+def test_repair_beside_an_older_index_lists_what_lies_in_the_shards(
+    tmp_path: Path, command: Command
+) -> None:
+    """As a backup of one file alone leaves it: what the index lists is gone, others have its
+    slots."""
+    store = make_store(tmp_path / "store", [Block(10**6 + n) for n in range(8)])
+    older = (store / "index").read_bytes()
+    assert command("clear", store) == 0, command.out
+    make_store(store, BLOCKS)
+    assert stored(store) == {key_of(block) for block in BLOCKS}
+    (store / "index").write_bytes(older)
+    whole = tmp_path / "rebuilt"
+    shutil.copytree(store, whole)
+    assert command("rebuild", whole) == 0
+    assert command("verify", store, "--repair") == 1
+    assert command("verify", store) == 0, command.out
+    assert stored(store) == stored(whole)
+    assert_reads(store, *BLOCKS)
 
 
 def test_repair_counts_what_it_drops(store: Path) -> None:
@@ -199,6 +233,8 @@ def test_a_shard_of_another_store_is_left_alone(
         assert code == 1
         assert "foreign" in {finding["kind"] for finding in report["findings"]}
         assert not report["sound"]
+        assert command("verify", store, *more) == 1
+        assert "put the right file back" in command.out
     assert files(store) == before
 
 

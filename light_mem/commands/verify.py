@@ -86,6 +86,8 @@ def verdict(report: VerifyReport, repair: bool) -> str:
         what = "other finding" if report.damaged else "finding"
         found.append(output.count_text(len(report.findings), what))
     text = " and ".join(found)
+    if any(finding.kind == "foreign" for finding in report.findings):
+        return f"{text}; put the right file back: --repair does nothing while there is another's"
     if not repair:
         does = "drops the damaged blocks" if report.damaged else "puts it in order"
         more = " and puts the rest in order" if len(found) == 2 else ""

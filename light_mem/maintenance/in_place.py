@@ -148,7 +148,7 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
             continue
         # A key that is stored elsewhere stays there: its bytes may be in use at the moment.
         if index.find(int(plan["low"][slot]), int(plan["high"][slot])) is None:
-            _list(index, plan, runs)
+            list_block(index, plan, runs)
             put_in += 1
     index.put_in_order()
     file.clear_records(index.unlisted_slots())
@@ -165,7 +165,9 @@ def _not_stored(entries: Table) -> npt.NDArray[np.bool_]:
     return taken
 
 
-def _list(index: ShardIndex, plan: Table, runs: list[Run]) -> None:
+def list_block(index: ShardIndex, plan: Table, runs: list[Run]) -> None:
+    """List a block of `plan`, ENTRY [slots], at these runs, which nobody has; in no chain yet and
+    not counted: the shard is to be put in order."""
     entries = index.entries
     for at in reversed(range(len(runs))):  # the first slot, which look-ups find, comes last
         slot = runs[at][0]

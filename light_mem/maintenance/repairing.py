@@ -10,22 +10,27 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.reindex import plan_shard, same_block
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.shard_header import data_path
 from light_mem.errors import LightMemError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
+from light_mem.index.recovery import occupied_runs
 from light_mem.index.shard import ShardIndex
 from light_mem.index.written import Written
 from light_mem.maintenance.data import block_at
 from light_mem.maintenance.data_file import DataFile
+from light_mem.maintenance.in_place import list_block
 from light_mem.maintenance.opening import open_tool
 from light_mem.maintenance.owners import named_by_owners
 from light_mem.maintenance.rebuilding import rebuild
 from light_mem.maintenance.report import DamagedBlock, Finding
-from light_mem.maintenance.store import Snapshot, Store
+from light_mem.maintenance.store import Snapshot, Store, blocks_in
 from light_mem.maintenance.structure import StructureCheck
 
 log = logging.getLogger("light_mem")
@@ -67,6 +72,7 @@ class Repair(Closing):
             for block in damaged:
                 self._drop_damaged(index, file, block)
             self._settle(index, file)
+            self._list_again(index)
             # Now that each slot has one owner, the records can be made to say so.
             check = self._check(index, file)
             for finding in check.findings():
@@ -111,9 +117,48 @@ class Repair(Closing):
         )
 
     def _remove(self, index: ShardIndex, file: ShardFile, slot: int) -> None:
+        # A record of another block may be right, where the entry is not.
+        is_its_record = same_block(index.entries[[slot]], file.records[[slot]])[0]
         index.remove(slot)
-        file.clear_records([slot])
+        if is_its_record:
+            file.clear_records([slot])
         index.control["removals"] += 1
+
+    def _list_again(self, index: ShardIndex) -> None:
+        """List blocks that the index has lost: their records and bytes are sound, and nobody has
+        their slots or their key."""
+        page_bytes = self._engine.geometry.page_bytes
+        plan = plan_shard(self._directory, self._engine.geometry, index.shard, None).entries
+        heads, several = blocks_in(plan, page_bytes)
+        lost = heads[~same_block(plan[heads], index.entries[heads])].tolist()
+        if not lost:
+            return
+        taken = np.zeros(len(plan), bool)
+        for start, length in zip(*occupied_runs(index.entries), strict=True):
+            taken[start : start + length] = True
+        listed: set[tuple[int, int]] = set()
+        data = DataFile(data_path(self._directory, index.shard))
+        try:
+            for slot in lost:
+                key = int(plan["low"][slot]), int(plan["high"][slot])
+                runs = several.get(slot) or [(slot, int(plan["run"][slot]))]
+                if key in listed or index.find(*key) is not None:
+                    continue
+                if any(taken[start : start + length].any() for start, length in runs):
+                    continue
+                if not data.problem(block_at(plan[slot], slot, runs, page_bytes)):
+                    list_block(index, plan, runs)
+                    listed.add(key)
+        finally:
+            data.close()
+        if listed:
+            index.put_in_order()
+            log.warning(
+                "store %s: %d blocks that the index of shard %d had lost are listed again",
+                self._directory,
+                len(listed),
+                index.shard,
+            )
 
     def _settle(self, index: ShardIndex, file: ShardFile) -> None:
         """Entries, chains, counters and free space; each slot has one owner afterwards."""
