@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import sglang_cpu
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache import hicache_storage
 from sglang.srt.observability.metrics_collector import StorageMetrics
 from sglang.srt.runtime_context import get_context
 
 from light_mem.integrations.sglang import description
 from light_mem.integrations.sglang.backend import LightMemStorage
+from light_mem.integrations.sglang.device import describe_device
 from light_mem.integrations.sglang.pool import HostPool
 from tests import sglang_fake_pools as fake_pools
 from tests import sglang_fakes as fakes
@@ -41,7 +43,7 @@ _SETTINGS = {
 
 def differences() -> list[str]:
     """What is not as it is in SGLang; empty when all is."""
-    return [*_methods(), *_records(), *_names(), *_pools(), *_settings()]
+    return [*_methods(), *_records(), *_names(), *_pools(), *_device(), *_settings()]
 
 
 def _methods() -> Iterator[str]:
@@ -122,6 +124,21 @@ def _geometry(host_pool: Any) -> Any:
     regions = [part.tolist() for part in pool.regions(indices, len(pages))]
     memory = [tuple(buffer.memory.shape) for buffer in pool.buffers]
     return size, pool.piece_bytes.tolist(), memory, regions
+
+
+def _device() -> Iterator[str]:
+    """Is a layout that the environment chose told from what the host pool holds, without its
+    size?"""
+    seen = []
+    with sglang_cpu.Settings({"allocator": "shm"}, "page_first"):
+        for tokens, by_head in ((_TOKENS, False), (2 * _TOKENS, False), (_TOKENS, True)):
+            with envs.SGLANG_USE_HND_KVCACHE.override(by_head):
+                group = sglang_cpu.host_pools("mha", sglang_cpu.device_pool("mha", tokens))
+            seen.append(describe_device(group.anchor_entry.host_pool))
+    if seen[0] != seen[1]:
+        yield "what a host pool knows of the device is another for another size"
+    if seen[0] == seen[2]:
+        yield "a host pool does not know the layout of the device's memory"
 
 
 def _settings() -> Iterator[str]:

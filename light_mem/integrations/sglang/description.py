@@ -6,7 +6,7 @@ the rank: the same key names other bytes under any other of those.
 
 Of SGLang's settings of model and execution everything counts that is not known to leave the bytes
 alone: a setting that a later SGLang adds there makes a cache cold, and never wrong. Of the other
-groups what is known to matter counts.
+groups what is known to matter counts. How a page lies in the device's memory: see device.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from light_mem.integrations.plain_data import plain
+from light_mem.integrations.sglang.device import describe_device
 from light_mem.integrations.sglang.pool import HostPool
 
 # Settings of these groups, by SGLang's names of the groups...
@@ -77,7 +78,7 @@ def _describe_bag(bag: Any, picked: re.Pattern[str] | None) -> dict[str, Any]:
 
 
 def describe_pool(config: Any, pool: HostPool, host_pool: Any) -> dict[str, Any]:
-    """What a page of one host pool is: its pool, form and rank.
+    """What a page of one host pool is: its pool, form (in the device's memory too) and rank.
 
     config      SGLang's HiCacheStorageConfig
     host_pool   SGLang's pool that `pool` describes
@@ -95,6 +96,7 @@ def describe_pool(config: Any, pool: HostPool, host_pool: Any) -> dict[str, Any]
         "pool": pool.name,
         "class": plain(type(host_pool)),
         "form": form,
+        "device": describe_device(host_pool),
         "pieces": pool.piece_bytes.tolist(),
         "tp": None
         if is_replicated(config, pool.name, host_pool)

@@ -1,7 +1,8 @@
-"""The settings and weights of the SGLang engine in this process, for a namespace."""
+"""Settings, environment and weights of the SGLang engine in this process, for a namespace."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sglang.srt import runtime_context
@@ -9,13 +10,17 @@ from sglang.srt import runtime_context
 from light_mem.errors import InvalidArgumentError
 from light_mem.integrations import weights
 from light_mem.integrations.sglang import description
+from light_mem.integrations.sglang.device import describe_environment
 
 
 def describe_engine(given_weights: str | None) -> dict[str, Any]:
-    """Settings and weights as plain data; `given_weights` is what the user says of the weights.
+    """Settings, environment and weights as plain data.
+
+    given_weights   what the user says of the weights
 
     Raises InvalidArgumentError when nothing tells which weights these are.
     """
+    found: dict[str, Any] = {"environment": describe_environment(os.environ)}
     context = runtime_context.get_context()
     groups = {
         name: context.config_bag(name)
@@ -32,8 +37,8 @@ def describe_engine(given_weights: str | None) -> dict[str, Any]:
                 '"weights" in --hicache-storage-backend-extra-config to a text that is another one '
                 "for other weights, another quantization or another type of the cache"
             )
-        return {"weights": {"given": given_weights}}
-    found = {"settings": description.describe_settings(groups)}
+        return {**found, "weights": {"given": given_weights}}
+    found["settings"] = description.describe_settings(groups)
     hub = None if given_weights is not None else _hub_cache(model)
     dummy = getattr(model, "load_format", None) == "dummy"
     found["weights"] = weights.identify(
