@@ -216,8 +216,8 @@ class FakeModule(ModuleType):
 def _modules(context: Context) -> dict[str, dict[str, Any]]:
     here = globals()
     storage = (
-        "HiCacheStorage HiCacheStorageConfig HiCacheStorageExtraInfo PoolHitPolicy PoolTransfer "
-        "PoolTransferResult"
+        "HiCacheStorage HiCacheStorageConfig HiCacheStorageExtraInfo PoolHitPolicy PoolName "
+        "PoolTransfer PoolTransferResult"
     )
     return {
         "sglang": {"__version__": VERSION},

@@ -134,6 +134,26 @@ def test_pools_share_the_room_by_the_page(live: Live, tmp_path: Path) -> None:
     assert store(life, "draft", KEYS, range(8)) == [True] * 8
 
 
+def test_a_draft_model_s_pool_comes_later_on_top_of_the_room(live: Live, tmp_path: Path) -> None:
+    size = 1 << 21
+    life = live(options={"storage_size": size, "pool_ratio": {"draft": 0.5}})
+    late = MLATokenToKVPoolHost(width=32)
+    life.side_pools["draft"] = late
+    life.backend.register_mem_host_pool_v2(late, PoolName.DRAFT)
+    kv, draft = (maintenance.inspect(tmp_path / name) for name in ("store", "store.draft"))
+    assert kv.slots * kv.page_bytes > size * 0.98
+    assert abs(kv.slots - 2 * draft.slots) <= 2
+    assert store(life, "draft", KEYS, range(8)) == [True] * 8
+
+
+def test_a_ratio_of_a_pool_that_the_model_lacks_is_a_warning(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    live(options={"pool_ratio": {"mamba": 0.5, "draft": 0.5}})
+    [warning] = [r.getMessage() for r in caplog.records if "pool_ratio" in r.getMessage()]
+    assert warning == "pool_ratio names ['mamba']; this model's pools are ['kv']"
+
+
 def test_nothing_stays_open_when_a_later_pool_is_refused(live: Live) -> None:
     live(side_pools={"indexer": index_pool()}).end()
     with pytest.raises(StoreFormatError):

@@ -64,7 +64,7 @@ def test_methods_that_pass_tensors_find_and_store_nothing(live: Live) -> None:
         {"durability": "never"},
         {"pool_ratio": {"kv": 0.5}},
         {"pool_ratio": {"mamba": 0}},
-        {"pool_ratio": {"mamba": 1.0}},  # no such pool here
+        {"pool_ratio": {"mambo": 1.0}},  # no pool of SGLang
         {"pool_ratio": 2},
     ],
 )

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorageConfig,
     HiCacheStorageExtraInfo,
     PoolHitPolicy,
+    PoolName,
     PoolTransfer,
     PoolTransferResult,
 )
@@ -63,6 +64,7 @@ class LightMemStorage(HiCacheStorage):
                 {name: getattr(storage_config, name) for name in ("pp_rank", "tp_rank", "dp_rank")}
             ),
             self._options,
+            [str(name) for name in PoolName],
         )
         self._pools: dict[str, Any] = {}  # SGLang's, by name, not opened yet
         self._stores: dict[str, PageStore] = {}

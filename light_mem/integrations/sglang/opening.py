@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from fractions import Fraction
 
@@ -14,7 +15,10 @@ from light_mem.integrations.sglang.pool import Buffer, HostPool, cannot_map
 from light_mem.integrations.sglang.store import PageStore
 from light_mem.local_service import LocalCacheService
 
+log = logging.getLogger("light_mem")
+
 KV = "kv"  # SGLang's name of the pool whose pages all others follow
+_LATE = "draft"  # names of pools that SGLang registers after the others begin so
 _CREATE_SECONDS = 10.0  # that a call waits for room among the tasks
 
 
@@ -26,7 +30,14 @@ class Opener:
     `pool_ratio`), and of those that are opened together `storage_size` holds them all.
     """
 
-    def __init__(self, path: str, options: StorageOptions) -> None:
+    def __init__(self, path: str, options: StorageOptions, names: Collection[str]) -> None:
+        """`names` are those that a pool can have; raises InvalidArgumentError when `pool_ratio` has
+        others."""
+        unknown = sorted(set(options.pool_ratio) - set(names))
+        if unknown:
+            raise InvalidArgumentError(
+                f"pool_ratio names {unknown}; SGLang's pools are {sorted(names)}", unknown=unknown
+            )
         self._path = path
         self._options = options
         self._pages = Fraction(0)  # of KV that there is room for; 0: nothing was opened
@@ -37,8 +48,8 @@ class Opener:
         Pools of a second call get as much room a page as those of the first, beyond
         `storage_size`. Errors are those of LocalCacheService; nothing stays open then.
         """
-        self._refuse_unknown_ratios(pools)
         if not self._pages:
+            self._warn_of_unused_ratios(pools)
             a_page = sum(pool.page_bytes * self._ratio(pool) for pool in pools)
             self._pages = self._options.storage_size / a_page if a_page else Fraction(0)
         with ExitStack() as undo:
@@ -92,11 +103,8 @@ class Opener:
     def _ratio(self, pool: HostPool) -> Fraction:
         return Fraction(self._options.pool_ratio.get(pool.name, 1))
 
-    def _refuse_unknown_ratios(self, pools: Mapping[HostPool, Namespace]) -> None:
-        unknown = set(self._options.pool_ratio) - {pool.name for pool in pools}
-        if unknown and not self._pages:
-            raise InvalidArgumentError(
-                f"pool_ratio names {sorted(unknown)}; this model's pools are "
-                f"{sorted(pool.name for pool in pools)}",
-                unknown=sorted(unknown),
-            )
+    def _warn_of_unused_ratios(self, pools: Mapping[HostPool, Namespace]) -> None:
+        found = sorted(pool.name for pool in pools)
+        unused = sorted(set(self._options.pool_ratio) - set(found))
+        if unused := [name for name in unused if not name.startswith(_LATE)]:
+            log.warning("pool_ratio names %s; this model's pools are %s", unused, found)
