@@ -154,6 +154,32 @@ def test_a_ratio_of_a_pool_that_the_model_lacks_is_a_warning(
     assert warning == "pool_ratio names ['mamba']; this model's pools are ['kv']"
 
 
+def test_a_share_that_is_too_small_is_told_with_what_was_given(live: Live) -> None:
+    size, ratio = 1 << 22, {"mamba": 0.001}
+    with pytest.raises(InvalidArgumentError) as caught:
+        live(side_pools={"mamba": StatePool()}, options={"storage_size": size, "pool_ratio": ratio})
+    for told in ("pool mamba", f"storage_size {size}", "pool_ratio {'mamba': 0.001}"):
+        assert told in str(caught.value)
+    values = caught.value.values
+    assert (values["pool"], values["pool_ratio"]) == ("mamba", ratio)
+    assert 0 < values["storage_size"] < values["needed"] < size
+
+
+def test_a_share_of_no_byte_is_told_with_what_was_given(live: Live) -> None:
+    ratio = {"mamba": 1e-9}
+    with pytest.raises(InvalidArgumentError, match=r"pool mamba in storage_size 4194304"):
+        live(
+            side_pools={"mamba": StatePool()},
+            options={"storage_size": 1 << 22, "pool_ratio": ratio},
+        )
+
+
+def test_a_storage_size_that_is_too_small_is_told_as_it_was_given(live: Live) -> None:
+    with pytest.raises(InvalidArgumentError, match="storage_size 5000 is too small") as caught:
+        live(options={"storage_size": 5000})
+    assert caught.value.values["storage_size"] == 5000
+
+
 def test_nothing_stays_open_when_a_later_pool_is_refused(live: Live) -> None:
     live(side_pools={"indexer": index_pool()}).end()
     with pytest.raises(StoreFormatError):

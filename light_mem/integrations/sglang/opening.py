@@ -71,10 +71,11 @@ class Opener:
         return stores
 
     def _service(self, pool: HostPool, number: int, buffer: Buffer) -> LocalCacheService:
+        share = int(self._pages * self._ratio(pool) * buffer.page_bytes)
         try:
             service = LocalCacheService(
                 self._path_of(pool, number),
-                int(self._pages * self._ratio(pool) * buffer.page_bytes),
+                share,
                 self._options.num_of_shard,
                 buffer.memory,
                 self._options.num_workers,
@@ -84,6 +85,10 @@ class Opener:
                 time_to_live=self._options.time_to_live,
                 create_timeout=_CREATE_SECONDS,
             )
+        except InvalidArgumentError as error:
+            if error.values.get("storage_size") != share or share == self._options.storage_size:
+                raise
+            raise self._too_small(pool, error) from error
         except KVCacheMemoryError as error:
             raise cannot_map(pool, error) from error
         except StoreFormatError as error:
@@ -94,6 +99,16 @@ class Opener:
                 **error.values,
             ) from error
         return started(service)
+
+    def _too_small(self, pool: HostPool, error: InvalidArgumentError) -> InvalidArgumentError:
+        """The error, which names a size that nobody gave, with what that comes from."""
+        options = self._options
+        return InvalidArgumentError(
+            f"{error}. This is the share of SGLang's pool {pool.name} in storage_size "
+            f"{options.storage_size}, with pool_ratio {dict(options.pool_ratio)}: give a larger "
+            "storage_size, a larger pool_ratio or fewer shards (num_of_shard)",
+            **{**error.values, "pool": pool.name, "pool_ratio": dict(options.pool_ratio)},
+        )
 
     def _path_of(self, pool: HostPool, number: int) -> str:
         if pool.name == KV and not number:
