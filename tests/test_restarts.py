@@ -132,3 +132,26 @@ def test_a_worker_that_nobody_could_watch_is_not_left_running(
         assert children == {worker, *others}
         r.write(["a"], [0])
     assert "cannot be started" in caplog.text
+
+
+def test_want_of_descriptors_ends_no_service_that_has_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("light_mem.engine.pool._SPAWN_PAUSES", (0.0,))
+    with rig(tmp_path, workers=2, small_write_bytes=0) as r:
+        opened, refused = os.pidfd_open, []
+
+        def refuse(pid: int) -> int:
+            if len(refused) < 5:  # twice, once more, and again
+                refused.append(pid)
+                raise OSError(24, "Too many open files")
+            return opened(pid)
+
+        before = r.service.worker_pids
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+        os.kill(before[0], signal.SIGKILL)
+        r.write(["a"], [0])  # by the other one
+        wait_until(lambda: len(refused) == 5 and r.service.stats()["workers"] == 2)
+        r.write(["b"], [1])
+        assert before[1] in r.service.worker_pids
+    assert "the service stops" not in caplog.text

@@ -187,8 +187,7 @@ class WorkerPool:
         early_deaths = 0 if ready else self._early_deaths + 1
         # Where the service ends nobody is left to do its blocks again, and it may leave in order.
         ends = bool(self.failure) or self._table.shutdown
-        others = int(self._table.workers["ready"][1 : self._count + 1].sum()) > ready
-        again = not ends and (early_deaths < MAX_EARLY_DEATHS or others)
+        again = not ends and (early_deaths < MAX_EARLY_DEATHS or self._others_are_well(number))
         lost = self._queue.recover(number, self._is_stored, again)
         self._early_deaths = early_deaths
         self._workers.forget(number)
@@ -209,6 +208,10 @@ class WorkerPool:
         if not again:
             row = f"{MAX_EARLY_DEATHS} workers in a row died before they were ready"
             self._give_up(f"{row}, the last one {how}")
+
+    def _others_are_well(self, number: int) -> bool:
+        ready = self._table.workers["ready"][1 : self._count + 1]
+        return int(ready.sum()) > int(ready[number - 1])
 
     def _has_done(self, number: int) -> bool:
         """Whether a worker has ended blocks since this was asked last."""
@@ -235,9 +238,12 @@ class WorkerPool:
                     self._spawn(number)
                 return
             except OSError as error:
-                if pause is None:
+                if pause is None and not self._others_are_well(number):
                     raise
                 log.warning("worker %d cannot be started: %s", number, str(error))
+                if pause is None:
+                    self._restarts.died(number, was_of_use=False)
+                    return
                 time.sleep(pause)
 
     def _give_up(self, reason: str) -> None:
