@@ -62,9 +62,10 @@ class CacheService(StoredBlocks):
         Aborted and touches no page.
 
         Nothing is queued when it raises: InvalidArgumentError or PageIndexError (ValueError,
-        IndexError); TaskTableFullError when the table stays full; LockTimeoutError when a stopped
-        process holds the queue; ServiceClosedError; WorkerStartError when there are no workers any
-        more.
+        IndexError); KVCacheMemoryError when the tensor was moved; TaskTableFullError when the table
+        stays full; LockTimeoutError when a stopped process holds the queue, and in a signal's
+        handler in the middle of another `create`; ServiceClosedError; WorkerStartError when there
+        are no workers any more.
         """
         self._check()
         kind = blocks.parse_mode(mode)
