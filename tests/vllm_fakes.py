@@ -142,11 +142,28 @@ class LoRAConfig:
 
 
 @dataclass
+class ParallelConfig:
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    data_parallel_index: int = 0
+    data_parallel_master_port: int = 29500
+    rank: int = 0
+    world_size: int = 1
+    node_rank: int = 0
+    distributed_executor_backend: str = "mp"
+    worker_cls: str = "auto"
+    cp_kv_cache_interleave_size: int = 1
+    _data_parallel_master_port_list: list[int] = field(default_factory=list)
+
+
+@dataclass
 class VllmConfig:
     kv_transfer_config: Any
     model_config: ModelConfig = field(default_factory=ModelConfig)
     cache_config: CacheConfig = field(default_factory=CacheConfig)
     load_config: LoadConfig = field(default_factory=LoadConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     lora_config: LoRAConfig | None = None
     instance_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 

@@ -17,6 +17,7 @@ _PARTS = (
     "cache_config",
     "attention_config",
     "load_config",
+    "parallel_config",
     "lora_config",
     "speculative_config",
     "mamba_config",
@@ -52,6 +53,27 @@ _IGNORED: dict[str, frozenset[str]] = {
         """.split()
     ),
     "LoRAConfig": frozenset({"max_loras", "max_cpu_loras"}),
+    # Who talks to whom, and where: most differs from start to start or from replica to replica of
+    # data parallelism, and replicas hold the same bytes under the same key. `rank` and
+    # `world_size` are of all replicas here; OffloadingParallelConfig has those of one.
+    "ParallelConfig": frozenset(
+        """
+        data_parallel_size data_parallel_size_local data_parallel_rank data_parallel_rank_local
+        data_parallel_index data_parallel_master_ip data_parallel_master_port
+        data_parallel_rpc_port data_parallel_backend data_parallel_external_lb
+        data_parallel_hybrid_lb dp_sync_interval disable_nccl_for_dp_synchronization
+        _data_parallel_master_port_list _coord_store_port _api_process_count _api_process_rank
+        rank world_size master_addr master_port node_rank nnodes
+        distributed_executor_backend distributed_timeout_seconds cpu_distributed_timeout_seconds
+        ray_workers_use_nsight ray_runtime_env placement_group
+        numa_bind numa_bind_nodes numa_bind_cpus assigned_physical_gpu_ids
+        disable_custom_all_reduce enable_shm_tensor_arena max_parallel_loading_workers
+        enable_batch_sharded_sampling enable_ep_weight_filter is_moe_model
+        enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold
+        enable_eplb eplb_config expert_placement_strategy enable_elastic_ep elastic_ep_max_dp_size
+        enable_fault_tolerance fault_tolerance_config _allow_auto_resolve_cp_interleave_size
+        """.split()
+    ),
     "OffloadingConfig": frozenset({"engine_id", "enable_kv_cache_events", "extra_config"}),
     # Replicas hold the same bytes under the same key.
     "OffloadingParallelConfig": frozenset(
