@@ -233,6 +233,16 @@ class SecondaryTierFactory:
         cls.tiers[name] = (module, class_name)
 
 
+def compile_factors() -> dict[str, object]:
+    """As `vllm.envs` has it: variables that it knows, set or not, but for ports and the like."""
+    return {
+        "VLLM_SSM_CONV_STATE_LAYOUT": os.environ.get("VLLM_SSM_CONV_STATE_LAYOUT"),
+        "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT": False,
+        "VLLM_DISABLED_KERNELS": (),
+        "VLLM_DP_RANK": int(os.environ.get("VLLM_DP_RANK", "0")),
+    }
+
+
 def _modules() -> dict[str, dict[str, Any]]:
     offload = "vllm.v1.kv_offload"
     metrics = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics"
@@ -243,6 +253,7 @@ def _modules() -> dict[str, dict[str, Any]]:
     }
     return {
         "vllm": {"__version__": "0.33.0"},
+        "vllm.envs": {"compile_factors": compile_factors},
         "vllm.config": {"VllmConfig": VllmConfig},
         "vllm.logger": {"init_logger": logging.getLogger},
         "vllm.platforms": {"current_platform": SimpleNamespace(device_type="cpu")},

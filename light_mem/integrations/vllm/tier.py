@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import vllm
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
@@ -33,7 +34,7 @@ from light_mem.errors import InvalidArgumentError
 from light_mem.integrations import weights
 from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.plain_data import plain
-from light_mem.integrations.vllm import engine_config
+from light_mem.integrations.vllm import engine_config, environment
 from light_mem.integrations.vllm.jobs import Finished
 from light_mem.integrations.vllm.opening import open_service
 from light_mem.integrations.vllm.options import TierOptions
@@ -206,6 +207,7 @@ def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> 
             "vllm": vllm.__version__,
             "platform": [current_platform.device_type, type(current_platform).__name__],
             "spec": plain(type(spec)),
+            "environment": environment.describe(getattr(envs, "compile_factors", None)),
             "offloading": engine_config.describe_offloading(spec.config),
             "row_bytes": view.strides[0] if view.strides else 0,
             "replicated_layout": bool(spec.replicated_layout),
