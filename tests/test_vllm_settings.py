@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import gc
 import json
 import subprocess
 import sys
@@ -79,6 +80,33 @@ def test_a_setting_that_leaves_bytes_alone_does_not(same: dict[str, Any]) -> Non
     assert "secret" not in json.dumps(engine(**same))
 
 
+def speculating(parallel: fakes.ParallelConfig, **settings: Any) -> dict[str, Any]:
+    """An engine that speculates by n-grams: vLLM gives the draft the target's configurations."""
+    model = fakes.ModelConfig()
+    parts = {"target_model_config": model, "draft_model_config": model, **settings}
+    speculation = fakes.SpeculativeConfig(
+        target_parallel_config=parallel, **{"draft_parallel_config": parallel, **parts}
+    )
+    return engine(model_config=model, parallel_config=parallel, speculative_config=speculation)
+
+
+def test_speculation_is_the_same_in_every_start_and_replica() -> None:
+    first = speculating(replica(index=0, port=31000))
+    assert first == speculating(replica(index=1, port=42000)) != engine()
+    assert first != speculating(replica(index=0, port=31000), num_speculative_tokens=4)
+    assert "target_model_config" not in first["speculative_config"]  # the engine's, as it is
+
+
+def test_a_draft_of_its_own_counts_and_so_does_its_target() -> None:
+    found = [
+        speculating(fakes.ParallelConfig(), draft_model_config=fakes.ModelConfig(dtype="float16")),
+        speculating(fakes.ParallelConfig(), draft_parallel_config=None, method="eagle"),
+        speculating(fakes.ParallelConfig(), target_model_config=fakes.ModelConfig(dtype="float8")),
+        speculating(fakes.ParallelConfig()),
+    ]
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
+
+
 def test_the_seed_counts_where_the_weights_follow_from_it() -> None:
     dummy = fakes.LoadConfig(load_format="dummy")
     one = engine(load_config=dummy, model_config=fakes.ModelConfig(seed=1))
@@ -130,6 +158,24 @@ def test_the_configuration_is_the_one_that_shares_the_options_object() -> None:
     assert engine_config.find_engine_config(fakes.VllmConfig, extra) is mine
     assert engine_config.find_engine_config(fakes.VllmConfig, equal) is other
     assert engine_config.find_engine_config(fakes.VllmConfig, dict(extra)) is None
+
+
+@pytest.mark.parametrize("draft_first", [False, True])
+def test_a_drafts_copy_of_the_configuration_is_not_taken_for_the_engines(
+    draft_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM makes it where the worker is in the scheduler's process."""
+    extra: dict[str, Any] = {}
+    model = fakes.ModelConfig(revision="v2")
+    mine = fakes.VllmConfig(
+        SimpleNamespace(kv_connector_extra_config=extra),
+        model_config=model,
+        speculative_config=fakes.SpeculativeConfig(target_model_config=model),
+    )
+    drafts = dataclasses.replace(mine, model_config=fakes.ModelConfig(model="draft"))
+    objects = [drafts, mine] if draft_first else [mine, drafts]
+    monkeypatch.setattr(gc, "get_objects", lambda: objects)
+    assert engine_config.find_engine_config(fakes.VllmConfig, extra) is mine
 
 
 class Colour(enum.Enum):

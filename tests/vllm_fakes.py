@@ -158,6 +158,19 @@ class ParallelConfig:
 
 
 @dataclass
+class SpeculativeConfig:
+    method: str = "ngram"
+    model: str | None = "ngram"
+    revision: str | None = None
+    num_speculative_tokens: int = 3
+    target_model_config: ModelConfig | None = None
+    target_parallel_config: ParallelConfig | None = None
+    draft_model_config: ModelConfig | None = None
+    draft_parallel_config: ParallelConfig | None = None
+    draft_load_config: LoadConfig | None = None
+
+
+@dataclass
 class VllmConfig:
     kv_transfer_config: Any
     model_config: ModelConfig = field(default_factory=ModelConfig)
@@ -165,6 +178,7 @@ class VllmConfig:
     load_config: LoadConfig = field(default_factory=LoadConfig)
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     lora_config: LoRAConfig | None = None
+    speculative_config: SpeculativeConfig | None = None
     instance_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 

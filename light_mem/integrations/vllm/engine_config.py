@@ -74,6 +74,8 @@ _IGNORED: dict[str, frozenset[str]] = {
         enable_fault_tolerance fault_tolerance_config _allow_auto_resolve_cp_interleave_size
         """.split()
     ),
+    # The target's are those of the engine: see `describe_engine`.
+    "SpeculativeConfig": frozenset({"target_model_config", "target_parallel_config"}),
     "OffloadingConfig": frozenset({"engine_id", "enable_kv_cache_events", "extra_config"}),
     # Replicas hold the same bytes under the same key.
     "OffloadingParallelConfig": frozenset(
@@ -101,6 +103,9 @@ def describe_engine(config: Any) -> dict[str, Any]:
     described = {part: plain(getattr(config, part, None), _IGNORED) for part in _PARTS}
     if getattr(config.load_config, "load_format", None) == "dummy":
         described["dummy_seed"] = config.model_config.seed  # the weights follow from it
+    target = plain(_target_model(config), _IGNORED)
+    if target not in (None, described["model_config"]):
+        described["target_model_config"] = target
     return described
 
 
@@ -111,10 +116,23 @@ def find_engine_config(kind: type, extra_config: object) -> Any | None:
     configuration is in the same process, and `extra_config` is one object for both. None when it
     cannot be found.
     """
+    found = None
     for candidate in gc.get_objects():
         if type(candidate) is not kind:  # isinstance() would run code of lazy proxies
             continue
         transfer = getattr(candidate, "kv_transfer_config", None)
-        if getattr(transfer, "kv_connector_extra_config", None) is extra_config:
+        if getattr(transfer, "kv_connector_extra_config", None) is not extra_config:
+            continue
+        target = _target_model(candidate)
+        if target is None or target is getattr(candidate, "model_config", None):
             return candidate
-    return None
+        # A draft model has a copy with a model_config of its own, in the worker, which may be in
+        # this process.
+        found = candidate
+    return found
+
+
+def _target_model(config: Any) -> Any | None:
+    """The ModelConfig that the engine speculates for; None when it does not."""
+    speculative = getattr(config, "speculative_config", None)
+    return getattr(speculative, "target_model_config", None)
