@@ -62,6 +62,78 @@ def test_the_engines_configuration_is_found_and_counts(
     assert life().hits(KEYS) == [False] * 8
 
 
+@pytest.fixture
+def draft(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Writes the files of a draft model, with these weights."""
+
+    def write(content: bytes) -> Path:
+        directory = tmp_path / "draft"
+        directory.mkdir(exist_ok=True)
+        (directory / "model.safetensors").write_bytes(content * 100)
+        return directory
+
+    return write
+
+
+def with_draft(live: Callable[..., Life], model: Path, draft: Any, **options: Any) -> Life:
+    """A life of an engine of this model that speculates with this draft."""
+    extra: dict[str, Any] = {}
+    target = fakes.ModelConfig(model=str(model))
+    speculation = fakes.SpeculativeConfig(
+        method="draft_model",
+        model=str(draft),
+        target_model_config=target,
+        draft_model_config=fakes.ModelConfig(model=str(draft)),
+    )
+    engine = fakes.VllmConfig(
+        SimpleNamespace(kv_connector_extra_config=extra),
+        model_config=target,
+        speculative_config=speculation,
+    )
+    named = fakes.OffloadingModelConfig(name=str(model))
+    made = live(spec_of(extra, model=named), **{"weights": None, **options})
+    assert engine.speculative_config is speculation  # found while it lived
+    return made
+
+
+def test_other_weights_of_a_draft_find_nothing(
+    live: Callable[..., Life], draft: Callable[[bytes], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1" * 100)
+    with_draft(live, model, draft(b"1")).store(1, KEYS, list(range(8)))
+    assert with_draft(live, model, draft(b"2")).hits(KEYS) == [False] * 8
+    assert with_draft(live, model, draft(b"1")).hits(KEYS) == [True] * 8
+
+
+def test_weights_of_a_draft_that_nothing_tells_are_an_error_unless_the_user_does(
+    live: Callable[..., Life], draft: Callable[[bytes], Path]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="org/draft"):
+        with_draft(live, draft(b"1"), "org/draft")
+    with_draft(live, draft(b"1"), "org/draft", weights="v3").store(1, KEYS, list(range(8)))
+    assert with_draft(live, draft(b"1"), "org/draft", weights="v3").hits(KEYS) == [True] * 8
+
+
+def test_a_draft_that_is_the_model_itself_is_not_asked_for(
+    live: Callable[..., Life], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with n-grams, and with layers that guess tokens in the model's own files."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1" * 100)
+    asked = []
+
+    def identify(name: str, **_: Any) -> dict[str, Any]:
+        asked.append(name)
+        return {}
+
+    monkeypatch.setattr("light_mem.integrations.weights.identify", identify)
+    with_draft(live, model, model)
+    assert asked == [str(model)]
+
+
 def test_another_layout_in_the_environment_finds_nothing(
     live: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,10 +31,9 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from light_mem import __version__
 from light_mem.errors import InvalidArgumentError
-from light_mem.integrations import weights
 from light_mem.integrations.namespace import Namespace
 from light_mem.integrations.plain_data import plain
-from light_mem.integrations.vllm import engine_config, environment
+from light_mem.integrations.vllm import engine_config, environment, model_weights
 from light_mem.integrations.vllm.jobs import Finished
 from light_mem.integrations.vllm.opening import open_service
 from light_mem.integrations.vllm.options import TierOptions
@@ -196,29 +195,19 @@ def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> 
             "in the tier's configuration to a text that is another one for other weights, another "
             "quantization or other overrides of the model's configuration"
         )
-    model = spec.config.model.name
-    hub_cache = None
-    if engine is not None:
-        from huggingface_hub import constants
-
-        hub_cache = engine.load_config.download_dir or constants.HF_HUB_CACHE
-    return Namespace(
-        {
-            "vllm": vllm.__version__,
-            "platform": [current_platform.device_type, type(current_platform).__name__],
-            "spec": plain(type(spec)),
-            "environment": environment.describe(getattr(envs, "compile_factors", None)),
-            "offloading": engine_config.describe_offloading(spec.config),
-            "row_bytes": view.strides[0] if view.strides else 0,
-            "replicated_layout": bool(spec.replicated_layout),
-            "engine": None if engine is None else engine_config.describe_engine(engine),
-            "weights": weights.identify(
-                model,
-                given=options.weights,
-                revision=None if engine is None else engine.model_config.revision,
-                hub_cache=hub_cache,
-                dummy=engine is not None and engine.load_config.load_format == "dummy",
-            ),
-            "namespace": options.namespace,
-        }
-    )
+    described = {
+        "vllm": vllm.__version__,
+        "platform": [current_platform.device_type, type(current_platform).__name__],
+        "spec": plain(type(spec)),
+        "environment": environment.describe(getattr(envs, "compile_factors", None)),
+        "offloading": engine_config.describe_offloading(spec.config),
+        "row_bytes": view.strides[0] if view.strides else 0,
+        "replicated_layout": bool(spec.replicated_layout),
+        "engine": None if engine is None else engine_config.describe_engine(engine),
+        "namespace": options.namespace,
+    }
+    if engine is None:
+        described["weights"] = {"given": options.weights}
+    else:
+        described |= model_weights.identify(engine, spec.config.model.name, options.weights)
+    return Namespace(described)
