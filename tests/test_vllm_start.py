@@ -148,3 +148,31 @@ def test_another_layout_in_the_environment_finds_nothing(
 def test_without_the_engines_configuration_the_user_must_tell(live: Callable[..., Life]) -> None:
     with pytest.raises(InvalidArgumentError, match='Set "weights"'):
         live(weights=None)
+
+
+@pytest.mark.parametrize(
+    ("engines", "tiers", "warned"), [(0, 10, True), (9, 10, True), (0, 0, True), (30, 10, False)]
+)
+def test_an_engine_that_vllm_kills_before_the_tier_has_ended_is_warned_of(
+    live: Callable[..., Life],
+    caplog: pytest.LogCaptureFixture,
+    engines: int,
+    tiers: float,
+    warned: bool,
+) -> None:
+    extra: dict[str, Any] = {}
+    engine = fakes.VllmConfig(
+        SimpleNamespace(kv_connector_extra_config=extra), shutdown_timeout=engines
+    )
+    live(spec_of(extra), shutdown_timeout=tiers)
+    said = [line for line in caplog.messages if "--shutdown-timeout" in line]
+    assert len(said) == (1 if warned else 0)
+    if warned:
+        assert f"kills this engine {engine.shutdown_timeout} s after" in said[0]
+
+
+def test_an_engine_that_is_not_found_is_not_warned_of(
+    live: Callable[..., Life], caplog: pytest.LogCaptureFixture
+) -> None:
+    live()
+    assert not [line for line in caplog.messages if "--shutdown-timeout" in line]

@@ -180,6 +180,7 @@ class VllmConfig:
     lora_config: LoRAConfig | None = None
     speculative_config: SpeculativeConfig | None = None
     instance_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    shutdown_timeout: int = 0
 
 
 @dataclass(frozen=True)

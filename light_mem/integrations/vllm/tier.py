@@ -81,7 +81,8 @@ class LightMemTier(SecondaryTierManager):
         chosen = TierOptions.parse(options)
         self.locality = Locality(chosen.locality)
         self._shutdown_timeout = chosen.shutdown_timeout
-        namespace = _namespace(offloading_spec, primary_kv_view, chosen)
+        engine = engine_config.find_engine_config(VllmConfig, offloading_spec.extra_config)
+        namespace = _namespace(engine, offloading_spec, primary_kv_view, chosen)
         service = open_service(
             primary_kv_view,
             chosen.file,
@@ -115,6 +116,7 @@ class LightMemTier(SecondaryTierManager):
             namespace.name,
         )
         logger.debug("LightMem namespace %s is %s", namespace.name, namespace.text)
+        _warn_of_a_kill(getattr(engine, "shutdown_timeout", None), chosen.shutdown_timeout)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         found = self._transfers.lookup(key, req_context.req_id)
@@ -185,9 +187,23 @@ def _result(job: Finished) -> JobResult:
     )
 
 
-def _namespace(spec: OffloadingSpec, view: memoryview, options: TierOptions) -> Namespace:
+def _warn_of_a_kill(engines: float | None, tiers: float) -> None:
+    """`engines` and `tiers` are the seconds that a shutdown of each may take."""
+    if engines is not None and engines <= tiers:
+        logger.warning(
+            "vllm serve kills this engine %g s after it was told to stop, and LightMem may want "
+            "%g s to finish stores: chunks under way are lost then, and vLLM's files in /dev/shm "
+            "may stay. Start it with a --shutdown-timeout above %g",
+            engines,
+            tiers,
+            tiers,
+        )
+
+
+def _namespace(
+    engine: VllmConfig | None, spec: OffloadingSpec, view: memoryview, options: TierOptions
+) -> Namespace:
     """Everything that decides which bytes a key names under this engine."""
-    engine = engine_config.find_engine_config(VllmConfig, spec.extra_config)
     if engine is None and options.weights is None:
         # Without it neither revision nor quantization is known: only the user can tell.
         raise InvalidArgumentError(
