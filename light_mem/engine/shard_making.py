@@ -12,7 +12,7 @@ from pathlib import Path
 
 from light_mem.engine import lost_shards, shard_header
 from light_mem.errors import StoreFormatError, StoreFullError
-from light_mem.index import description
+from light_mem.index import description, store_files
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.room import allocate
@@ -130,7 +130,7 @@ def _require_room(directory: Path, there: Path, needed: int) -> None:
 
 
 def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = store_files.open_or_make(path)
     try:
         found = os.fstat(descriptor).st_size
         # Before the file grows: one that is not empty says whose it is, also after a kill.

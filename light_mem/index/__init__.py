@@ -3,7 +3,7 @@
 format.py       the bytes on disk by name; the only place that knows an offset
 keys.py         hash values as 128-bit keys; the shard and bucket a key belongs to
 description.py  the description of a store (`store.json`): geometry, identity
-room.py         room for files, allocated before they are mapped
+room.py         room for files, allocated before they are mapped; store_files.py: opened, made
 locks.py        file locks: one per shard, byte ranges for owners; kept_lock.py: on an open file;
                 lock_holder.py: who has one
 owners.py       who has the store open, and which slots each was filling

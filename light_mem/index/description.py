@@ -11,6 +11,7 @@ import xxhash
 
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
+from light_mem.index import store_files
 from light_mem.index.room import refuse_full
 
 NAME = "store.json"
@@ -62,7 +63,7 @@ def save(directory: Path, geometry: Geometry) -> None:
     text = json.dumps({**fields, "crc": _crc(fields)}, indent=1) + "\n"
     temporary = directory / f"{NAME}.{os.getpid()}.tmp"
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = store_files.make(temporary)
         try:
             left = text.encode()
             while left:

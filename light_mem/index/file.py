@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from light_mem.index import format as fmt
+from light_mem.index import store_files
 from light_mem.index.description import Geometry, sync_directory
 from light_mem.index.room import allocate
 
@@ -150,7 +151,7 @@ def create(directory: Path, geometry: Geometry) -> Path:
     header["buckets"] = fmt.buckets_for(geometry.slots)
     header["crc"] = fmt.header_crc(header, fmt.INDEX_HEADER_CRC)
     header["boot_id"] = boot_id()
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = store_files.make(temporary)
     try:
         allocate(descriptor, temporary, size)
         os.pwrite(descriptor, header.tobytes(), 0)

@@ -14,6 +14,8 @@ import time
 
 import filelock
 
+from light_mem.index import store_files
+
 # Between the first tries, s: a shard is held for some 100 us, and the caller waits for 500 us then.
 PAUSES = (0.00002, 0.00005, 0.0001)
 
@@ -74,7 +76,7 @@ class KeptFileLock(filelock.BaseFileLock):
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _open(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._descriptor = store_files.open_or_make(self._path)
         found = os.fstat(self._descriptor)
         self._identity = (found.st_dev, found.st_ino)
 

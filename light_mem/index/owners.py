@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.errors import StoreBusyError
+from light_mem.index import store_files
 from light_mem.index.format import MAX_OWNERS, OWNER, ShardSlot, named_slot, slot_word
 from light_mem.index.locks import RangeLock
 from light_mem.index.room import allocate
@@ -66,7 +67,7 @@ class Owners:
     def __init__(self, directory: Path) -> None:
         path = directory / NAME
         size = MAX_OWNERS * OWNER.itemsize
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = store_files.open_or_make(path)
         try:
             if os.fstat(descriptor).st_size < size:
                 # Never shortened and never replaced: others may have it mapped and locked.
