@@ -41,7 +41,7 @@ CALLS: dict[str, dict[str, tuple[int, ...]]] = {
     "shrink": {
         "open": (EIO, EMFILE),
         "pwrite": (EIO,),
-        "truncate": (EIO,),
+        "ftruncate": (EIO,),
         "fsync": (EIO,),
         "replace": (EIO,),
         "write": (ENOSPC,),

@@ -1,4 +1,4 @@
-"""Whose the files are that root makes in a store of another user's."""
+"""Whose the files are that root makes in a store of another user's; files that are symlinks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from light_mem import maintenance
-from light_mem.index import store_files
-from tests.maintenance_helpers import BLOCKS, PAGE, assert_holds, stored
+from light_mem.engine import shard_header
+from light_mem.engine.reindex import clear_records
+from light_mem.errors import StoreFormatError
+from light_mem.index import description, store_files
+from light_mem.index import file as index_file
+from light_mem.index.locks import PathLock
+from light_mem.index.owners import Owners
+from tests.maintenance_helpers import (
+    BLOCKS,
+    PAGE,
+    Command,
+    assert_holds,
+    geometry_of,
+    index_of,
+    opened,
+    stored,
+)
 
 USER, GROUP = 64321, 64322
 TOOLS: dict[str, Callable[[Path], object]] = {
@@ -19,6 +35,13 @@ TOOLS: dict[str, Callable[[Path], object]] = {
     "repair": lambda path: maintenance.verify(path, repair=True),
     "resize": lambda path: maintenance.resize(path, 96 * 2 * PAGE),
     "evict": lambda path: maintenance.evict(path, 10**9),
+}
+OPENERS: dict[str, Callable[[Path], object]] = {
+    **TOOLS,
+    "rebuild --dry-run": lambda path: maintenance.rebuild(path, dry_run=True),
+    "verify": maintenance.verify,
+    "inspect": maintenance.inspect,
+    "server": opened,
 }
 
 
@@ -139,3 +162,89 @@ def test_what_a_dead_process_left_under_a_temporary_name_is_not_used(tmp_path: P
     os.close(descriptor)
     assert kept.read_bytes() == b"another's"
     assert temporary.read_bytes() == b"new"
+
+
+# --- symlinks -------------------------------------------------------------------------------------
+
+DIARY = b"".join(b"day %d: nothing happened\n" % n for n in range(2000))
+NAMES = ["index", "store.json", "owners", "open.lock", "shard-001.lock"]
+NAMES += ["shard-000.data", "shard-000.slots"]
+
+
+@pytest.fixture
+def diary(tmp_path: Path) -> Path:
+    path = tmp_path / "diary"
+    path.write_bytes(DIARY)
+    return path
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_a_store_that_is_a_symlink_is_refused(
+    store: Path, diary: Path, opener: str, name: str
+) -> None:
+    (store / name).unlink()
+    (store / name).symlink_to(diary)
+    before = sorted(store.iterdir())
+    with pytest.raises(StoreFormatError, match="symlink") as caught:
+        OPENERS[opener](store)
+    assert str(store / name) in str(caught.value)
+    assert caught.value.path == str(store / name)  # type: ignore[attr-defined]
+    assert diary.read_bytes() == DIARY
+    assert sorted(store.iterdir()) == before
+
+
+def test_a_symlink_to_the_very_file_is_refused_as_well(store: Path, command: Command) -> None:
+    (store / "shard-000.data").rename(store.parent / "elsewhere")
+    (store / "shard-000.data").symlink_to(store.parent / "elsewhere")
+    assert command("verify", store, "--repair") == 2
+    assert f"{store / 'shard-000.data'} is a symlink" in command.err
+
+
+def test_the_directory_may_be_a_symlink_and_other_names_too(store: Path, diary: Path) -> None:
+    for name in ("notes", "shard-000.data.old", "shard-7.data"):
+        (store / name).symlink_to(diary)
+    link = store.parent / "link"
+    link.symlink_to(store)
+    for tool in (maintenance.verify, maintenance.rebuild, maintenance.inspect):
+        tool(link)
+    assert_holds(link, *BLOCKS)
+    assert diary.read_bytes() == DIARY
+
+
+USES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "map data": (
+        "shard-000.data",
+        lambda path: shard_header.map_whole(shard_header.data_path(path, 0), 1),
+    ),
+    "clear records": ("shard-000.slots", lambda path: clear_records(path, 0, np.array([1]))),
+    "map index": ("index", index_of),
+    "owners": ("owners", Owners),
+    "lock": ("shard-000.lock", lambda path: PathLock(path / "shard-000.lock").acquire("me")),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_one_that_becomes_a_symlink_after_the_look_is_not_followed(
+    store: Path, diary: Path, use: str
+) -> None:
+    name, call = USES[use]
+    (store / name).unlink(missing_ok=True)
+    (store / name).symlink_to(diary)
+    with pytest.raises(StoreFormatError, match=f"{name} is a symlink"):
+        call(store)
+    assert diary.read_bytes() == DIARY
+
+
+@pytest.mark.parametrize("name", ["index", "store.json"])
+def test_a_symlink_in_the_place_of_a_temporary_file_is_replaced(
+    store: Path, diary: Path, name: str
+) -> None:
+    temporary = store / f"{name}.{os.getpid()}.tmp"
+    temporary.symlink_to(diary)
+    if name == "index":
+        index_file.create(store, geometry_of(store))
+    else:
+        description.save(store, geometry_of(store))
+    assert diary.read_bytes() == DIARY
+    assert not temporary.is_symlink()

@@ -7,6 +7,8 @@ process of ours can have left there stays as it is.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +16,23 @@ import numpy as np
 
 from light_mem.engine import shard_header
 from light_mem.errors import StoreFormatError
-from light_mem.index import description, owners
+from light_mem.index import description, owners, store_files
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 
+# Names of a store's files; what is renamed to one of them is made anew in any case.
+_STORES = re.compile(r"index|store\.json|owners|open\.lock|shard-\d{3}\.(data|slots|lock)")
 _DESCRIPTION_BYTES = 4096  # more than a description has
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Raise StoreFormatError for a store of another format version, and for files of others where
-    nothing proves a store. Changes nothing: to be asked before any file is made, or is opened to
-    be used (another version's `owners` may have another size)."""
-    if not directory.is_dir() or _proves_a_store(directory):
+    """Raise StoreFormatError for a store of another format version or with a symlink in it, and for
+    files of others where nothing proves a store. Changes nothing: to be asked before any file is
+    made, or is opened to be used (another version's `owners` may have another size)."""
+    if not directory.is_dir():
+        return
+    if _proves_a_store(directory):
+        refuse_links(directory)
         return
     found = [name for name, is_ours in _OURS.items() if _is_foreign(directory / name, is_ours)]
     found += sorted(p.name for p in directory.glob("shard-*") if _is_foreign(p, _is_shard_file))
@@ -38,6 +45,15 @@ def refuse_foreign(directory: Path) -> None:
             found=found,
             expected="a store, or none of these",
         )
+
+
+def refuse_links(directory: Path) -> None:
+    """Raise StoreFormatError where a file of a store is a symlink: it would be written through to
+    what may be anybody's. Changes nothing."""
+    with os.scandir(directory) as entries:
+        links = sorted(e.name for e in entries if e.is_symlink() and _STORES.fullmatch(e.name))
+    if links:
+        raise store_files.refused_link(directory / links[0])
 
 
 def _proves_a_store(directory: Path) -> bool:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from light_mem.engine import shard_header
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
-from light_mem.index import recovery
+from light_mem.index import recovery, store_files
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
 from light_mem.index.recovery import Table
@@ -216,7 +216,7 @@ def clear_records(directory: Path, shard: int, slots: npt.NDArray[np.intp]) -> N
     there is none to clear."""
     if not slots.size:
         return
-    descriptor = os.open(shard_header.slots_path(directory, shard), os.O_WRONLY | os.O_CLOEXEC)
+    descriptor = store_files.open_file(shard_header.slots_path(directory, shard), os.O_WRONLY)
     try:
         for slot in slots.tolist():
             at = fmt.SHARD_HEADER_BYTES + slot * fmt.RECORD.itemsize + _TAG_AT

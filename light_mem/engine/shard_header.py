@@ -11,6 +11,7 @@ import numpy as np
 
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
+from light_mem.index import store_files
 from light_mem.index.description import Geometry
 
 
@@ -87,8 +88,8 @@ def holds_data(path: Path) -> bool:
 
 def map_whole(path: Path, size: int) -> tuple[mmap.mmap, int]:
     """Map a shard's file; with its descriptor. Raises OSError; StoreFormatError when it is shorter
-    than its description says."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    than its description says, or a symlink."""
+    descriptor = store_files.open_file(path, os.O_RDWR)
     try:
         found = os.fstat(descriptor).st_size
         if found < size:

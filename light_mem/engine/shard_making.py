@@ -91,7 +91,11 @@ def cut_shards(directory: Path, geometry: Geometry) -> None:
     for shard in range(geometry.shards):
         for path, size in _shard_sizes(directory, geometry, shard).items():
             if path.stat().st_size > size:
-                os.truncate(path, size)
+                descriptor = store_files.open_file(path, os.O_WRONLY)
+                try:
+                    os.ftruncate(descriptor, size)
+                finally:
+                    os.close(descriptor)
 
 
 def remove_shards(directory: Path, geometry: Geometry) -> None:

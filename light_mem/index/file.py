@@ -42,7 +42,8 @@ class IndexFile:
     """
 
     def __init__(self, path: Path, geometry: Geometry, writable: bool = True) -> None:
-        """Map it; raises FileNotFoundError, IndexUnusable. Tools that only look do not write."""
+        """Map it; raises FileNotFoundError, IndexUnusable, StoreFormatError (a symlink). Tools that
+        only look do not write."""
         g = geometry
         self.path = path
         self.geometry = g
@@ -50,7 +51,7 @@ class IndexFile:
         self.slots = g.slots
         self.buckets = fmt.buckets_for(g.slots)
         layout = fmt.index_layout(g.shards, g.slots)
-        descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        descriptor = store_files.open_file(path, os.O_RDWR if writable else os.O_RDONLY)
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         try:
             size = os.fstat(descriptor).st_size

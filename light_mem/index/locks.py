@@ -79,7 +79,9 @@ class PathLock:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.realpath(path)
+        # Of the directory alone: a lock of a store that is a symlink is refused, not followed.
+        directory, name = os.path.split(path)
+        self.path = os.path.join(os.path.realpath(directory), name)
         self._mine: _Held | None = None
 
     def prepare(self) -> None:
@@ -175,9 +177,10 @@ class RangeLock:
     process share the object and so its locks: keep them apart with a `threading.Lock`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], descriptor: int | None = None) -> None:
+        """`descriptor`: one of the file, opened for this alone, which closes it."""
         self.path = os.fspath(path)
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if descriptor is None else descriptor
         _range_locks.add(self)
 
     def try_lock(self, at: int) -> bool:

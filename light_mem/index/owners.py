@@ -76,7 +76,7 @@ class Owners:
         finally:
             os.close(descriptor)
         self.records = np.frombuffer(self._map, OWNER)
-        self.locks = RangeLock(path)
+        self.locks = RangeLock(path, store_files.open_file(path, os.O_RDWR))
         # A lock of our own does not keep us out, nor does it keep our threads apart.
         self._joined: set[int] = set()
         # Reentrant: a finalizer may leave and close in the middle of `reclaim`.

@@ -1,14 +1,18 @@
-"""The files of a store, opened and made: in another user's directory never root's own.
+"""The files of a store, opened and made: never through a symlink, and in another user's directory
+never root's own.
 
-Root runs the tools over stores of services that are not root's, and a file that root kept would
-shut the service out.
+Root runs the tools over stores of services that are not root's. What a symlink there leads to may
+be anybody's, and a file that root kept would shut the service out.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
+
+from light_mem.errors import StoreFormatError
 
 log = logging.getLogger("light_mem")
 
@@ -16,8 +20,13 @@ _MODE = 0o600
 
 
 def open_file(path: str | os.PathLike[str], flags: int) -> int:
-    """A descriptor of a file of a store. Raises OSError."""
-    return os.open(path, flags | os.O_CLOEXEC, _MODE)
+    """A descriptor of a file of a store. Raises OSError; StoreFormatError for a symlink."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise refused_link(Path(path)) from None
 
 
 def open_or_make(path: str | os.PathLike[str]) -> int:
@@ -43,6 +52,18 @@ def make(path: Path) -> int:
     one that is renamed when it is whole. Raises OSError."""
     path.unlink(missing_ok=True)  # a pid comes again
     return _make_exclusively(path, _other_owner(path.parent))
+
+
+def refused_link(path: Path) -> StoreFormatError:
+    """The error that a file of a store is a symlink."""
+    return StoreFormatError(
+        f"{path} is a symlink, which no file of a store may be: what it leads to may be another's. "
+        "The directory of a store may be one; nothing was changed",
+        path=str(path),
+        field="file",
+        found="symlink",
+        expected="file",
+    )
 
 
 def _other_owner(directory: Path) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from light_mem.engine import reindex
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import StoreBusyError
-from light_mem.index import description, recovery
+from light_mem.index import description, recovery, store_files
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.locks import PathLock, lock_path
@@ -99,7 +99,7 @@ def _restore_frame(store: Store) -> None:
         header = bytes(reindex.read_at(temporary, 0, fmt.BLOCK_ALIGN))
     finally:
         temporary.unlink()
-    descriptor = os.open(store.index_path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = store_files.open_file(store.index_path, os.O_RDWR)
     try:
         allocate(descriptor, store.index_path, size)
         control = np.zeros(1, fmt.CONTROL)

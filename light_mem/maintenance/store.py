@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine import reindex, shard_header
+from light_mem.engine import foreign, reindex, shard_header
 from light_mem.engine.opening import describe
 from light_mem.errors import StoreBusyError, StoreFormatError
 from light_mem.index import description, recovery
@@ -52,13 +52,14 @@ class Store:
     """An existing store, looked at from outside. Any thread; holds no descriptor."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Raises StoreFormatError when there is no store of this format."""
+        """Raises StoreFormatError when there is no store of this format, or a symlink in it."""
         self.directory = Path(directory)
         geometry = describe(self.directory) if self.directory.is_dir() else None
         if geometry is None:
             raise description.no_store(
                 self.directory, "a description, or shards that describe themselves"
             )
+        foreign.refuse_links(self.directory)
         self.geometry: Geometry = geometry
         self.described = description.load(self.directory) is not None
         self.index_path = self.directory / index_file.NAME
