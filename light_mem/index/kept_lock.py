@@ -76,7 +76,13 @@ class KeptFileLock(filelock.BaseFileLock):
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _open(self) -> None:
-        self._descriptor = store_files.open_or_make(self._path)
+        try:
+            self._descriptor = store_files.open_or_make(self._path)
+        except OSError as error:
+            # Others may change what this one may only look at. flock(2) needs no right to write.
+            if error.errno not in (errno.EROFS, errno.EACCES) or not os.path.exists(self._path):
+                raise
+            self._descriptor = store_files.open_file(self._path, os.O_RDONLY)
         found = os.fstat(self._descriptor)
         self._identity = (found.st_dev, found.st_ino)
 

@@ -26,6 +26,7 @@ from light_mem.index import store_files
 from light_mem.index.format import MAX_OWNERS, OWNER, ShardSlot, named_slot, slot_word
 from light_mem.index.locks import RangeLock
 from light_mem.index.room import allocate
+from light_mem.index.store_files import open_file
 
 NAME = "owners"
 
@@ -64,19 +65,24 @@ class Owner:
 class Owners:
     """The owners file of one store, opened by this process. Owner numbers start at 1."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, writable: bool = True) -> None:
+        """Open it, and make it where it is missing or too short. Tools that only look do not write,
+        maybe because their file system is read-only here: they may ask who is alive, and read the
+        records. Theirs raises FileNotFoundError, and ValueError where the file is too short."""
         path = directory / NAME
         size = MAX_OWNERS * OWNER.itemsize
-        descriptor = store_files.open_or_make(path)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        descriptor = store_files.open_or_make(path) if writable else open_file(path, flags)
         try:
-            if os.fstat(descriptor).st_size < size:
+            if writable and os.fstat(descriptor).st_size < size:
                 # Never shortened and never replaced: others may have it mapped and locked.
                 allocate(descriptor, path, size)
-            self._map = mmap.mmap(descriptor, size)
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(descriptor, size, access=access)
         finally:
             os.close(descriptor)
         self.records = np.frombuffer(self._map, OWNER)
-        self.locks = RangeLock(path, store_files.open_file(path, os.O_RDWR))
+        self.locks = RangeLock(path, open_file(path, flags))
         # A lock of our own does not keep us out, nor does it keep our threads apart.
         self._joined: set[int] = set()
         # Reentrant: a finalizer may leave and close in the middle of `reclaim`.

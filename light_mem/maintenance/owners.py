@@ -6,7 +6,6 @@ which in another container is another number.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,16 +58,11 @@ def _blocks(words: np.ndarray[Any, Any]) -> Blocks:
 def _read(directory: Path) -> tuple[dict[int, np.void], set[int]]:
     """The records by owner, and which owners live."""
     path = directory / NAME
-    # `Owners` would make or lengthen the file; one that is too short was never in use, and on a
-    # file system that nobody can write to nobody has the store open.
+    # One that is too short was never in use.
     if not path.exists() or path.stat().st_size < fmt.MAX_OWNERS * fmt.OWNER.itemsize:
         return {}, set()
-    try:
-        owners = Owners(directory)
-    except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES):
-            return {}, set()
-        raise
+    # Not writable: what is mounted read-only here may be in use elsewhere.
+    owners = Owners(directory, writable=False)
     try:
         living = {info.owner for info in owners.alive()}
         records = owners.records[owners.records["pid"] != 0].copy()

@@ -166,8 +166,8 @@ class Store:
     def held(self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
         """Keep a shard from changing; raises LockTimeoutError. Changes nothing itself."""
         path = lock_path(self.directory, f"shard-{shard:03}")
-        if not path.exists() or not os.access(path, os.W_OK):
-            yield  # nobody has ever changed it, or nobody here can
+        if not path.exists() or not os.access(path, os.R_OK):
+            yield  # nobody has ever changed it, or this process may not even look
             return
         with PathLock(path).hold(timeout):
             yield
