@@ -176,6 +176,26 @@ def test_wrong_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("digits", [310, 400])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "resize --storage-size {}",
+        "evict --older-than {}w",
+        "dump --limit {}",
+        "import x --shards {}",
+    ],
+)
+def test_a_number_that_is_too_long_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: str, digits: int
+) -> None:
+    name, *options = arguments.format("9" * digits).split()
+    with pytest.raises(SystemExit) as error:
+        cli.main([name, "x", *options])
+    assert error.value.code == 2
+    assert "99" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(store: Path) -> None:
     code = "import sys; from light_mem.cli import main; sys.exit(main(sys.argv[1:]))"
     dump = subprocess.Popen(

@@ -148,6 +148,20 @@ def test_the_document_lists_the_fields_of_each_part(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("options", [[], ["--storage-size", "2M"], ["--dry-run"]])
+def test_pages_without_bytes_are_exit_code_2(
+    exported: Path, store: Path, command: Command, options: list[str]
+) -> None:
+    raw = exported.read_bytes()
+    header = np.frombuffer(raw[:PART], fmt.EXPORT_HEADER).copy()
+    header["page_bytes"] = 0
+    exported.write_bytes(fmt.sealed(header) + raw[PART:])
+    for target in (store, store.parent / "new"):
+        assert command("import", target, exported, *options) == 2
+        assert f"{exported} says that a page has 0 bytes" in command.err
+    assert not (store.parent / "new").exists()
+
+
 def test_an_export_has_these_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path / "store", [Block(0x1122, 1)], shards=1)
     shard, slot = place_of(store, Block(0x1122, 1))

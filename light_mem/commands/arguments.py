@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import reprlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +97,12 @@ def size(text: str) -> int:
     number, unit, suffix = found.groups()
     base = 1000 if suffix == "b" else 1024
     factor = base ** " kmgt".index(unit) if unit else 1
-    count = round(float(number) * factor)
+    wanted = float(number) * factor
+    if wanted >= 2**63:  # so long a number is infinity here, which no int is
+        raise argparse.ArgumentTypeError(
+            f"a size is less than 2**63 bytes, not {reprlib.repr(text)}"
+        )
+    count = round(wanted)
     if count < 1:
         raise argparse.ArgumentTypeError(f"a size is at least one byte, not {text!r}")
     return count
@@ -105,7 +113,10 @@ def age(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"no time: {text!r} (like 90s, 30m, 2h, 7d, 2w)")
-    return float(found[1]) * _SECONDS[found[2]]
+    seconds = float(found[1]) * _SECONDS[found[2]]
+    if math.isinf(seconds * 1e9):  # times of use are in ns
+        raise argparse.ArgumentTypeError(f"no time so long: {reprlib.repr(text)}")
+    return seconds
 
 
 def hash_value(text: str) -> HashValue:
@@ -125,13 +136,13 @@ def hash_value(text: str) -> HashValue:
 
 
 def count(text: str) -> int:
-    """A whole number above zero."""
+    """A whole number above zero, as great as a list can be long."""
     try:
         number = int(text)
     except ValueError:
         number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
+    if not 1 <= number <= sys.maxsize:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {reprlib.repr(text)}")
     return number
 
 

@@ -62,6 +62,9 @@ class ExportFile:
         elif version not in fmt.READABLE_VERSIONS:
             found, expected = str(version), " or ".join(map(str, fmt.READABLE_VERSIONS))
             what = f"has format version {version}, this library reads {expected}"
+        elif not header["page_bytes"]:
+            found, expected = "0", "1 or more"
+            what = "says that a page has 0 bytes"
         else:
             whole: np.void = header
             return whole
