@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,17 @@ def test_dump_says_when_a_block_has_no_record(store: Path, command: Command) -> 
     records_of(store, shard)["tag"][slot] = 0
     assert command("dump", store, key_of(BLOCKS[0])) == 0
     assert "no record" in command.out
+
+
+def test_a_block_for_which_there_is_no_room_leaves_no_file(store: Path, command: Command) -> None:
+    block = BLOCKS[3]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (block.pages * PAGE - 1, before[1]))
+    try:
+        assert command("dump", store, key_of(block), "--output", store.parent / "b") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.strerror(errno.EFBIG) in command.err
+    assert not (store.parent / "b").exists()
+    assert command("dump", store, key_of(block), "--output", store.parent / "b") == 0
+    assert (store.parent / "b").stat().st_size == block.pages * PAGE

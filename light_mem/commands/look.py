@@ -155,16 +155,24 @@ def _dump_one(arguments: argparse.Namespace) -> int:
         return output.FOUND
     problem, data = _bytes(arguments)
     if arguments.output is not None and not problem:
-        # "x": a file that is there may be something else's.
-        descriptor = os.open(arguments.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        _write_new(arguments.output, data)
     if arguments.json:
         output.write_json(found, problem=problem)
     else:
         table = output.facts(_block_facts(found, problem), f"Block {found.key}")
         output.console().print(table)
     return output.FOUND if problem else output.CLEAN
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    # "x": a file that is there may be something else's.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+    except BaseException:  # no room: the next call would find it there, and without its bytes
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _bytes(arguments: argparse.Namespace) -> tuple[str, bytes]:
