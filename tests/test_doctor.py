@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,26 @@ def test_a_directory_nobody_may_write_to_fails(
     monkeypatch.setattr(directory.tempfile, "TemporaryFile", refuse)
     [found] = [check for check in directory.checks(tmp_path) if check.name == "writable"]
     assert status(found) == FAIL
+
+
+def test_a_directory_that_may_not_be_searched_is_a_failed_check(store: Path) -> None:
+    directory.checks(store)  # imports what another user may not
+    if os.geteuid() == 0:  # whom nothing is closed to; to others pytest's directory is
+        above = reversed(store.parents)
+        closed = next(p for p in above if not p.stat().st_mode & stat.S_IXOTH)
+        os.seteuid(65534)
+    else:
+        closed = store
+        closed.chmod(0o600)
+    try:
+        found = {check.name: check for check in directory.checks(store)}
+    finally:
+        os.seteuid(os.getuid())
+        closed.chmod(0o700)
+    assert status(found["writable"]) == FAIL
+    assert "Permission denied" in found["writable"].found
+    assert str(closed) in found["writable"].found
+    assert "store" not in found
 
 
 # --- light-mem doctor -----------------------------------------------------------------------------

@@ -32,17 +32,27 @@ _KINDS = {
 
 def checks(path: Path) -> list[Check]:
     """All of them; raises NotADirectoryError."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if _is_seen(p))
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
     mount, kind = file_system(there)
     total, _, free = shutil.disk_usage(there)
     found = [judge_file_system(kind, mount), judge_room(total, free), *_probes(there)]
-    if any((path / name).exists() for name in ("store.json", "index")) or (
-        path.is_dir() and any(path.glob("shard-*"))
+    if any(_is_seen(path / name) for name in ("store.json", "index")) or (
+        _is_seen(path) and any(path.glob("shard-*"))
     ):
         found += store(path)
     return found
+
+
+def _is_seen(path: Path) -> bool:
+    """Whether something lies there, as far as this process may look: where a directory above may
+    not be searched, that one fails the check whether it is writable."""
+    try:
+        path.stat()
+    except OSError:  # `exists` raises PermissionError before Python 3.14
+        return False
+    return True
 
 
 def judge_file_system(kind: str, mount: str) -> Check:
