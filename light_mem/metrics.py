@@ -176,9 +176,11 @@ class Collector:
     def collect(self) -> Iterator[Metric]:
         """Look, and give what was seen."""
         metrics = _metrics()
-        for store in self._stores:
+        for path in self._stores:
+            # A path may have bytes that are no UTF-8, which a label must be.
+            store = os.fsencode(path).decode("utf-8", "backslashreplace")
             try:
-                found = look(store, self._ages)
+                found = look(path, self._ages)
             except (LightMemError, OSError) as error:
                 metrics[_READABLE.name].add_metric([store], 0)
                 self._warning("metrics of %s: %s", store, str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_a_store_that_is_not_there_is_no_error(
     by_store = {s.labels["store"]: s.value for s in found["lightmem_store_readable"].samples}
     assert by_store == {str(tmp_path / "nothing"): 0, str(tmp_path / "store"): 1}
     assert len(caplog.messages) == 5  # of 20: once a scrape would fill the log
+
+
+def test_a_path_that_is_no_utf8_is_a_label_all_the_same(tmp_path: Path, command: Command) -> None:
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b'/n\xff"\n x'))
+    found = scrape(make_store(directory), directory.parent / "n\udcfe")
+    shown = str(tmp_path) + '/n\\xff"\n x'
+    by_store = {s.labels["store"]: s.value for s in found["lightmem_store_readable"].samples}
+    assert by_store == {shown: 1, str(tmp_path / "n\\xfe"): 0}
+    assert command("metrics", directory) == 0
+    assert found["lightmem_store_blocks"].samples[0].labels == {"store": shown}
 
 
 # --- several processes ----------------------------------------------------------------------------
