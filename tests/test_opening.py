@@ -244,8 +244,12 @@ def test_an_index_is_not_made_anew_under_others(tmp_path: Path) -> None:
     rig = Rig(open_local(tmp_path / "store", 8))
     rig.write(Block(1))
     (tmp_path / "store" / "index").rename(tmp_path / "index")
-    with pytest.raises(StoreBusyError):
+    with pytest.raises(StoreBusyError) as caught:
         open_local(tmp_path / "store", 8)
+    said = str(caught.value)
+    assert f"is open in: server {os.getpid()}. " in said
+    assert f"light-mem rebuild {tmp_path / 'store'} --force" in said
+    assert [o.pid for o in caught.value.owners] == [os.getpid()]  # type: ignore[attr-defined]
     (tmp_path / "index").rename(tmp_path / "store" / "index")
     other = Rig(open_local(tmp_path / "store", 8))
     assert other.read(Block(1)) == [LOADED]

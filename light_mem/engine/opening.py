@@ -28,7 +28,7 @@ from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
-from light_mem.index.owners import Owners, started_at
+from light_mem.index.owners import Owners, listing, started_at
 
 log = logging.getLogger("light_mem")
 
@@ -277,10 +277,11 @@ def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, before: G
     if reason:
         if owners.others():
             # They go on with the index they have mapped: a second one would split the store.
+            alive = owners.alive()
             raise StoreBusyError(
-                f"{reason}, and it cannot be made anew while others have the store open: "
-                f"{owners.alive()}",
-                owners=owners.alive(),
+                f"{reason}, and it cannot be made anew while {directory} is open in: "
+                f"{listing(alive)}. Stop them, or run light-mem rebuild {directory} --force",
+                owners=alive,
             )
         listed = _counts(directory, before, "blocks")
         blocks = make_index(directory, geometry)

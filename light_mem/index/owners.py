@@ -14,10 +14,10 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,6 +38,9 @@ class OwnerInfo(NamedTuple):
     pid: int
     started: float
     kind: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.pid}"
 
 
 class Owner:
@@ -206,6 +209,21 @@ class Owners:
                     self.locks.close()
             finally:
                 self._guard.release()
+
+
+class _Process(Protocol):
+    """An OwnerInfo, or what a tool knows of a process besides; its text is what people read."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+def listing(owners: Sequence[_Process]) -> str:
+    """The processes in one line; a server's workers are counted, not listed."""
+    named = [str(o) for o in owners if o.kind != "worker"] or [str(o) for o in owners]
+    workers = sum(o.kind == "worker" for o in owners)
+    more = f" and {workers} workers" if workers and len(named) < len(owners) else ""
+    return ", ".join(named) + more
 
 
 def process_start(pid: int) -> float:

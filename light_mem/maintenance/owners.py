@@ -7,7 +7,6 @@ which in another container is another number.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.format import named_slot
 from light_mem.index.owners import NAME, Owners, started_at
+from light_mem.index.owners import listing as listing
 from light_mem.maintenance.report import OwnerReport
 
 _OUR_NAMES = "lightmem-"  # of processes that name themselves: `program.name_process`
@@ -106,14 +106,6 @@ def require_alone(directory: Path, what: str) -> None:
         raise StoreBusyError(
             f"{what} needs {directory} alone, and it is open in: {listing(alive)}", owners=alive
         )
-
-
-def listing(owners: Sequence[OwnerReport]) -> str:
-    """The processes in one line; a server's workers are counted, not listed."""
-    named = [str(o) for o in owners if o.kind != "worker"] or [str(o) for o in owners]
-    workers = sum(o.kind == "worker" for o in owners)
-    more = f" and {workers} workers" if workers and len(named) < len(owners) else ""
-    return ", ".join(named) + more
 
 
 def maps_index(pid: int, directory: Path) -> bool | None:
