@@ -16,7 +16,8 @@ the engine
   open_shards.py   the shards that a process has open; fence.py: changes, and leaving
   opening.py       makes, opens and resizes a store; shard_making.py: its shards' files;
                    foreign.py: files of others in its place; lost_shards.py: some that are gone
-  reindex.py       a store's index made anew from its slots files, order of use included
+  index_making.py  the index at an opening; reindex.py: what it lists when it is made anew, from the
+                   slots files, order of use included
 bytes
   shard_header.py  where a shard's files lie, and whose they are
   shard_file.py    one shard's data, mapped; slot_records.py: whose it is

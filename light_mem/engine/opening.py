@@ -15,20 +15,19 @@ import time
 from pathlib import Path
 
 from light_mem.engine import shard_header
-from light_mem.engine.reindex import make_index, pinned_slots
+from light_mem.engine.index_making import counts, ensure_index, make_index
+from light_mem.engine.reindex import pinned_slots
 from light_mem.engine.shard_making import cut_shards, make_shards, remove_shards
 from light_mem.errors import (
     InvalidArgumentError,
     PinLimitError,
-    StoreBusyError,
     StoreFormatError,
 )
 from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.file import IndexFile, IndexUnusable
-from light_mem.index.owners import Owners, listing, started_at
+from light_mem.index.owners import Owners, started_at
 
 log = logging.getLogger("light_mem")
 
@@ -144,7 +143,7 @@ def prepare(
     make_shards(directory, wanted, geometry, alone)
     if described != wanted:
         description.save(directory, wanted)
-    _ensure_index(directory, wanted, owners, geometry)
+    ensure_index(directory, wanted, owners, geometry)
     if alone:
         cut_shards(directory, wanted)
     return wanted
@@ -172,25 +171,10 @@ def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitEr
 
 def _pinned_slots(directory: Path, geometry: Geometry) -> list[int]:
     """Pinned slots of each shard: as the index says, or the records where it will be made anew."""
-    pinned = _counts(directory, geometry, "pinned_slots", trusted=True)
+    pinned = counts(directory, geometry, "pinned_slots", trusted=True)
     if pinned is not None:
         return pinned
     return [pinned_slots(directory, geometry, shard) for shard in range(geometry.shards)]
-
-
-def _counts(
-    directory: Path, geometry: Geometry, name: str, trusted: bool = False
-) -> list[int] | None:
-    """A counter of each shard, as the index has it; None: it cannot be used. `trusted`: nor where
-    a power cut may have mixed pages of different times."""
-    try:
-        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
-    except (FileNotFoundError, IndexUnusable):
-        return None
-    counts: list[int] = file.control[name].tolist()
-    is_trusted = file.trustworthy
-    file.close()
-    return counts if is_trusted or not trusted else None
 
 
 def _is_open_here(owners: Owners) -> bool:
@@ -259,41 +243,3 @@ def _from_shards(directory: Path) -> Geometry | None:
         store_id = bytes(header["store_id"]).hex()
         return Geometry(store_id, page_bytes, shards, slots, slots * shards * page_bytes)
     return None
-
-
-def _ensure_index(directory: Path, geometry: Geometry, owners: Owners, before: Geometry) -> None:
-    """`before`: what the index that is there was made for."""
-    reason = ""
-    try:
-        file = IndexFile(directory / index_file.NAME, geometry)
-        # Whoever has the store open has proved that this kernel wrote the index.
-        if not file.trustworthy and not owners.others():
-            reason = "the machine went down with the index unsynced"
-        file.close()
-    except FileNotFoundError:
-        reason = "the index is missing"
-    except IndexUnusable as error:
-        reason = str(error)
-    if reason:
-        if owners.others():
-            # They go on with the index they have mapped: a second one would split the store.
-            alive = owners.alive()
-            raise StoreBusyError(
-                f"{reason}, and it cannot be made anew while {directory} is open in: "
-                f"{listing(alive)}. Stop them, or run light-mem rebuild {directory} --force",
-                owners=alive,
-            )
-        listed = _counts(directory, before, "blocks")
-        blocks = make_index(directory, geometry)
-        if geometry.slots != before.slots:
-            dropped = 0 if listed is None else max(0, sum(listed) - blocks)
-            log.log(
-                logging.WARNING if dropped else logging.INFO,
-                "store %s now holds %d bytes; %d blocks are kept, %d are dropped",
-                directory,
-                geometry.storage_size,
-                blocks,
-                dropped,
-            )
-        else:
-            log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)

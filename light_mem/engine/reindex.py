@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine import shard_header
-from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index import recovery, store_files
 from light_mem.index.description import Geometry
@@ -223,22 +222,3 @@ def clear_records(directory: Path, shard: int, slots: npt.NDArray[np.intp]) -> N
             os.pwrite(descriptor, bytes(8), at)  # a tag is FREE
     finally:
         os.close(descriptor)
-
-
-def make_index(directory: Path, geometry: Geometry) -> int:
-    """Make the index of a store anew, in one step; returns its blocks. The store is ours alone."""
-    path = directory / index_file.NAME
-    old = OldIndex(path, geometry) if path.exists() else None
-    temporary = index_file.create(directory, geometry)
-    try:
-        file = IndexFile(temporary, geometry)
-        plans = (plan_shard(directory, geometry, s, old) for s in range(geometry.shards))
-        blocks = fill(file, plans, old)
-        for shard in range(geometry.shards):
-            clear_unlisted(directory, file, shard)
-        file.close()
-        index_file.publish(directory, temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return blocks
