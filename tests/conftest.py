@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import light_mem
 from light_mem import blocks
 from light_mem.maintenance import export_store
 from tests import maintenance_helpers
+from tests.small_disk import small_disk
 
 SHM = Path("/dev/shm")
 
@@ -108,6 +111,18 @@ def _nothing_stays_behind() -> Iterator[None]:
         if os.path.exists(f"/proc/self/fd/{n}")
     ]
     pytest.fail(f"left behind: {processes=} {shm=} {descriptors=} of {open_now}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Where `small_disk` may mount one."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root mounts a small disk")
+    if subprocess.run([*small_disk(directory), "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount")
+    return directory
 
 
 # --- for the tests of the tools -------------------------------------------------------------------

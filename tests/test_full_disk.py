@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.service_child import Child
+from tests.small_disk import small_disk
 
 PRELUDE = """
 import light_mem
@@ -61,23 +57,6 @@ use(256, ["a", "b"])
         assert child.hear()[0] <= 5 << 20  # the owners file; no part of a shard
         assert child.hear() == [[2, 2], [2, 2], [True, True], 256]
         assert child.end() == 0
-
-
-def small_disk(directory: Path) -> list[str]:
-    """A command that runs another one with a tmpfs of 16 MiB in `directory`, for it alone."""
-    mount = f"mount -t tmpfs -o size=16m,mode=700 none '{directory}' && exec \"$@\""
-    return ["unshare", "-m", "sh", "-c", mount, "sh"]
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    if os.getuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("only root mounts a small disk")
-    if subprocess.run([*small_disk(directory), "true"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount")
-    return directory
 
 
 def test_a_disk_without_room_is_an_error_at_open_and_a_smaller_store_fits(disk: Path) -> None:

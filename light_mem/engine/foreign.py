@@ -99,7 +99,7 @@ def _is_description(path: Path) -> bool:
 def _is_owners(path: Path) -> bool:
     """Records that processes have left when all else was removed. Parts of them are always zeros,
     whenever their writers died."""
-    if path.stat().st_size != fmt.MAX_OWNERS * fmt.OWNER.itemsize:
+    if path.stat().st_size != owners.FILE_BYTES:
         return False
     records = np.fromfile(path, fmt.OWNER)
     return not (records[:1].tobytes().strip(b"\0") or records["spare"].any())

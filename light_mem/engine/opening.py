@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from light_mem.engine import shard_header
-from light_mem.engine.index_making import counts, ensure_index, make_index
+from light_mem.engine.index_making import counts, ensure_index, fill_index_holes, make_index
 from light_mem.engine.reindex import pinned_slots
 from light_mem.engine.shard_making import cut_shards, make_shards, remove_shards
 from light_mem.errors import (
@@ -27,7 +27,9 @@ from light_mem.index import description
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.owners import Owners, started_at
+from light_mem.index.owners import FILE_BYTES, Owners, started_at
+from light_mem.index.owners import NAME as OWNERS_NAME
+from light_mem.index.room import fill_holes
 
 log = logging.getLogger("light_mem")
 
@@ -109,6 +111,8 @@ def prepare(
     alone = not owners.others()
     if not alone and described is not None and storage_size != described.storage_size:
         alone = _wait_until_alone(owners)
+    if alone:  # else they did so when they came
+        fill_holes(directory / OWNERS_NAME, FILE_BYTES)
     if geometry is None:
         geometry = Geometry.new(page_bytes, shards, storage_size)
         try:
@@ -123,6 +127,8 @@ def prepare(
         return geometry
     _require_same(directory, geometry, page_bytes, shards)
     drop_unfinished(directory)
+    if alone:
+        fill_index_holes(directory, geometry)
     wanted = geometry
     if storage_size != geometry.storage_size:
         resized = geometry.resized(storage_size)

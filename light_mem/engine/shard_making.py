@@ -15,7 +15,7 @@ from light_mem.errors import StoreFormatError, StoreFullError
 from light_mem.index import description, store_files
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.room import allocate
+from light_mem.index.room import allocate, lacking
 
 log = logging.getLogger("light_mem")
 
@@ -74,9 +74,7 @@ def make_shards(directory: Path, geometry: Geometry, before: Geometry | None, al
         log.warning(
             "store %s: the headers of %s were damaged, and are written anew", directory, damaged
         )
-    _require_room(
-        directory, directory, sum(max(0, size - _allocated(path)) for path, _, size in wanted)
-    )
+    _require_room(directory, directory, sum(lacking(path, size) for path, _, size in wanted))
     for shard in missing[fmt.DATA_MAGIC]:
         lost_shards.before_data_is_made(directory, before or geometry, shard, alone)
     for path, header, size in wanted:
@@ -115,13 +113,6 @@ def _shard_sizes(directory: Path, geometry: Geometry, shard: int) -> dict[Path, 
     }
 
 
-def _allocated(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * 512  # st_blocks counts 512-byte units, whatever st_blksize
-    except FileNotFoundError:
-        return 0
-
-
 def _require_room(directory: Path, there: Path, needed: int) -> None:
     """`there`: the directory, or what there is of its path."""
     available = shutil.disk_usage(there).free
@@ -140,8 +131,7 @@ def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
         # Before the file grows: one that is not empty says whose it is, also after a kill.
         if os.pread(descriptor, len(header), 0) != header:
             os.pwrite(descriptor, header, 0)
-        # A file restored by a tool that makes holes is long enough and yet has no room.
-        if found < size or (alone and _allocated(path) < size):
+        if found < size or (alone and lacking(path, size)):
             allocate(descriptor, path, size)
     finally:
         os.close(descriptor)

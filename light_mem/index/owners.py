@@ -29,6 +29,7 @@ from light_mem.index.room import allocate
 from light_mem.index.store_files import open_file
 
 NAME = "owners"
+FILE_BYTES = MAX_OWNERS * OWNER.itemsize
 
 
 class OwnerInfo(NamedTuple):
@@ -73,15 +74,14 @@ class Owners:
         maybe because their file system is read-only here: they may ask who is alive, and read the
         records. Theirs raises FileNotFoundError, and ValueError where the file is too short."""
         path = directory / NAME
-        size = MAX_OWNERS * OWNER.itemsize
         flags = os.O_RDWR if writable else os.O_RDONLY
         descriptor = store_files.open_or_make(path) if writable else open_file(path, flags)
         try:
-            if writable and os.fstat(descriptor).st_size < size:
+            if writable and os.fstat(descriptor).st_size < FILE_BYTES:
                 # Never shortened and never replaced: others may have it mapped and locked.
-                allocate(descriptor, path, size)
+                allocate(descriptor, path, FILE_BYTES)
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            self._map = mmap.mmap(descriptor, size, access=access)
+            self._map = mmap.mmap(descriptor, FILE_BYTES, access=access)
         finally:
             os.close(descriptor)
         self.records = np.frombuffer(self._map, OWNER)

@@ -43,3 +43,33 @@ def allocate(descriptor: int, path: Path, size: int) -> None:
         os.ftruncate(descriptor, found)
         refuse_full(error, path, size, f"{path} needs {size} bytes")
         raise
+
+
+def lacking(path: Path, size: int) -> int:
+    """Bytes of room that a file lacks of `size`: all of them where there is none.
+
+    A file that a tool with holes has restored (`tar -S`, `rsync -S`, `cp --sparse`) is long enough
+    and yet lacks room. So does one that a file system compresses.
+    """
+    try:
+        # st_blocks counts 512-byte units, whatever st_blksize.
+        return max(0, size - path.stat().st_blocks * 512)
+    except FileNotFoundError:
+        return size
+
+
+def fill_holes(path: Path, size: int) -> None:
+    """Allocate the first `size` bytes of a file that seems to have holes there; what it holds
+    stays. Nobody else may have it open: where the file system cannot allocate, the C library
+    writes zeros over zeros that it has read. Raises StoreFullError, OSError.
+
+    A compressed file seems to have holes for good. To look for them would walk over its extents,
+    as allocating them does where there is nothing to be done.
+    """
+    if not lacking(path, size):
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        allocate(descriptor, path, size)
+    finally:
+        os.close(descriptor)

@@ -14,9 +14,8 @@ import numpy as np
 
 from light_mem.errors import StoreBusyError
 from light_mem.index import file as index_file
-from light_mem.index import format as fmt
 from light_mem.index.format import named_slot
-from light_mem.index.owners import NAME, Owners, started_at
+from light_mem.index.owners import FILE_BYTES, NAME, Owners, started_at
 from light_mem.index.owners import listing as listing
 from light_mem.maintenance.report import OwnerReport
 
@@ -59,7 +58,7 @@ def _read(directory: Path) -> tuple[dict[int, np.void], set[int]]:
     """The records by owner, and which owners live."""
     path = directory / NAME
     # One that is too short was never in use.
-    if not path.exists() or path.stat().st_size < fmt.MAX_OWNERS * fmt.OWNER.itemsize:
+    if not path.exists() or path.stat().st_size < FILE_BYTES:
         return {}, set()
     # Not writable: what is mounted read-only here may be in use elsewhere.
     owners = Owners(directory, writable=False)

@@ -173,7 +173,8 @@ def _complete(store: Store, sums: _Sums) -> None:
     geometry = store.geometry
     if not store.described:
         description.save(store.directory, geometry)
-    if any(finding.kind == "file" for finding in store.file_findings()):
+    # Also where there are records to write: files with holes are allocated before they are mapped.
+    if sums.adopted or any(finding.kind == "file" for finding in store.file_findings()):
         owners = Owners(store.directory)
         try:
             size = geometry.storage_size
