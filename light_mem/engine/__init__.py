@@ -15,6 +15,7 @@ the engine
   removing.py      taking blocks out, and back what the dead left
   open_shards.py   the shards that a process has open; fence.py: changes, and leaving
   opening.py       makes, opens and resizes a store; shard_making.py: its shards' files;
+                   store_room.py: whether there is room;
                    foreign.py: files of others in its place; lost_shards.py: some that are gone
   index_making.py  the index at an opening; reindex.py: what it lists when it is made anew, from the
                    slots files, order of use included

@@ -43,58 +43,87 @@ def fill_index_holes(directory: Path, geometry: Geometry) -> None:
     fill_holes(path, fmt.index_layout(geometry.shards, geometry.slots).size)
 
 
-def ensure_index(directory: Path, geometry: Geometry, owners: Owners, before: Geometry) -> None:
-    """`before`: what the index that is there was made for."""
-    reason = ""
+def problem_of(directory: Path, geometry: Geometry, owners: Owners) -> str:
+    """Why the index must be made anew; "": it need not. Changes nothing.
+
+    Raises StoreBusyError where it must and others have the store open.
+    """
+    problem = ""
     try:
-        file = IndexFile(directory / index_file.NAME, geometry)
+        file = IndexFile(directory / index_file.NAME, geometry, writable=False)
         # Whoever has the store open has proved that this kernel wrote the index.
         if not file.trustworthy and not owners.others():
-            reason = "the machine went down with the index unsynced"
+            problem = "the machine went down with the index unsynced"
         file.close()
     except FileNotFoundError:
-        reason = "the index is missing"
+        problem = "the index is missing"
     except IndexUnusable as error:
-        reason = str(error)
-    if reason:
-        if owners.others():
-            # They go on with the index they have mapped: a second one would split the store.
-            alive = owners.alive()
-            raise StoreBusyError(
-                f"{reason}, and it cannot be made anew while {directory} is open in: "
-                f"{listing(alive)}. Stop them, or run light-mem rebuild {directory} --force",
-                owners=alive,
-            )
-        listed = counts(directory, before, "blocks")
-        blocks = make_index(directory, geometry)
-        if geometry.slots != before.slots:
-            dropped = 0 if listed is None else max(0, sum(listed) - blocks)
-            log.log(
-                logging.WARNING if dropped else logging.INFO,
-                "store %s now holds %d bytes; %d blocks are kept, %d are dropped",
-                directory,
-                geometry.storage_size,
-                blocks,
-                dropped,
-            )
-        else:
-            log.warning("store %s: %s; made anew with %d blocks", directory, reason, blocks)
+        problem = str(error)
+    if problem and owners.others():
+        # They go on with the index they have mapped: a second one would split the store.
+        alive = owners.alive()
+        raise StoreBusyError(
+            f"{problem}, and it cannot be made anew while {directory} is open in: "
+            f"{listing(alive)}. Stop them, or run light-mem rebuild {directory} --force",
+            owners=alive,
+        )
+    return problem
 
 
-def make_index(directory: Path, geometry: Geometry) -> int:
-    """Make the index of a store anew, in one step; returns its blocks. The store is ours alone."""
-    path = directory / index_file.NAME
-    old = reindex.OldIndex(path, geometry) if path.exists() else None
-    temporary = index_file.create(directory, geometry)
-    try:
-        file = IndexFile(temporary, geometry)
+class NewIndex:
+    """An index made anew: its room first, then what it lists, last its place, in one step.
+
+    The store is ours alone. Until `publish` nothing has changed but for a file under a temporary
+    name, which `discard` removes.
+    """
+
+    def __init__(self, directory: Path, geometry: Geometry) -> None:
+        """Take the room. Raises StoreFullError, OSError."""
+        self._directory, self._geometry = directory, geometry
+        self._path = directory / index_file.NAME
+        self._temporary = index_file.create(directory, geometry)
+        self.blocks = 0
+
+    def fill(self) -> None:
+        """List the blocks that the slots files describe, in the old index's order of use."""
+        directory, geometry = self._directory, self._geometry
+        old = reindex.OldIndex(self._path, geometry) if self._path.exists() else None
+        self._file = IndexFile(self._temporary, geometry)
         plans = (reindex.plan_shard(directory, geometry, s, old) for s in range(geometry.shards))
-        blocks = reindex.fill(file, plans, old)
-        for shard in range(geometry.shards):
-            reindex.clear_unlisted(directory, file, shard)
-        file.close()
-        index_file.publish(directory, temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return blocks
+        self.blocks = reindex.fill(self._file, plans, old)
+
+    def publish(self) -> None:
+        """Clear the records of what it does not list, and put it in its place."""
+        try:
+            for shard in range(self._geometry.shards):
+                reindex.clear_unlisted(self._directory, self._file, shard)
+            self._file.close()
+            index_file.publish(self._directory, self._temporary)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove it: it is not to be."""
+        self._temporary.unlink(missing_ok=True)
+
+
+def put_in_place(
+    new: NewIndex, directory: Path, geometry: Geometry, before: Geometry, problem: str
+) -> None:
+    """Publish an index that was filled, and say in the log why there is a new one. `before`: what
+    the one that is there was made for."""
+    listed = counts(directory, before, "blocks")
+    new.publish()
+    if geometry.slots == before.slots:
+        log.warning("store %s: %s; made anew with %d blocks", directory, problem, new.blocks)
+        return
+    dropped = 0 if listed is None else max(0, sum(listed) - new.blocks)
+    log.log(
+        logging.WARNING if dropped else logging.INFO,
+        "store %s now holds %d bytes; %d blocks are kept, %d are dropped",
+        directory,
+        geometry.storage_size,
+        new.blocks,
+        dropped,
+    )

@@ -104,12 +104,12 @@ class LocalStorageEngine(Member, StorageEngine):
         slots of dead processes stay taken. What is stored is found in any case.
         """
         # Not for workers, which open what is prepared.
-        from light_mem.engine import foreign, opening, shard_making
+        from light_mem.engine import foreign, opening, store_room
 
         opening.check_sizes(page_bytes, num_of_shard, storage_size, block_pages)
         path = Path(directory)
         foreign.refuse_foreign(path)  # before the lock's own file is made
-        shard_making.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
+        store_room.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
         opening.make_directory(path)
         with PathLock(lock_path(path, "open")).hold(timeout=60):
             foreign.refuse_foreign(path)  # another may have come meanwhile

@@ -15,9 +15,16 @@ import time
 from pathlib import Path
 
 from light_mem.engine import shard_header
-from light_mem.engine.index_making import counts, ensure_index, fill_index_holes, make_index
+from light_mem.engine.index_making import (
+    NewIndex,
+    counts,
+    fill_index_holes,
+    problem_of,
+    put_in_place,
+)
 from light_mem.engine.reindex import pinned_slots
-from light_mem.engine.shard_making import cut_shards, make_shards, remove_shards
+from light_mem.engine.shard_making import ShardMaking, cut_shards, remove_shards
+from light_mem.engine.store_room import lacking_beside_shards, require_room
 from light_mem.errors import (
     InvalidArgumentError,
     PinLimitError,
@@ -111,24 +118,10 @@ def prepare(
     alone = not owners.others()
     if not alone and described is not None and storage_size != described.storage_size:
         alone = _wait_until_alone(owners)
-    if alone:  # else they did so when they came
-        fill_holes(directory / OWNERS_NAME, FILE_BYTES)
     if geometry is None:
-        geometry = Geometry.new(page_bytes, shards, storage_size)
-        try:
-            make_shards(directory, geometry, None, alone)
-            make_index(directory, geometry)
-            description.save(directory, geometry)  # last: from here on the store exists
-        except StoreFormatError:
-            raise  # refused before any change: what is there is not ours to remove
-        except BaseException:
-            remove_shards(directory, geometry)  # else another try would have to be of this size
-            raise
-        return geometry
+        return _make(directory, Geometry.new(page_bytes, shards, storage_size), alone)
     _require_same(directory, geometry, page_bytes, shards)
     drop_unfinished(directory)
-    if alone:
-        fill_index_holes(directory, geometry)
     wanted = geometry
     if storage_size != geometry.storage_size:
         resized = geometry.resized(storage_size)
@@ -146,13 +139,57 @@ def prepare(
                 storage_size,
                 "service of this process" if _is_open_here(owners) else "process",
             )
-    make_shards(directory, wanted, geometry, alone)
-    if described != wanted:
-        description.save(directory, wanted)
-    ensure_index(directory, wanted, owners, geometry)
+    making = ShardMaking(directory, wanted, geometry)
+    problem = problem_of(directory, wanted, owners)
+    beside = lacking_beside_shards(directory, wanted, described, bool(problem))
+    require_room(directory, directory, making.lacking + beside)
+    if alone:  # else they did so when they came
+        fill_holes(directory / OWNERS_NAME, FILE_BYTES)
+        fill_index_holes(directory, geometry)
+    # All that takes room comes before the description says so: on a full disk nothing has changed.
+    new = NewIndex(directory, wanted) if problem else None
+    try:
+        making.make(alone)
+        if new is not None:
+            new.fill()
+        if described != wanted:
+            description.save(directory, wanted)
+    except BaseException:
+        if new is not None:
+            new.discard()
+        if alone and description.load(directory) == described:
+            making.take_back()
+        raise
+    if new is not None:
+        put_in_place(new, directory, wanted, geometry, problem)
     if alone:
         cut_shards(directory, wanted)
     return wanted
+
+
+def _make(directory: Path, geometry: Geometry, alone: bool) -> Geometry:
+    """Make a new store."""
+    try:
+        making = ShardMaking(directory, geometry, None)
+        beside = lacking_beside_shards(directory, geometry, None, True)
+        require_room(directory, directory, making.lacking + beside)
+        if alone:
+            fill_holes(directory / OWNERS_NAME, FILE_BYTES)
+        making.make(alone)
+        new = NewIndex(directory, geometry)
+        try:
+            new.fill()
+        except BaseException:
+            new.discard()
+            raise
+        new.publish()
+        description.save(directory, geometry)  # last: from here on the store exists
+    except StoreFormatError:
+        raise  # refused before any change: what is there is not ours to remove
+    except BaseException:
+        remove_shards(directory, geometry)  # else another try would have to be of this size
+        raise
+    return geometry
 
 
 def pinned_beyond(directory: Path, geometry: Geometry, slots: int) -> PinLimitError | None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from light_mem.engine import lost_shards, shard_header
-from light_mem.errors import StoreFormatError, StoreFullError
-from light_mem.index import description, store_files
+from light_mem.errors import StoreFormatError
+from light_mem.index import store_files
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.room import allocate, lacking
@@ -20,67 +20,81 @@ from light_mem.index.room import allocate, lacking
 log = logging.getLogger("light_mem")
 
 
-def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
-    """Raise StoreFullError for a new store that cannot fit, before anything of it is made."""
-    if any(directory.glob("shard-*")) or (directory / description.NAME).exists():
-        return
-    there = next(p for p in (directory, *directory.parents) if p.exists())
-    if there.is_dir():
-        slots = description.slots_for(storage_size, shards, page_bytes)
-        a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
-        _require_room(directory, there, shards * a_shard)
+class ShardMaking:
+    """The files of a store's shards as an opening finds them, and makes or lengthens them."""
 
+    def __init__(self, directory: Path, geometry: Geometry, before: Geometry | None) -> None:
+        """Only looks. `before` is what the description said until now, None for a new store. What
+        a store has lost is said in the log. Raises StoreFormatError for files of another store,
+        OSError."""
+        self._directory, self._geometry, self._before = directory, geometry, before
+        self._wanted: list[tuple[Path, bytes, int]] = []
+        self._missing: dict[bytes, list[int]] = {fmt.DATA_MAGIC: [], fmt.SLOTS_MAGIC: []}  # shards
+        self._grown: list[tuple[Path, int | None]] = []
+        cut: list[str] = []
+        damaged: list[str] = []
+        for shard in range(geometry.shards):
+            least = _shard_sizes(directory, before or geometry, shard)
+            for (path, size), magic in zip(
+                _shard_sizes(directory, geometry, shard).items(),
+                (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC),
+                strict=True,
+            ):
+                header = shard_header.header_bytes(magic, geometry, shard)
+                found = shard_header.read_header(path)
+                if found is not None and found.tobytes() != header:
+                    raise StoreFormatError(
+                        f"{path} belongs to another store or shard; nothing was changed",
+                        path=str(path),
+                        field="header",
+                        found=bytes(found["store_id"]).hex(),
+                        expected=geometry.store_id,
+                    )
+                self._wanted.append((path, header, size))
+                if before is None:
+                    continue
+                if not path.exists():
+                    self._missing[magic].append(shard)
+                elif path.stat().st_size < min(size, least[path]):
+                    cut.append(path.name)
+                elif found is None:
+                    damaged.append(path.name)
+        if cut:
+            log.warning("store %s: %s were cut short; what they lost is a miss", directory, cut)
+        if damaged:
+            log.warning(
+                "store %s: the headers of %s were damaged, and are written anew", directory, damaged
+            )
 
-def make_shards(directory: Path, geometry: Geometry, before: Geometry | None, alone: bool) -> None:
-    """Make or lengthen the shards' files; refuse those of another store before any change.
+    @property
+    def lacking(self) -> int:
+        """Bytes of room that the files lack now."""
+        return sum(lacking(path, size) for path, _, size in self._wanted)
 
-    `before` is what the description said until now, None for a new store; `alone`: nobody else has
-    them mapped. What a store has lost is said in the log. Raises StoreFormatError, StoreFullError,
-    LockTimeoutError, OSError.
-    """
-    wanted: list[tuple[Path, bytes, int]] = []
-    missing: dict[bytes, list[int]] = {fmt.DATA_MAGIC: [], fmt.SLOTS_MAGIC: []}  # shards
-    cut: list[str] = []
-    damaged: list[str] = []
-    for shard in range(geometry.shards):
-        least = _shard_sizes(directory, before or geometry, shard)
-        for (path, size), magic in zip(
-            _shard_sizes(directory, geometry, shard).items(),
-            (fmt.DATA_MAGIC, fmt.SLOTS_MAGIC),
-            strict=True,
-        ):
-            header = shard_header.header_bytes(magic, geometry, shard)
-            found = shard_header.read_header(path)
-            if found is not None and found.tobytes() != header:
-                raise StoreFormatError(
-                    f"{path} belongs to another store or shard; nothing was changed",
-                    path=str(path),
-                    field="header",
-                    found=bytes(found["store_id"]).hex(),
-                    expected=geometry.store_id,
-                )
-            wanted.append((path, header, size))
-            if before is None:
-                continue
-            if not path.exists():
-                missing[magic].append(shard)
-            elif path.stat().st_size < min(size, least[path]):
-                cut.append(path.name)
-            elif found is None:
-                damaged.append(path.name)
-    if cut:
-        log.warning("store %s: %s were cut short; what they lost is a miss", directory, cut)
-    if damaged:
-        log.warning(
-            "store %s: the headers of %s were damaged, and are written anew", directory, damaged
-        )
-    _require_room(directory, directory, sum(lacking(path, size) for path, _, size in wanted))
-    for shard in missing[fmt.DATA_MAGIC]:
-        lost_shards.before_data_is_made(directory, before or geometry, shard, alone)
-    for path, header, size in wanted:
-        _make_file(path, header, size, alone)
-    for shard in missing[fmt.SLOTS_MAGIC]:
-        lost_shards.after_slots_are_made(directory, before or geometry, shard, geometry, alone)
+    def make(self, alone: bool) -> None:
+        """Make or lengthen the files; `alone`: nobody else has them mapped. Raises StoreFullError,
+        LockTimeoutError, OSError."""
+        directory, geometry = self._directory, self._geometry
+        before = self._before or geometry
+        for shard in self._missing[fmt.DATA_MAGIC]:
+            lost_shards.before_data_is_made(directory, before, shard, alone)
+        for path, header, size in self._wanted:
+            found = path.stat().st_size if path.exists() else None
+            if found is None or found < size:
+                self._grown.append((path, found))
+            _make_file(path, header, size, alone)
+        for shard in self._missing[fmt.SLOTS_MAGIC]:
+            lost_shards.after_slots_are_made(directory, before, shard, geometry, alone)
+
+    def take_back(self) -> None:
+        """Give back the room that `make` has taken, for an opening that cannot go on. Nobody else
+        has the files mapped, and nothing says yet that they have grown."""
+        for path, size in self._grown:
+            with suppress(OSError):  # what it gives way to is said
+                if size is None:  # it is lost still, and mended as such by the next opening
+                    path.unlink()
+                else:
+                    os.truncate(path, size)
 
 
 def cut_shards(directory: Path, geometry: Geometry) -> None:
@@ -111,17 +125,6 @@ def _shard_sizes(directory: Path, geometry: Geometry, shard: int) -> dict[Path, 
         ),
         shard_header.slots_path(directory, shard): fmt.slots_file_bytes(geometry.slots),
     }
-
-
-def _require_room(directory: Path, there: Path, needed: int) -> None:
-    """`there`: the directory, or what there is of its path."""
-    available = shutil.disk_usage(there).free
-    if needed > available:
-        raise StoreFullError(
-            f"the store {directory} needs {needed} bytes more, its file system has {available}",
-            needed=needed,
-            available=available,
-        )
 
 
 def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:

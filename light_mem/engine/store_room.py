@@ -1,0 +1,60 @@
+"""The room that a store needs on its file system, asked for before anything is made or grows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from light_mem.errors import StoreFullError
+from light_mem.index import description, owners
+from light_mem.index import file as index_file
+from light_mem.index import format as fmt
+from light_mem.index.description import Geometry
+from light_mem.index.room import lacking
+
+_DESCRIPTION_BYTES = fmt.BLOCK_ALIGN  # of a file system's blocks: a description has below 1024
+
+
+def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_size: int) -> None:
+    """Raise StoreFullError for a new store that cannot fit, before anything of it is made."""
+    if any(directory.glob("shard-*")) or (directory / description.NAME).exists():
+        return
+    there = next(p for p in (directory, *directory.parents) if p.exists())
+    if there.is_dir():
+        slots = description.slots_for(storage_size, shards, page_bytes)
+        a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
+        require_room(directory, there, shards * a_shard)
+
+
+def new_index_bytes(shards: int, slots: int) -> int:
+    """Room for an index that is made anew, beside the one that is there."""
+    return fmt.index_layout(shards, slots).size
+
+
+def lacking_beside_shards(
+    directory: Path, geometry: Geometry, before: Geometry | None, index_anew: bool
+) -> int:
+    """Bytes that what is no shard file lacks, or will: `owners`, the description, the index.
+
+    before       what the description says, None: there is none, it will be written
+    index_anew   a new index is made beside the one that is there
+    """
+    needed = lacking(directory / owners.NAME, owners.FILE_BYTES)
+    if geometry != before:
+        needed += _DESCRIPTION_BYTES
+    if index_anew:
+        return needed + new_index_bytes(geometry.shards, geometry.slots)
+    size = fmt.index_layout(geometry.shards, geometry.slots).size
+    return needed + lacking(directory / index_file.NAME, size)
+
+
+def require_room(directory: Path, there: Path, needed: int) -> None:
+    """Raise StoreFullError where a file system has not the bytes that a store needs more; `there`:
+    the store's directory, or what there is of its path."""
+    available = shutil.disk_usage(there).free
+    if needed > available:
+        raise StoreFullError(
+            f"the store {directory} needs {needed} bytes more, its file system has {available}",
+            needed=needed,
+            available=available,
+        )
