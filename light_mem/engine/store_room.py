@@ -23,7 +23,9 @@ def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_
     if there.is_dir():
         slots = description.slots_for(storage_size, shards, page_bytes)
         a_shard = fmt.data_file_bytes(slots, page_bytes) + fmt.slots_file_bytes(slots)
-        require_room(directory, there, shards * a_shard)
+        others = lacking(directory / owners.NAME, owners.FILE_BYTES)
+        needed = shards * a_shard + others + new_index_bytes(shards, slots) + _DESCRIPTION_BYTES
+        require_room(directory, there, needed)
 
 
 def new_index_bytes(shards: int, slots: int) -> int:
