@@ -12,8 +12,8 @@ from pathlib import Path
 
 from light_mem.engine import lost_shards, shard_header
 from light_mem.errors import StoreFormatError
-from light_mem.index import store_files
 from light_mem.index import format as fmt
+from light_mem.index import store_files
 from light_mem.index.description import Geometry
 from light_mem.index.room import allocate, lacking
 

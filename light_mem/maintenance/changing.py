@@ -15,7 +15,6 @@ import numpy as np
 from light_mem.blocks import seconds, whole_number
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import pinned_beyond
-from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index import retention
 from light_mem.index.recovery import Ints
@@ -23,7 +22,7 @@ from light_mem.index.runs import slots_needed
 from light_mem.maintenance.compacting import compact, worth_of
 from light_mem.maintenance.inspecting import listed
 from light_mem.maintenance.opening import check_size, open_tool
-from light_mem.maintenance.owners import Ownership, listing, require_alone
+from light_mem.maintenance.owners import Ownership, opened_meanwhile, require_alone
 from light_mem.maintenance.report import ChangeReport
 from light_mem.maintenance.store import Store
 
@@ -139,10 +138,7 @@ def resize(
     open_tool(directory, storage_size).close()
     resized = Store(directory)
     if resized.geometry.storage_size != storage_size:
-        alive = Ownership(store.directory).alive
-        raise StoreBusyError(
-            f"{directory} was opened meanwhile by {listing(alive)} and keeps its size", owners=alive
-        )
+        raise opened_meanwhile(store.directory, Ownership(store.directory).alive)
     after = _totals(resized)
     return _report(
         resized, False, max(0, before[0] - after[0]), max(0, before[1] - after[1]), moved, started

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
+from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index import recovery, retention
 from light_mem.index.keys import mix_one
@@ -25,6 +26,7 @@ from light_mem.index.runs import Run
 from light_mem.index.shard import ShardIndex
 from light_mem.index.space import FreeRuns
 from light_mem.index.written import Written
+from light_mem.maintenance.owners import Ownership, opened_meanwhile
 from light_mem.maintenance.store import blocks_in
 
 BATCH_BYTES = 256 << 20  # moved in one hold of the shard's lock
@@ -46,13 +48,15 @@ def compact(engine: LocalStorageEngine, shard: int, slots: int) -> int:
     """Move blocks of a shard into its first `slots` slots; returns how many were moved.
 
     Blocks that stay behind are older than all in front, or found no room. Works under the shard's
-    lock, in batches. Raises LockTimeoutError.
+    lock, in batches. Raises LockTimeoutError, and StoreBusyError when somebody else opens the
+    store: what was moved until then has been.
     """
     owners = Owners(engine.directory)
     try:
         owner = owners.join("tool")  # its intents name the slots that are being filled
         moved = 0
         while True:
+            _require_alone(engine, owner)
             with engine.change(shard) as (index, file):
                 count, more = _Compaction(engine, index, file, owner, slots).run()
             moved += count
@@ -60,8 +64,20 @@ def compact(engine: LocalStorageEngine, shard: int, slots: int) -> int:
                 break
         owner.leave()
         return moved
+    except StoreBusyError:
+        owner.leave()  # between two batches: nothing is being filled
+        raise
     finally:
         owners.close()
+
+
+def _require_alone(engine: LocalStorageEngine, owner: Owner) -> None:
+    others = {other.owner for other in engine.owners()} - {owner.number}
+    if others:
+        living = Ownership(engine.directory).living
+        reports = [report for number, report in living.items() if number in others]
+        if reports:  # else they have left again
+            raise opened_meanwhile(engine.directory, reports)
 
 
 class _Compaction:
@@ -109,8 +125,9 @@ class _Compaction:
             runs = None if block.slot in self._evicted else self._room(block)
             if runs is not None:
                 self._move(block, runs)
-                for start, length in _before(block.runs, self._slots):
-                    self._free.add(start, length)
+                if block.slot not in self._leased:  # else they are HELD, for who looks at them
+                    for start, length in _before(block.runs, self._slots):
+                        self._free.add(start, length)
                 moved += 1
                 nbytes += block.pages * self._page_bytes
         return moved, False

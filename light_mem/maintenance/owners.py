@@ -7,6 +7,7 @@ which in another container is another number.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class Ownership:
     def __init__(self, directory: Path) -> None:
         records, living = _read(directory)
         reports = {number: _report(record) for number, record in records.items()}
-        self.alive = tuple(r for number, r in reports.items() if number in living)
+        self.living = {number: r for number, r in reports.items() if number in living}
+        self.alive = tuple(self.living.values())
         self.dead = tuple(r for number, r in reports.items() if number not in living)
 
 
@@ -105,6 +107,13 @@ def require_alone(directory: Path, what: str) -> None:
         raise StoreBusyError(
             f"{what} needs {directory} alone, and it is open in: {listing(alive)}", owners=alive
         )
+
+
+def opened_meanwhile(directory: Path, owners: Sequence[OwnerReport]) -> StoreBusyError:
+    """The error of a change of size that these processes came in the way of."""
+    return StoreBusyError(
+        f"{directory} was opened meanwhile by {listing(owners)} and keeps its size", owners=owners
+    )
 
 
 def maps_index(pid: int, directory: Path) -> bool | None:
