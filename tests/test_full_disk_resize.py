@@ -13,6 +13,7 @@ from light_mem import maintenance
 from light_mem.errors import StoreFullError
 from light_mem.index import description
 from light_mem.index import file as index_file
+from light_mem.index import format as fmt
 from tests.maintenance_helpers import (
     BLOCKS,
     PAGE,
@@ -20,7 +21,10 @@ from tests.maintenance_helpers import (
     SLOTS,
     assert_holds,
     files,
+    geometry_of,
+    key_of,
     opened,
+    stored,
 )
 from tests.service_child import Child
 from tests.small_disk import FILL, small_disk
@@ -113,3 +117,73 @@ say("holds")
         said = [child.hear() for _ in range(4)]
         assert child.end() == 0
     assert said == [[True, True], [True, 0], [True, len(BLOCKS)], ["holds"]]
+
+
+# --- smaller --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(store: Path) -> Path:
+    """A store whose blocks behind were used last: when they move, others must go."""
+    rig = opened(store)
+    rig.find(*BLOCKS[len(BLOCKS) // 2 :], touch=True)
+    rig.engine.close()
+    return store
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [
+        (by_a_server, index_file.NAME),
+        (by_a_server, description.NAME),
+        (by_the_tool, index_file.NAME),  # room for both is taken under that name
+    ],
+)
+def test_a_store_that_cannot_shrink_keeps_its_size_and_its_blocks(
+    full: Path, monkeypatch: pytest.MonkeyPatch, by: Callable[[Path, int], None], name: str
+) -> None:
+    before = files(full)
+    with monkeypatch.context() as patch:
+        full_at(patch, name)
+        with pytest.raises(StoreFullError):
+            by(full, 10)
+    assert set(files(full)) == set(before)
+    assert geometry_of(full).slots == SLOTS
+    assert maintenance.verify(full).clean
+    assert stored(full) == {key_of(block) for block in BLOCKS}
+
+
+def test_a_store_shrinks_on_a_full_disk_with_room_for_its_new_index_alone(
+    disk: Path, full: Path
+) -> None:
+    script = f"""{FILL}
+import shutil
+from pathlib import Path
+from light_mem import blocks, maintenance
+from light_mem.errors import StoreFullError
+from light_mem.index import format as fmt
+from tests.maintenance_helpers import PAGE, SHARDS, geometry_of, opened
+blocks.MAX_PAGES_PER_BLOCK = 1
+source, disk = map(Path, sys.argv[1:])
+store = disk / "store"
+shutil.copytree(source, store)
+opened(store).engine.close()
+for spare in (0, fmt.index_layout(SHARDS, 10).size, fmt.index_layout(SHARDS, 10).size + 4096):
+    fill(str(disk), spare)
+    try:
+        report = maintenance.resize(store, 10 * SHARDS * PAGE)
+        say("resized", report.removed > 0, report.blocks)
+    except StoreFullError as error:
+        say("full", error.needed, geometry_of(store).slots, maintenance.verify(store).blocks)
+    unfill(str(disk))
+say(maintenance.verify(store).clean, maintenance.verify(store).blocks)
+"""
+    needed = fmt.index_layout(SHARDS, 10).size + 4096
+    with Child(script, full, disk, through=small_disk(disk)) as child:
+        assert child.hear() == ["full", needed, SLOTS, len(BLOCKS)]
+        assert child.hear() == ["full", needed, SLOTS, len(BLOCKS)]
+        said, some_went, left = child.hear()
+        assert (said, some_went) == ("resized", True)
+        assert child.hear() == [True, left]
+        assert child.end() == 0

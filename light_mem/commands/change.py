@@ -19,7 +19,8 @@ examples:
   light-mem resize ./cache_storage --storage-size 200G
   light-mem resize ./cache_storage --storage-size 50G --dry-run
 
-exit code: 0 done, 2 it could not be done; the store is as it was
+exit code: 0 done, 2 it could not be done: the store keeps its size. It keeps its blocks as well,
+unless a server opened it, or a lock was not let go, while they were being moved already
 """
 
 CLEAR = """\

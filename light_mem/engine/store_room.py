@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from light_mem.errors import StoreFullError
@@ -10,7 +12,7 @@ from light_mem.index import description, owners
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.room import lacking
+from light_mem.index.room import held, lacking
 
 _DESCRIPTION_BYTES = fmt.BLOCK_ALIGN  # of a file system's blocks: a description has below 1024
 
@@ -31,6 +33,19 @@ def require_room_for_new(directory: Path, page_bytes: int, shards: int, storage_
 def new_index_bytes(shards: int, slots: int) -> int:
     """Room for an index that is made anew, beside the one that is there."""
     return fmt.index_layout(shards, slots).size
+
+
+@contextmanager
+def room_for_another_size(directory: Path, geometry: Geometry) -> Iterator[None]:
+    """Keep the room that a store needs to become `geometry`, which is smaller, while blocks move.
+    Raises StoreFullError, and has changed nothing then.
+
+    Whoever opens the store meanwhile gives it free: they keep it from another size in any case.
+    """
+    needed = new_index_bytes(geometry.shards, geometry.slots) + _DESCRIPTION_BYTES
+    require_room(directory, directory, needed)
+    with held(index_file.temporary_path(directory), needed):
+        yield
 
 
 def lacking_beside_shards(

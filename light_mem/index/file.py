@@ -135,12 +135,17 @@ class IndexUnusable(Exception):
     """Internal: the index must be made anew; never leaves the package."""
 
 
+def temporary_path(directory: Path) -> Path:
+    """Where this process makes an index; what a killed one left there goes at the next open."""
+    return directory / f"{NAME}.{os.getpid()}.tmp"
+
+
 def create(directory: Path, geometry: Geometry) -> Path:
     """Make an empty index under a temporary name; `publish` gives it its own.
 
     Room is allocated, so that a store to the mapping cannot die of a full disk (SIGBUS).
     """
-    temporary = directory / f"{NAME}.{os.getpid()}.tmp"
+    temporary = temporary_path(directory)
     size = fmt.index_layout(geometry.shards, geometry.slots).size
     header = np.zeros(1, fmt.INDEX_HEADER)
     header["magic"] = fmt.INDEX_MAGIC

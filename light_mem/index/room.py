@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from light_mem.errors import StoreFullError
@@ -73,3 +75,18 @@ def fill_holes(path: Path, size: int) -> None:
         allocate(descriptor, path, size)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def held(path: Path, size: int) -> Iterator[None]:
+    """Keep room on a full disk: `path` is a file of `size` bytes meanwhile. Raises StoreFullError,
+    OSError, and leaves none then."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            allocate(descriptor, path, size)
+        finally:
+            os.close(descriptor)  # else the room would not be free as soon as the file has gone
+        yield
+    finally:
+        path.unlink(missing_ok=True)

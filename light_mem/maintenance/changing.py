@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 
 import numpy as np
 
 from light_mem.blocks import seconds, whole_number
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import pinned_beyond
+from light_mem.engine.store_room import room_for_another_size
 from light_mem.index import format as fmt
 from light_mem.index import retention
 from light_mem.index.recovery import Ints
@@ -108,14 +110,17 @@ def resize(
     up, or the new one.
     Raises InvalidArgumentError (too small for a server, see `check_size`), StoreBusyError,
     StoreFullError; PinLimitError when more than half of a shard would be pinned. Then nothing was
-    changed.
+    changed; but for StoreBusyError, LockTimeoutError and OSError when a smaller store was opened by
+    another process, or its device failed, while blocks were moved: it keeps its size, and what has
+    gone until then is gone.
     """
     storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
     started = time.monotonic()
     store = Store(directory)
     geometry = store.geometry
     check_size(geometry.page_bytes, geometry.shards, storage_size)
-    slots = geometry.resized(storage_size).slots
+    resized = geometry.resized(storage_size)
+    slots = resized.slots
     too_many = pinned_beyond(store.directory, geometry, slots)
     if too_many is not None:
         raise too_many
@@ -128,20 +133,24 @@ def resize(
         )
     require_alone(store.directory, "another size")
     moved = 0
-    if slots < geometry.slots:
-        engine = open_tool(directory)
-        try:
-            for shard in range(geometry.shards):
-                moved += compact(engine, shard, slots)
-        finally:
-            engine.close()
-    open_tool(directory, storage_size).close()
-    resized = Store(directory)
-    if resized.geometry.storage_size != storage_size:
+    with ExitStack() as room:
+        if slots < geometry.slots:
+            engine = open_tool(directory)
+            try:
+                # On a full disk it fails here, and not when blocks have gone for a size that is not
+                # to be had.
+                room.enter_context(room_for_another_size(store.directory, resized))
+                for shard in range(geometry.shards):
+                    moved += compact(engine, shard, slots)
+            finally:
+                engine.close()
+        open_tool(directory, storage_size).close()  # which gives that room free, to use it
+    after = Store(directory)
+    if after.geometry.storage_size != storage_size:
         raise opened_meanwhile(store.directory, Ownership(store.directory).alive)
-    after = _totals(resized)
+    left = _totals(after)
     return _report(
-        resized, False, max(0, before[0] - after[0]), max(0, before[1] - after[1]), moved, started
+        after, False, max(0, before[0] - left[0]), max(0, before[1] - left[1]), moved, started
     )
 
 
