@@ -13,7 +13,7 @@ import pytest
 from light_mem import BlockNotStoredError, StoreBusyError, maintenance
 from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
-from light_mem.maintenance import import_store
+from light_mem.maintenance import export_store, import_store
 from tests.engine_helpers import Block, open_local
 from tests.maintenance_helpers import (
     BLOCKS,
@@ -206,6 +206,33 @@ def test_two_exports_to_one_file_do_not_mix(store: Path, tmp_path: Path, command
         assert not (tmp_path / "x").exists()
     assert command("export", store, tmp_path / "x") == 0  # what a killed one left is in no way
     assert not part.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_export_that_ends_just_before_another_takes_its_file_over_stays_whole(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    target, whole = tmp_path / "x", tmp_path / "whole"
+    flock = fcntl.flock
+
+    def flock_late(descriptor: int, how: int) -> None:
+        """The other export has opened the file of the first, which comes to its end now."""
+        monkeypatch.undo()
+        export_store(store, target)
+        whole.write_bytes(target.read_bytes())
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    if overwrite:
+        export_store(store, target, overwrite=True)
+    else:
+        with pytest.raises(FileExistsError):
+            export_store(store, target)
+        assert target.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["whole", "x"]
+    left = make_store(tmp_path / "target", [])
+    assert import_store(left, target).complete
+    assert_holds(left, *BLOCKS)
 
 
 # --- imports --------------------------------------------------------------------------------------

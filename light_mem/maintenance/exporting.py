@@ -51,8 +51,7 @@ def export_store(
     target = Path(file)
     if target.is_dir():
         raise InvalidArgumentError(f"{target} is a directory", file=str(target))
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is there already")
+    _refuse_existing(target, overwrite)
     keys = None if hashes is None else keymath.as_keys(hashes)
     parts = [_unexpired(part) for part in listed(store, keys)]
     missing: list[str] = []
@@ -67,6 +66,7 @@ def export_store(
         temporary = target.with_name(f".{target.name}.light-mem-part")
         with _created(temporary) as out:
             try:
+                _refuse_existing(target, overwrite)  # again: an export may just have ended
                 writer.write(out)
                 os.replace(temporary, target)
             except BaseException:
@@ -89,6 +89,11 @@ def export_store(
     )
 
 
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} is there already")
+
+
 def _unexpired(part: Listed) -> Listed:
     stays = ~retention.expired(part.rows["keep"])
     return part._replace(heads=part.heads[stays], rows=part.rows[stays])
@@ -97,14 +102,34 @@ def _unexpired(part: Listed) -> Listed:
 @contextmanager
 def _created(path: Path) -> Iterator[BinaryIO]:
     """An empty file that no other export writes to meanwhile."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb", 1 << 20) as out:
+    with os.fdopen(_locked(path), "wb", 1 << 20) as out:
+        os.ftruncate(out.fileno(), 0)
+        yield out
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file of that name, locked; raises FileExistsError when another export has
+    it. That export may end between our open and our lock: what we have opened has the finished
+    export's name then, or none."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another export is writing {path}") from None
-        os.ftruncate(descriptor, 0)
-        yield out
+            if _names(path, descriptor):
+                return descriptor
+        except BaseException as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise FileExistsError(f"another export is writing {path}") from None
+            raise
+        os.close(descriptor)
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _keys(part: Listed) -> list[tuple[int, int]]:
