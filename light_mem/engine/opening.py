@@ -141,7 +141,7 @@ def prepare(
             )
     making = ShardMaking(directory, wanted, geometry)
     problem = problem_of(directory, wanted, owners)
-    beside = lacking_beside_shards(directory, wanted, described, bool(problem))
+    beside = lacking_beside_shards(directory, wanted, described, bool(problem)) if alone else 0
     require_room(directory, directory, making.lacking + beside)
     if alone:  # else they did so when they came
         fill_holes(directory / OWNERS_NAME, FILE_BYTES)
