@@ -7,6 +7,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING
 
+from light_mem.descriptors import memory_object
 from light_mem.engine.maps import duplicate, have_maps, prefer_huge_pages
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, SharedMemoryFullError
 
@@ -31,7 +32,7 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     gone with the last process that maps it, and one descriptor while the tensor lives. Pages are
     taken from the system at first touch, as huge pages where the machine allows it to who asks
     (`advise` in transparent_hugepage/shmem_enabled); a cgroup's limit is not looked at. Where there
-    is no memfd (macOS; not tested there) an unlinked temporary file takes its place.
+    is no memfd (a sandbox forbids it, macOS) an unlinked temporary file takes its place.
 
     Raises InvalidArgumentError for sizes that are not positive integers, SharedMemoryFullError
     (`needed`, `available` in bytes) if the system has less memory available. Thread-safe.
@@ -110,9 +111,8 @@ def _require_room(needed: int, available: int, where: str) -> None:
 
 
 def _create_memory(nbytes: int) -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("light_mem_kvcache", os.MFD_CLOEXEC)
-    else:
+    fd = memory_object("light_mem_kvcache")
+    if fd < 0:
         import tempfile
 
         status = os.statvfs(tempfile.gettempdir())

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from light_mem import descriptors
 from light_mem.errors import ForkedProcessError
 from light_mem.index.owners import process_start
 
@@ -59,11 +60,13 @@ def is_alive(pid: int, started: float) -> bool:
 def _has_exited(pid: int) -> bool:
     # Not the state in /proc/<pid>/stat: it is the main thread's, which may end before the others.
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = descriptors.pidfd(pid)
     except ProcessLookupError:
         return True
-    except (AttributeError, OSError):
-        return False  # no pidfds on this system
+    except OSError:  # no descriptor left
+        return False
+    if pidfd < 0:
+        return False
     try:
         return bool(_readable(pidfd, timeout=0))
     finally:
@@ -125,13 +128,13 @@ def _watch(pid: int, started: float, watch: weakref.ref[DeathWatch]) -> Callable
         pidfd = -1
     else:
         try:
-            pidfd = os.pidfd_open(pid)
+            pidfd = descriptors.pidfd(pid)
         except ProcessLookupError:
             tell()
             return lambda: None
-        except (AttributeError, OSError):
+        except OSError:  # no descriptor left
             pidfd = -1
-    if pidfd < 0:  # no pidfds on this system
+    if pidfd < 0:
         ended = threading.Event()
         threading.Thread(target=look, args=(ended,), name="lightmem-watch", daemon=True).start()
         return ended.set

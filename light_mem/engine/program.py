@@ -1,7 +1,7 @@
 """Processes of our own: how one is started, and how it ends with its parent.
 
 Each is its own program: `multiprocessing` would run the server's `__main__` again, and a fork of a
-process with threads may hang. Imports nothing of the library, so a child costs what it needs only.
+process with threads may hang. Imports next to nothing of the library: a child costs what it needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from light_mem import descriptors
 
 # How glibc copies, read from GLIBC_TUNABLES when a program starts (glibc manual, "Tunables").
 # What we copy goes to pages that this processor does not read again soon, so copies had better go
@@ -70,7 +72,7 @@ def die_with(parent: int) -> None:
     Raises ProcessLookupError when it is dead already.
     """
     # Not PR_SET_PDEATHSIG: it fires when the *thread* that started the child ends (prctl(2)).
-    pidfd = os.pidfd_open(parent) if hasattr(os, "pidfd_open") else -1
+    pidfd = descriptors.pidfd(parent)
 
     def watch() -> None:
         if pidfd >= 0:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from light_mem.descriptors import memory_object
 from light_mem.engine.process import DeathWatch, is_alive
 from light_mem.engine.table_layout import (
     ABORTED,
@@ -72,9 +73,8 @@ class TaskTable(TableMemory):
     ) -> TaskTable:
         """A new table of this process, the server."""
         path = ""
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
-        else:
+        fd = memory_object(NAME)
+        if fd < 0:
             import tempfile
 
             fd, path = tempfile.mkstemp(prefix=f"{NAME}-")

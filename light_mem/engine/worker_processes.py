@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from light_mem import descriptors
 from light_mem.engine import program, worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.task_table import TaskTable
@@ -96,21 +97,22 @@ class WorkerProcesses:
             "cpus": self._cpus[number - 1] if self._cpus else None,
             **self._settings,
         }
-        descriptors = [self._table.fd]
+        passed = [self._table.fd]
         if self._memory.kind == "fd":
-            descriptors.append(self._memory.fd)
+            passed.append(self._memory.fd)
         process = subprocess.Popen(
             program.command(worker.__name__, config),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self.log.write,
-            pass_fds=descriptors,
+            pass_fds=passed,
             env=program.environment(_ENVIRONMENT),
         )
         try:
-            if hasattr(os, "pidfd_open"):
-                self._pidfds[number] = os.pidfd_open(process.pid)
-                self._selector.register(self._pidfds[number], selectors.EVENT_READ, None)
+            pidfd = descriptors.pidfd(process.pid)
+            if pidfd >= 0:
+                self._pidfds[number] = pidfd
+                self._selector.register(pidfd, selectors.EVENT_READ, None)
         except BaseException:  # no descriptor left: nobody would know of this worker
             if number in self._pidfds:
                 os.close(self._pidfds.pop(number))

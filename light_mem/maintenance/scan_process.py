@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from light_mem.descriptors import memory_object
 from light_mem.engine import program
 from light_mem.maintenance import scan_child
 from light_mem.maintenance.scan_child import ANSWER, DONE_BYTES, END, FAILED_BLOCK, HEADER
@@ -92,7 +93,8 @@ class ScanProcess:
 
 
 def _memory_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("light-mem-verify", os.MFD_CLOEXEC)
+    memory = memory_object("light-mem-verify")
+    if memory >= 0:
+        return memory
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
