@@ -15,6 +15,7 @@ ranks.py     tensor-parallel ranks: keys, and lengths that all of them agree on
 compat.py    PyLocalCacheService: the drop-in interface of the C++ LightMem;
              compat_arguments.py: its arguments checked
 errors.py    the error tree; filesystem.py: what lies below a store; closing.py: `with`;
+             descriptors.py: none takes a standard stream's place;
              lazy.py: names imported when they are used
 integrations/ what plugs into servers: vLLM, SGLang, LMCache
 engine/      moves bytes: shards, copies, workers

@@ -1,4 +1,8 @@
-"""Descriptors that the system may refuse to give: what there is instead is the caller's to say.
+"""Descriptors: none of ours has a standard stream's number, and the system may refuse to give one.
+
+A process may run without standard streams (a daemon, `<&-`). What it opens then has the numbers 0
+to 2, so that a child is given its own standard input in the place of what it was to inherit, and
+what a library complains of on standard error goes into our files.
 
 A call that Python knows may be one that the kernel is too old for (ENOSYS), or that a sandbox or
 a container's profile forbids (EPERM as a rule, EACCES by `vm.memfd_noexec` too). Imports nothing
@@ -8,9 +12,23 @@ of the library: children that are to start fast use it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 
 _REFUSED = frozenset((errno.ENOSYS, errno.EPERM, errno.EACCES))
+
+
+def keep_standard_numbers() -> None:
+    """Open /dev/null in the place of standard streams that are closed, before anything is opened
+    that lives long or is passed on: moving a descriptor (F_DUPFD) does not help, since `mmap` keeps
+    a duplicate with the lowest number that is free. Raises OSError. Any thread."""
+    for number in range(3):
+        try:
+            fcntl.fcntl(number, fcntl.F_GETFD)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            if opened > 2:  # another thread has filled them all
+                os.close(opened)
 
 
 def pidfd(pid: int) -> int:

@@ -7,7 +7,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING
 
-from light_mem.descriptors import memory_object
+from light_mem.descriptors import keep_standard_numbers, memory_object
 from light_mem.engine.maps import duplicate, have_maps, prefer_huge_pages
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, SharedMemoryFullError
 
@@ -46,6 +46,7 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
             )
     nbytes = num_pages * page_bytes
     require_memory(nbytes)
+    keep_standard_numbers()
     fd = _create_memory(nbytes)
     try:
         if have_maps():

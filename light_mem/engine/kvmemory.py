@@ -15,6 +15,7 @@ import re
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from light_mem.descriptors import keep_standard_numbers
 from light_mem.engine.kvallocation import (
     HOW_TO_ALLOCATE,
     allocated,
@@ -84,6 +85,7 @@ def share_tensor(tensor: torch.Tensor) -> MemorySource:
     was moved then.
     """
     _validate(tensor)
+    keep_standard_numbers()
     with _share_lock:
         try:
             region = find_region(tensor.data_ptr(), tensor.nbytes)

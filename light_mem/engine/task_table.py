@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from light_mem.descriptors import memory_object
+from light_mem.descriptors import keep_standard_numbers, memory_object
 from light_mem.engine.process import DeathWatch, is_alive
 from light_mem.engine.table_layout import (
     ABORTED,
@@ -72,6 +72,7 @@ class TaskTable(TableMemory):
         workers: int,
     ) -> TaskTable:
         """A new table of this process, the server."""
+        keep_standard_numbers()
         path = ""
         fd = memory_object(NAME)
         if fd < 0:
@@ -117,6 +118,7 @@ class TaskTable(TableMemory):
         )
         if not is_alive(address.pid, address.started):
             raise gone
+        keep_standard_numbers()
         try:
             fd = os.open(
                 address.path or f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC

@@ -69,6 +69,7 @@ class WorkerProcesses:
 
     def open(self) -> None:
         """Be able to listen; raises OSError where no descriptors are left."""
+        descriptors.keep_standard_numbers()
         lines = self.log = WorkerLog()
         self._wakes = list(os.pipe())
         self._selector.register(lines.read, selectors.EVENT_READ, lines.relay)
@@ -100,6 +101,7 @@ class WorkerProcesses:
         passed = [self._table.fd]
         if self._memory.kind == "fd":
             passed.append(self._memory.fd)
+        descriptors.keep_standard_numbers()  # closed since? its pidfd lives as long as it does
         process = subprocess.Popen(
             program.command(worker.__name__, config),
             stdin=subprocess.DEVNULL,

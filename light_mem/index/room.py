@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from light_mem.errors import StoreFullError
+from light_mem.index.store_files import make, open_file
 
 _ZEROS = bytes(1 << 20)
 
@@ -70,7 +71,7 @@ def fill_holes(path: Path, size: int) -> None:
     """
     if not lacking(path, size):
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = open_file(path, os.O_RDWR)
     try:
         allocate(descriptor, path, size)
     finally:
@@ -82,7 +83,7 @@ def held(path: Path, size: int) -> Iterator[None]:
     """Keep room on a full disk: `path` is a file of `size` bytes meanwhile. Raises StoreFullError,
     OSError, and leaves none then."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = make(path)
         try:
             allocate(descriptor, path, size)
         finally:

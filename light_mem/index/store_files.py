@@ -12,6 +12,7 @@ import logging
 import os
 from pathlib import Path
 
+from light_mem.descriptors import keep_standard_numbers
 from light_mem.errors import StoreFormatError
 
 log = logging.getLogger("light_mem")
@@ -21,6 +22,7 @@ _MODE = 0o600
 
 def open_file(path: str | os.PathLike[str], flags: int) -> int:
     """A descriptor of a file of a store. Raises OSError; StoreFormatError for a symlink."""
+    keep_standard_numbers()
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE)
     except OSError as error:
@@ -78,6 +80,7 @@ def _other_owner(directory: Path) -> tuple[int, int] | None:
 def _make_for(path: Path, owner: tuple[int, int]) -> int:
     """Make a file that is the owner's as soon as it has its name: their service may look for it
     meanwhile, and this process may be killed. Raises FileExistsError."""
+    keep_standard_numbers()
     try:
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE)
     except (AttributeError, OSError):  # a system, or a file system, without files without a name

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from light_mem.descriptors import memory_object
+from light_mem.descriptors import keep_standard_numbers, memory_object
 from light_mem.engine import program
 from light_mem.maintenance import scan_child
 from light_mem.maintenance.scan_child import ANSWER, DONE_BYTES, END, FAILED_BLOCK, HEADER
@@ -23,6 +23,7 @@ class ScanProcess:
 
     def __init__(self) -> None:
         """Raises OSError when it cannot be started."""
+        keep_standard_numbers()
         self._memory = _memory_file()
         try:
             # A session of its own: a Ctrl-C in the terminal is for the parent to answer.
