@@ -41,6 +41,26 @@ def test_a_server_without_standard_streams_serves(tmp_path: Path, closed: str) -
     assert verify(tmp_path / "store").clean
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_without_standard_streams_ends_with_its_exit_code(
+    store: Path, closed: str
+) -> None:
+    verified = shlex.join([sys.executable, "-m", "light_mem", "verify", str(store)])
+    missing = shlex.join([sys.executable, "-m", "light_mem", "verify", str(store / "none")])
+    # Said by a shell that has its streams: those of the commands are closed.
+    script = f"{verified} {closed}; echo $? >&3; {missing} {closed}; echo $? >&3"
+    said = subprocess.run(
+        ["sh", "-c", f"( {script} ) 3>&1 >/dev/null"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert said.stdout.split() == ["0", "2"], said.stderr
+    assert "Traceback" not in said.stderr
+
+
 @pytest.fixture
 def no_input() -> Iterator[None]:
     """This process without standard input."""

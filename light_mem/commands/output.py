@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from light_mem.descriptors import keep_standard_numbers
 from light_mem.errors import LightMemError
 from light_mem.maintenance.report import plain
 
@@ -49,13 +51,21 @@ def guarded(name: str, run: Callable[[], int]) -> int:
 
 def speak_anyway() -> None:
     """From now on a character that standard output or error cannot show is shown by its number:
-    with an encoding of its own (PYTHONIOENCODING, a locale) a path or a bar would be an error."""
+    with an encoding of its own (PYTHONIOENCODING, a locale) a path or a bar would be an error.
+    Where one of them is closed (`>&-`) what goes there is lost, and the exit code is as ever."""
+    keep_standard_numbers()
+    sys.stdout, sys.stderr = _or_nowhere(sys.stdout), _or_nowhere(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):  # tests and programs put others there
             continue
         # "surrogateescape", of the locale C: the bytes of paths go out as they came, and no more.
         if stream.errors == "strict" or not shows("█", stream):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _or_nowhere(stream: TextIO | None) -> TextIO:
+    # Python has None for a stream that was closed when it started.
+    return stream or open(os.devnull, "w", encoding="utf-8")
 
 
 def shows(text: str, stream: TextIO | None = None) -> bool:
