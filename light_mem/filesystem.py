@@ -21,7 +21,11 @@ def file_system(path: Path) -> tuple[str, str]:
 
     best = ("", "")
     resolved = path.resolve()
-    for partition in psutil.disk_partitions(all=True):
+    try:
+        partitions = psutil.disk_partitions(all=True)
+    except OSError:  # there is no /proc
+        return best
+    for partition in partitions:
         mount = Path(partition.mountpoint)
         if resolved.is_relative_to(mount) and len(partition.mountpoint) >= len(best[0]):
             best = (partition.mountpoint, partition.fstype)

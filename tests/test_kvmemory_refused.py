@@ -169,6 +169,17 @@ def test_a_machine_without_memory_left_names_both_sizes(monkeypatch: pytest.Monk
     assert not tensor.is_shared()
 
 
+def test_a_machine_that_does_not_say_what_memory_it_has_may_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", fail)
+    close_source(share_tensor(allocate_kvcache(ROWS, COLUMNS)))
+    close_source(share_tensor(torch.zeros(ROWS, COLUMNS, dtype=torch.uint8)))
+
+
 def test_a_machine_without_dev_shm_is_told_how_to_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvallocation, "SHM_DIR", "/nonexistent")
     with pytest.raises(KVCacheMemoryError, match="allocate_kvcache"):

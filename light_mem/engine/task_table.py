@@ -39,6 +39,7 @@ from light_mem.engine.table_memory import Sizes, TableMemory
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.owners import process_start
 
+OWN_DESCRIPTORS = "/proc/self/fd"
 _ROW_WORDS = ROW.itemsize // 8
 _WORKER_WORDS = WORKER.itemsize // 8
 _CREATED_WORD = ROW.fields["created"][1] // 8  # type: ignore[index]
@@ -74,7 +75,8 @@ class TaskTable(TableMemory):
         """A new table of this process, the server."""
         keep_standard_numbers()
         path = ""
-        fd = memory_object(NAME)
+        # Without a name it is found through /proc alone, by this very process's locks too.
+        fd = memory_object(NAME) if os.path.isdir(OWN_DESCRIPTORS) else -1
         if fd < 0:
             import tempfile
 
@@ -166,7 +168,7 @@ class TaskTable(TableMemory):
 
     def lock_path(self) -> str:
         """A path that opens the table's memory object anew, for locks of its own."""
-        return self.path or f"/proc/self/fd/{self.fd}"
+        return self.path or f"{OWN_DESCRIPTORS}/{self.fd}"
 
     def snapshot(self, start: int, end: int) -> bytes:
         """States of cells `[start, end)`. No lock, no system call."""
