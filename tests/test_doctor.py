@@ -120,6 +120,7 @@ def test_free_space() -> None:
     assert status(directory.judge_room(100 * GIB, 2 * GIB)) == OK
     assert status(directory.judge_room(100 * GIB, GIB // 2)) == WARN
     assert status(directory.judge_room(GIB, GIB // 2)) == OK  # a small file system
+    assert "does not say" in directory.judge_room(0, 0).found
 
 
 def test_a_directory_that_can_do_all_of_it(tmp_path: Path) -> None:

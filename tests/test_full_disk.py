@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from light_mem.engine import store_room
+from light_mem.errors import StoreFullError
+from tests.maintenance_helpers import make_store
 from tests.service_child import Child
 from tests.small_disk import FILL, small_disk
 
@@ -129,3 +138,18 @@ say(maintenance.import_store(disk + "/store", exported, storage_size=size).compl
         assert child.hear() == [True, True, ["filler"], 0]
         assert child.hear() == [True]
         assert child.end() == 0
+
+
+def test_a_file_system_without_a_size_is_taken_at_its_allocations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, free=0))
+    store_room.require_room_for_new(tmp_path / "store", 4096, 1, 1 << 40)
+    make_store(tmp_path / "store")
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StoreFullError):
+        make_store(tmp_path / "other")

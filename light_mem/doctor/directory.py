@@ -71,7 +71,9 @@ def judge_file_system(kind: str, mount: str) -> Check:
 
 
 def judge_room(total: int, free: int) -> Check:
-    """Sizes in bytes."""
+    """Sizes in bytes; `total` 0: the file system has no size (a tmpfs without a limit, ramfs)."""
+    if not total:
+        return Check("free space", OK, "the file system does not say")
     found = f"{size_text(free)} of {size_text(total)} free"
     if free < min(_LEAST_FREE, total // 20):
         advice = "a store allocates its room when it is made or grows: free some first"

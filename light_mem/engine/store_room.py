@@ -68,8 +68,10 @@ def lacking_beside_shards(
 def require_room(directory: Path, there: Path, needed: int) -> None:
     """Raise StoreFullError where a file system has not the bytes that a store needs more; `there`:
     the store's directory, or what there is of its path."""
-    available = shutil.disk_usage(there).free
-    if needed > available:
+    usage = shutil.disk_usage(there)
+    available = usage.free
+    # Without a size (a tmpfs with size=0, ramfs) it does not say; allocating finds a real lack.
+    if usage.total and needed > available:
         raise StoreFullError(
             f"the store {directory} needs {needed} bytes more, its file system has {available}",
             needed=needed,
