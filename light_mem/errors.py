@@ -180,7 +180,7 @@ class TaskExpiredError(LightMemError, LookupError):
 
 
 class ServiceClosedError(LightMemError, RuntimeError):
-    """The service is closed, or its server process is gone.
+    """The service is closed, or its server process is gone or not this process's to look at.
 
     Attributes `pid`, of a server that is gone; `shard`, when its files are closed; `pool` and
     `pools`, when SGLang asks for one that was not opened.

@@ -92,7 +92,8 @@ _SERVICES = Family("lightmem_services", "gauge", "Services that have the store o
 _UNSEEN = Family(
     "lightmem_unseen_services",
     "gauge",
-    "Services that have the store open and whose numbers cannot be read: of another user.",
+    "Services that have the store open and whose numbers cannot be read: of another user or "
+    "container.",
     _STORE,
 )
 

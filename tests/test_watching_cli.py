@@ -154,7 +154,7 @@ def test_servers_of_another_user_are_servers(tmp_path: Path) -> None:
     for screen in (top_screen, stats_screen):
         with console.capture() as shown:
             console.print(screen(found._replace(unseen=1), None))
-        assert "1 server has it open, of another user" in shown.get()
+        assert "1 server has it open, of another user or container" in shown.get()
         assert "no server" not in shown.get()
 
 

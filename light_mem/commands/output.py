@@ -136,7 +136,8 @@ def unseen(seen: int, servers: int) -> list[Text]:
         return [] if seen else [Text("no server has it open")]
     what = "server has" if servers == 1 else "servers have"
     more = "more " if seen else ""
-    return [Text(f"{servers} {more}{what} it open, of another user: run this as that user")]
+    of = "of another user or container: run this as that user, in that container"
+    return [Text(f"{servers} {more}{what} it open, {of}")]
 
 
 def seconds_text(seconds: float | None) -> str:

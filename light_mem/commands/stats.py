@@ -24,7 +24,7 @@ from light_mem.monitor.rates import as_json, hit_rate, together
 STATS = """\
 Show hits, misses, bytes, queues, latencies, evictions, damage and the ages of the blocks: of the
 store, and of the services of all servers that have it open, together. Reads files and shared
-memory; takes no lock, stops nobody. Servers of other users are only counted.
+memory; takes no lock, stops nobody. Servers of other users and containers are only counted.
 
 With --interval or --watch there are rates too: what happened between two looks.
 

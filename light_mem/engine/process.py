@@ -57,6 +57,18 @@ def is_alive(pid: int, started: float) -> bool:
     return bool(found) and found == started and not _has_exited(pid)
 
 
+def is_shown(pid: int, started: float) -> bool:
+    """Whether /proc shows this process running. It does so, and `is_alive` is false, for a process
+    that is in no PID namespace of ours, below a /proc of another one."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except OSError:
+        return False
+    state = stat[stat.rindex(b")") + 2 :][:1]
+    return state not in b"ZX" and process_start(pid) == started
+
+
 def _has_exited(pid: int) -> bool:
     # Not the state in /proc/<pid>/stat: it is the main thread's, which may end before the others.
     try:

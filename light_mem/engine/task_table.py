@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from light_mem.descriptors import keep_standard_numbers, memory_object
-from light_mem.engine.process import DeathWatch, is_alive
+from light_mem.engine.process import DeathWatch, is_alive, is_shown
 from light_mem.engine.table_layout import (
     ABORTED,
     CELL,
@@ -104,7 +104,7 @@ class TaskTable(TableMemory):
     def attach(cls, address: TableAddress) -> TaskTable:
         """The table at `address`; the same object for all callers of one process.
 
-        Raises ServiceClosedError when the server is gone.
+        Raises ServiceClosedError when the server is gone, or is none that this process may look at.
         """
         with _attach_guard:
             known = _tables.get(address.table_id)
@@ -114,17 +114,26 @@ class TaskTable(TableMemory):
 
     @classmethod
     def _attach(cls, address: TableAddress) -> TaskTable:
-        gone = ServiceClosedError(
-            f"the server of this task (pid {address.pid}) has closed its service or is gone",
-            pid=address.pid,
+        pid = address.pid
+        path = address.path or f"/proc/{pid}/fd/{address.fd}"
+        server = f"the server of this task (pid {pid})"
+        gone = ServiceClosedError(f"{server} has closed its service or is gone", pid=pid)
+        barred = ServiceClosedError(
+            f"{server} lives, and {path} cannot be reached: this process is of another user, "
+            "container or PID namespace than the server",
+            pid=pid,
         )
-        if not is_alive(address.pid, address.started):
-            raise gone
+        if not is_alive(pid, address.started):
+            if is_shown(pid, address.started):
+                raise barred
+            # Below a /proc of its own a process cannot tell the one from the other.
+            unseen = "is gone, or is in another container or PID namespace than this process"
+            raise ServiceClosedError(f"{server} {unseen}", pid=pid)
         keep_standard_numbers()
         try:
-            fd = os.open(
-                address.path or f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC
-            )
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError:
+            raise barred from None
         except OSError:
             raise gone from None
         try:

@@ -56,7 +56,7 @@ class Look(NamedTuple):
     clock: float  # monotonic seconds, for rates
     store: StoreLook
     servers: tuple[ServerLook, ...]  # by pid
-    unseen: int  # living servers whose numbers cannot be read: another user's
+    unseen: int  # living servers whose numbers cannot be read: another user's, another container's
 
 
 def look(directory: str | os.PathLike[str], ages: bool = True) -> Look:

@@ -33,7 +33,7 @@ class ServerTable(NamedTuple):
 
 def find_tables(directory: Path) -> tuple[list[ServerTable], int]:
     """The tables of the living servers of a store, by process id, and how many servers there are
-    whose table cannot be seen: another user's, or no Linux."""
+    whose table cannot be seen: another user's or container's, or no Linux."""
     servers = {owner.pid for owner in Ownership(directory).alive if owner.kind == "server"}
     found: dict[str, ServerTable] = {}
     _collect(sorted(servers), directory, found)
