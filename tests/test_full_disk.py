@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from light_mem import allocate_kvcache
 from light_mem.engine import store_room
-from light_mem.errors import StoreFullError
+from light_mem.engine.table_memory import Sizes
+from light_mem.engine.task_table import TaskTable
+from light_mem.errors import InvalidArgumentError, SharedMemoryFullError, StoreFullError
 from tests.maintenance_helpers import make_store
 from tests.service_child import Child
 from tests.small_disk import FILL, small_disk
@@ -153,3 +158,21 @@ def test_a_file_system_without_a_size_is_taken_at_its_allocations(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(StoreFullError):
         make_store(tmp_path / "other")
+
+
+def test_a_limit_on_file_sizes_is_named_where_memory_is_above_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def above(*_: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "ftruncate", above)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, -1))
+    with pytest.raises(SharedMemoryFullError, match="RLIMIT_FSIZE") as caught:
+        allocate_kvcache(512, 4096)
+    error: Any = caught.value
+    assert (error.needed, error.available, error.errno) == (2 << 20, 1 << 20, errno.EFBIG)
+    with pytest.raises(InvalidArgumentError, match=r"RLIMIT_FSIZE.*or lower max_blocks"):
+        TaskTable.create(
+            Sizes.for_blocks(64), store="x", page_bytes=1, num_pages=1, pages_per_block=1, workers=1
+        )

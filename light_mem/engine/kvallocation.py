@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import resource
 import weakref
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,8 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     is no memfd (a sandbox forbids it, macOS) an unlinked temporary file takes its place.
 
     Raises InvalidArgumentError for sizes that are not positive integers, SharedMemoryFullError
-    (`needed`, `available` in bytes) if the system has less memory available. Thread-safe.
+    (`needed`, `available` in bytes) if the system has less memory available, or if files of this
+    process may not be as long. Thread-safe.
     """
     import torch
 
@@ -109,11 +112,18 @@ def require_memory(needed: int) -> None:
 
 def _require_room(needed: int, available: int, where: str) -> None:
     if needed > available:
-        raise SharedMemoryFullError(
-            f"the KV tensor needs {needed} bytes, {available} bytes are available in {where}",
-            needed=needed,
-            available=available,
-        )
+        raise _no_room(needed, available, where)
+
+
+def _no_room(
+    needed: int, available: int, where: str, number: int = errno.ENOSPC
+) -> SharedMemoryFullError:
+    return SharedMemoryFullError(
+        f"the KV tensor needs {needed} bytes, {available} bytes are available in {where}",
+        needed=needed,
+        available=available,
+        errno=number,
+    )
 
 
 def _create_memory(nbytes: int) -> int:
@@ -127,8 +137,12 @@ def _create_memory(nbytes: int) -> int:
             fd = os.dup(file.fileno())
     try:
         os.ftruncate(fd, nbytes)
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+            where = "a file of this process (RLIMIT_FSIZE, ulimit -f: raise it)"
+            raise _no_room(nbytes, limit, where, error.errno) from error
         raise
     return fd
 

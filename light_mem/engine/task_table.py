@@ -11,6 +11,7 @@ byte; who polls compares bytes and makes no system call.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -85,8 +86,11 @@ class TaskTable(TableMemory):
             table = cls(fd, sizes, path)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             os.close(fd)
+            limited = isinstance(error, OSError) and error.errno == errno.EFBIG
+            remedy = "raise RLIMIT_FSIZE (ulimit -f), or " if limited else ""
             raise InvalidArgumentError(
-                f"no memory for a task table of {sizes.cells} blocks ({error}): lower max_blocks",
+                f"no memory for a task table of {sizes.cells} blocks ({error}): {remedy}lower "
+                "max_blocks",
                 max_blocks=sizes.cells,
             ) from error
         h = table.header
