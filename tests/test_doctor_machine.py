@@ -42,6 +42,7 @@ def test_a_missing_feature_is_a_warning(monkeypatch: pytest.MonkeyPatch, machine
     found = {check.name: check for check in kernel.checks(machine)}
     assert status(found["pidfds"]) == status(found["memfd_create"]) == WARN
     assert "not permitted" in found["pidfds"].found
+    assert status(found["OFD locks"]) == OK  # what one is refused is no want of another
 
 
 def test_limits() -> None:

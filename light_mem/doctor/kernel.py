@@ -72,13 +72,11 @@ def _memfd() -> None:
 
 def _ofd_lock() -> None:
     import struct
+    import tempfile
 
-    descriptor = os.memfd_create("lightmem-doctor", os.MFD_CLOEXEC)
-    try:
+    with tempfile.TemporaryFile() as file:  # no memfd: that may be missing, and these be there
         raw = struct.pack("hhlli4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, raw)
-    finally:
-        os.close(descriptor)
+        fcntl.fcntl(file.fileno(), fcntl.F_OFD_SETLK, raw)
 
 
 def _populate() -> None:
