@@ -152,9 +152,7 @@ class LocalCacheService(CacheService):
                 num_of_shard=s.num_of_shard,
                 storage_size=s.storage_size,
                 block_pages=s.pages_per_block,
-                verify=s.verify,
-                durability=s.durability,
-                time_to_live=s.time_to_live,
+                settings=s.engine._replace(page_cache="keep"),  # only workers drop
                 recover=False,  # the pool's thread does it, off the way to the first request
             )
             undo.callback(engine.close)
@@ -181,10 +179,7 @@ class LocalCacheService(CacheService):
                 self._session.queue,
                 s.num_workers,
                 source,
-                verify=s.verify,
-                durability=s.durability,
-                page_cache=s.page_cache,
-                time_to_live=s.time_to_live,
+                settings=s.engine,
                 cpus=s.cpus,
                 is_stored=engine.is_stored,
                 recover=engine.recover,

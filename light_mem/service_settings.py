@@ -11,6 +11,7 @@ from light_mem import blocks
 from light_mem.engine import page_cache as cache_policy
 from light_mem.engine.affinity import place_workers
 from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.table_layout import MAX_BLOCKS, MAX_WORKERS
 from light_mem.errors import InvalidArgumentError
 
@@ -28,10 +29,7 @@ class ServiceSettings(NamedTuple):
     page_bytes: int
     num_pages: int
     pages_per_block: int
-    verify: bool
-    durability: str
-    page_cache: str
-    time_to_live: float | None
+    engine: EngineSettings
     cpus: list[tuple[int, ...]] | None  # of each worker
     small_read_bytes: int  # 0: `create` reads nothing itself
     small_write_bytes: int
@@ -86,10 +84,7 @@ class ServiceSettings(NamedTuple):
             page_bytes,
             num_pages,
             pages_per_block,
-            verify,
-            durability,
-            page_cache,
-            time_to_live,
+            EngineSettings(verify, durability, page_cache, time_to_live),
             cpus,
             small_read_bytes if keep else 0,
             small_write_bytes if keep and durability == "kernel" else 0,

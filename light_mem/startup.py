@@ -27,7 +27,7 @@ def start_line(
     geometry: Geometry, table: TaskTable, source: MemorySource, settings: ServiceSettings
 ) -> str:
     """Everything about a service in one line: versions, store, tensor, workers, settings."""
-    h, g, s = table.header[0], geometry, settings
+    h, g, s, e = table.header[0], geometry, settings, settings.engine
     mount, kind = file_system(s.directory)
     versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
     return (
@@ -36,8 +36,8 @@ def start_line(
         f"of {g.slots} slots of {g.page_bytes} bytes, storage_size {g.storage_size}; KV tensor "
         f"{int(h['num_pages'])} pages of {int(h['page_bytes'])} bytes, {memory_text(source)}, "
         f"{int(h['pages_per_block'])} pages a block; {int(h['workers'])} workers on "
-        f"{cpus_text(s.cpus)}, page_cache {s.page_cache}, "
-        f"durability {s.durability}, verify {s.verify}, time_to_live {s.time_to_live}, max_blocks "
+        f"{cpus_text(s.cpus)}, page_cache {e.page_cache}, "
+        f"durability {e.durability}, verify {e.verify}, time_to_live {e.time_to_live}, max_blocks "
         f"{table.sizes.cells}; pid {os.getpid()}, Python {platform.python_version()}, {versions}, "
         f"{platform.platform()}"
     )

@@ -13,6 +13,7 @@ from light_mem.engine import page_cache, shard_file
 from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.read_ahead import Span
+from light_mem.engine.settings import EngineSettings
 from light_mem.index.lookup import Location
 from tests.cached import can_forget, forget_all
 from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, open_local
@@ -67,7 +68,7 @@ def make(directory: Path, blocks: list[Block], page_bytes: int) -> None:
 
 @contextmanager
 def opened(directory: Path, page_bytes: int, verify: bool = True) -> Iterator[Rig]:
-    engine = LocalStorageEngine(directory, kind="worker", verify=verify)
+    engine = LocalStorageEngine(directory, kind="worker", settings=EngineSettings(verify=verify))
     yield Rig(engine, page_bytes)
     engine.close()
 

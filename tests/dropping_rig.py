@@ -9,6 +9,7 @@ import pytest
 
 from light_mem.engine import page_cache
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.settings import EngineSettings
 from tests.cached import cached, can_forget
 from tests.engine_helpers import Rig
 
@@ -29,7 +30,9 @@ def open_dropping(directory: Path, pages: int, page_bytes: int, **options: Any) 
         storage_size=pages * page_bytes,
         block_pages=1,
     ).close()
-    engine = LocalStorageEngine(directory, kind="worker", page_cache="drop", **options)
+    engine = LocalStorageEngine(
+        directory, kind="worker", settings=EngineSettings(page_cache="drop", **options)
+    )
     return Rig(engine, page_bytes)
 
 

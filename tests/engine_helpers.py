@@ -14,6 +14,7 @@ import numpy.typing as npt
 from light_mem.engine.base import BlockIO, Outcome, StorageEngine, never
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Rows
+from light_mem.engine.settings import EngineSettings
 from light_mem.index import file as index_file
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -127,8 +128,7 @@ def open_local(
         num_of_shard=shards,
         storage_size=pages * page_bytes * shards,
         block_pages=block_pages,
-        verify=verify,
-        durability=durability,
+        settings=EngineSettings(verify=verify, durability=durability),
     )
 
 

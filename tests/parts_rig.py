@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.settings import EngineSettings
 from light_mem.index import format as fmt
 from light_mem.index.recovery import states_of
 from tests.engine_helpers import Block, assert_consistent, blocks_of_shard, lent, open_local
@@ -25,7 +26,7 @@ def of_shard(shard: int, count: int, first: int = 0) -> list[Block]:
 def opened(directory: Path, policy: str = "keep") -> LocalStorageEngine:
     if not directory.exists():
         open_local(directory, SLOTS, shards=SHARDS).close()
-    return LocalStorageEngine(directory, kind="worker", page_cache=policy)
+    return LocalStorageEngine(directory, kind="worker", settings=EngineSettings(page_cache=policy))
 
 
 @pytest.fixture(params=["keep", "drop"])

@@ -11,6 +11,7 @@ import pytest
 from light_mem.engine import page_cache, writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.settings import EngineSettings
 from light_mem.index.format import MAX_INTENTS
 from tests.begun import PAGE, Begun, Gate, begin_read, begin_write, dropping, stores, used
 from tests.cold_rig import cache_that_forgets
@@ -142,7 +143,11 @@ def test_with_keep_nothing_is_left_for_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", ["with", "without"])
 def test_a_kill_with_two_batches_in_hand_costs_only_those(tmp_path: Path, index: str) -> None:
     prepared(tmp_path / "store").engine.close()
-    rig = Rig(LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop"))
+    rig = Rig(
+        LocalStorageEngine(
+            tmp_path / "store", kind="worker", settings=EngineSettings(page_cache="drop")
+        )
+    )
 
     def write() -> None:
         begun = [begin_write(rig, FRESH[0]), begin_write(rig, FRESH[1], FRESH[2])]
@@ -171,7 +176,9 @@ def test_any_order_of_batches_gives_right_bytes(
     )
     page_bytes = int(rng.choice([3840, 4096, 61440]))
     open_dropping(tmp_path / "s", 96, page_bytes).engine.close()
-    engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache=policy)
+    engine = LocalStorageEngine(
+        tmp_path / "s", kind="worker", settings=EngineSettings(page_cache=policy)
+    )
     rig = Rig(engine, page_bytes)
     pages = {key: int(rng.integers(1, 25)) for key in range(24)}
     begun: list[Begun] = []

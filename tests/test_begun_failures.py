@@ -14,6 +14,7 @@ import pytest
 from light_mem.engine import direct_writes
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.settings import EngineSettings
 from light_mem.errors import LockTimeoutError
 from light_mem.index import keys as keymath
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
@@ -85,7 +86,12 @@ def test_where_a_batch_has_failed_the_next_ones_are_not_left_for_later(
     LocalStorageEngine.open_store(
         tmp_path / "s", page_bytes=PAGE, num_of_shard=2, storage_size=32 * PAGE, block_pages=1
     ).close()
-    rig = Rig(LocalStorageEngine(tmp_path / "s", kind="worker", page_cache="drop"), PAGE)
+    rig = Rig(
+        LocalStorageEngine(
+            tmp_path / "s", kind="worker", settings=EngineSettings(page_cache="drop")
+        ),
+        PAGE,
+    )
     keys = np.arange(64, dtype=np.uint64)
     shards = keymath.shards_of(keymath.mix(keymath.as_keys(keys.tolist())), 2)
     of_0, of_1 = ([Block(int(key), 2) for key in keys[shards == n]] for n in (0, 1))

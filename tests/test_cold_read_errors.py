@@ -17,6 +17,7 @@ from light_mem.engine.direct_reads import DirectReads
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Rows
 from light_mem.engine.read_ahead import Span
+from light_mem.engine.settings import EngineSettings
 from light_mem.index import keys as keymath
 from tests.cached import forget_all
 from tests.cold_rig import DATA, all_cold, bring_in, cache_that_forgets, direct, make, opened, reads
@@ -80,7 +81,9 @@ def test_a_block_that_the_device_has_lost_is_dropped_and_can_be_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, error: int, outcome: Outcome
 ) -> None:
     make(tmp_path / "s", [Block(1, 4), Block(2, 4)], 4096)
-    engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache=policy)
+    engine = LocalStorageEngine(
+        tmp_path / "s", kind="worker", settings=EngineSettings(page_cache=policy)
+    )
     engine.file(0).past_cache((0, 1), 1)  # asks the file system for O_DIRECT, by reading
     read = os.preadv
     lost = engine.lookup.locate(engine.lookup.find_one(1, 0), 1, 0)

@@ -15,6 +15,7 @@ import pytest
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.mapped_writes import CALLS_BEFORE, CALLS_BEFORE_FAULTS, LEAST_BYTES
+from light_mem.engine.settings import EngineSettings
 from tests.engine_helpers import Block, Rig, blocks_of, collect, open_local
 
 PAGE = LEAST_BYTES
@@ -124,7 +125,9 @@ def test_neither_does_a_write_keep_it_that_failed_past_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_local(tmp_path / "s", 8, page_bytes=PAGE).close()
-    engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache="drop")
+    engine = LocalStorageEngine(
+        tmp_path / "s", kind="worker", settings=EngineSettings(page_cache="drop")
+    )
     memory = np.zeros((4, PAGE), np.uint8)
     outcomes: list[Outcome] = []
 

@@ -16,6 +16,7 @@ from light_mem.engine.base import Outcome
 from light_mem.engine.groups import stop_of
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.mapped_writes import LEAST_BYTES
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.worker import Aborted
 from light_mem.errors import ServiceClosedError
 from light_mem.index import keys as keymath
@@ -243,7 +244,9 @@ def test_where_a_device_is_waited_for_groups_are_small(
 def test_past_the_page_cache_each_block_is_a_group(tmp_path: Path) -> None:
     make = open_local(tmp_path / "s", 16, page_bytes=PAGE)
     make.close()
-    engine = LocalStorageEngine(tmp_path / "s", kind="worker", page_cache="drop")
+    engine = LocalStorageEngine(
+        tmp_path / "s", kind="worker", settings=EngineSettings(page_cache="drop")
+    )
     memory, told = np.zeros((4, PAGE), np.uint8), []
     engine.write(blocks_of(memory, 4), lambda at, outcome: told.append((list(at), outcome)))
     assert [at for at, outcome in told if outcome is Outcome.COPIED] == [[0], [1], [2], [3]]

@@ -16,6 +16,7 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.intents import MOST_BLOCKS
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Rows
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import LockTimeoutError
 from light_mem.index import format as fmt
@@ -163,7 +164,9 @@ def test_a_full_device_leaves_no_slot_behind(
     shards = 20
     open_local(tmp_path / "store", 40, shards=shards).close()
     policy = "drop" if drops else "keep"
-    engine = LocalStorageEngine(tmp_path / "store", kind="worker", page_cache=policy)
+    engine = LocalStorageEngine(
+        tmp_path / "store", kind="worker", settings=EngineSettings(page_cache=policy)
+    )
 
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -187,7 +190,9 @@ def test_what_fails_on_its_way_to_the_device_goes_back(
     """Of every shard but one; nobody is in the way, and the last one's blocks are stored."""
     shards = 2 * MOST_BLOCKS
     open_local(tmp_path / "store", 40, shards=shards).close()
-    engine = LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop")
+    engine = LocalStorageEngine(
+        tmp_path / "store", kind="worker", settings=EngineSettings(page_cache="drop")
+    )
     land, good = ShardFile.land, shards - 1
 
     def fail(file: ShardFile, group: Any) -> None:

@@ -20,6 +20,7 @@ from light_mem.engine.device_threads import DeviceThreads
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.places import Regions, Rows
 from light_mem.engine.read_ahead import Span
+from light_mem.engine.settings import EngineSettings
 from light_mem.index import keys as keymath
 from tests.conftest import wait_until
 from tests.dropping_rig import SHARD, cache_that_drops, in_cache, open_dropping
@@ -236,7 +237,12 @@ def test_a_write_out_that_fails_is_logged_and_the_blocks_are_stored(
         r.engine.close()
     assert "writing out failed" in caplog.text
     monkeypatch.undo()
-    r = Rig(LocalStorageEngine(tmp_path / "store", kind="worker", page_cache="drop"), 4096)
+    r = Rig(
+        LocalStorageEngine(
+            tmp_path / "store", kind="worker", settings=EngineSettings(page_cache="drop")
+        ),
+        4096,
+    )
     assert r.read(Block(1), Block(2)) == [Outcome.LOADED] * 2
     r.engine.close()
 

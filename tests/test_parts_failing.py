@@ -20,6 +20,7 @@ from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.pieces import PIECE_BYTES
 from light_mem.engine.places import Rows
+from light_mem.engine.settings import EngineSettings
 from light_mem.index import keys as keymath
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Rig, let_go, open_local
 from tests.parts_rig import (
@@ -124,7 +125,7 @@ LONG = 2 * PIECE_BYTES  # a page of more than a buffer
 
 def opened_past(directory: Path) -> LocalStorageEngine:
     open_local(directory, SLOTS, shards=SHARDS, page_bytes=LONG).close()
-    return LocalStorageEngine(directory, kind="worker", page_cache="drop")
+    return LocalStorageEngine(directory, kind="worker", settings=EngineSettings(page_cache="drop"))
 
 
 @pytest.mark.parametrize("error", [None, OSError(errno.EIO, "no device")])

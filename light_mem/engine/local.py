@@ -29,6 +29,7 @@ from light_mem.engine.member import Member
 from light_mem.engine.publishing import Publisher
 from light_mem.engine.reading import Reader
 from light_mem.engine.scatter import Scatterer
+from light_mem.engine.settings import DEFAULTS, EngineSettings
 from light_mem.engine.write_now import WriteNow
 from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreFormatError
@@ -52,21 +53,13 @@ class LocalStorageEngine(Member, StorageEngine):
         directory: str | os.PathLike[str],
         *,
         kind: str,
-        verify: bool = True,
-        durability: str = "kernel",
-        page_cache: str = "keep",
-        time_to_live: float | None = None,
+        settings: EngineSettings = DEFAULTS,
     ) -> None:
-        """Open a store that `open_store` has prepared; `kind` names this process to operators.
-
-        `time_to_live`: seconds after which what this engine writes counts as absent.
-        """
+        """Open a store that `open_store` has prepared; `kind` names this process to operators."""
         self._gatherer, self._scatterer = Gatherer(), Scatterer()
-        self._dropper = Dropper() if page_cache == "drop" else None
+        self._dropper = Dropper() if settings.page_cache == "drop" else None
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
-        super().__init__(
-            directory, kind, verify=verify, time_to_live=time_to_live, dropper=self._dropper
-        )
+        super().__init__(directory, kind, settings, self._dropper)
         # Not `self.file`: no cycle, in which the maps of a closed store would stay.
         inserts = self._index.control["inserts"]
         self._device = DeviceReads(
@@ -76,9 +69,11 @@ class LocalStorageEngine(Member, StorageEngine):
             drops=self.drops,
         )
         self._touch = touch = FirstTouch()
-        self._reader = Reader(self, self._open.files, self._scatterer, verify, self._device, touch)
+        self._reader = Reader(
+            self, self._open.files, self._scatterer, self.verify, self._device, touch
+        )
         intents = Intents(self._owner)
-        publisher = Publisher(self, self._owner, intents, flush=durability == "flush")
+        publisher = Publisher(self, self._owner, intents, flush=settings.durability == "flush")
         filler = Filler(self, self._gatherer, touch)
         self._writer = Writer(self, self._owner, intents, filler, publisher)
         self._write_now = WriteNow(self, self._owner, intents, self._gatherer)
@@ -93,9 +88,7 @@ class LocalStorageEngine(Member, StorageEngine):
         storage_size: int,
         block_pages: int,
         kind: str = "server",
-        verify: bool = True,
-        durability: str = "kernel",
-        time_to_live: float | None = None,
+        settings: EngineSettings = DEFAULTS,
         recover: bool = True,
     ) -> LocalStorageEngine:
         """Make or open the store in `directory`; see `opening.prepare` for the errors.
@@ -118,9 +111,7 @@ class LocalStorageEngine(Member, StorageEngine):
                 opening.prepare(path, page_bytes, num_of_shard, storage_size, owners)
             finally:
                 owners.close()
-            engine = cls(
-                path, kind=kind, verify=verify, durability=durability, time_to_live=time_to_live
-            )
+            engine = cls(path, kind=kind, settings=settings)
             engine.mark_open()
         try:
             if recover:

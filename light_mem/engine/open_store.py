@@ -21,6 +21,7 @@ import numpy.typing as npt
 from light_mem.engine import keeping, removing
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.open_shards import OpenShards
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description, retention
@@ -53,9 +54,7 @@ class OpenStore:
         self,
         directory: str | os.PathLike[str],
         kind: str,
-        *,
-        verify: bool,
-        time_to_live: float | None,
+        settings: EngineSettings,
         dropper: Dropper | None,
     ) -> None:
         """`dropper`: what writes past the page cache, with `page_cache="drop"`."""
@@ -64,8 +63,7 @@ class OpenStore:
         if geometry is None:
             raise description.no_store(self.directory, "a description")
         self.geometry = geometry
-        self.verify = verify
-        self.time_to_live = time_to_live
+        self.verify, self.time_to_live = settings.verify, settings.time_to_live
         self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
         self.limited = Limited()  # for what a failing disk would say of every block
         self._owners = Owners(self.directory)

@@ -17,6 +17,7 @@ from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.one_thread import OneThread
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.table_layout import WORKER_COUNTERS, WRITE
 from light_mem.engine.task_table import TaskTable
 from light_mem.engine.worker_processes import Process, WorkerProcesses, how_it_ended
@@ -53,11 +54,8 @@ class WorkerPool:
         count: int,
         memory: MemorySource,
         *,
-        verify: bool,
-        durability: str,
-        page_cache: str = "keep",
-        time_to_live: float | None = None,
-        cpus: Sequence[Sequence[int]] | None = None,
+        settings: EngineSettings,
+        cpus: Sequence[Sequence[int]] | None,
         is_stored: Callable[[int, int, int], bool],
         recover: Callable[[], int],
         prepare: Callable[[], None],
@@ -67,12 +65,6 @@ class WorkerPool:
         self._table = table
         self._queue = queue
         self._count = count
-        settings = {
-            "verify": verify,
-            "durability": durability,
-            "page_cache": page_cache,
-            "time_to_live": time_to_live,
-        }
         self._workers = WorkerProcesses(table, memory, settings, cpus)
         self._is_stored = is_stored
         self._recover = recover

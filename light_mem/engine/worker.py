@@ -29,6 +29,7 @@ from light_mem.engine.map_ahead import MapAhead
 from light_mem.engine.places import Bytes2D, Regions, Rows
 from light_mem.engine.program import die_with, name_process
 from light_mem.engine.queue import TaskQueue
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.table_layout import READ, WORDS_PER_REGION, Cells
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LightMemError, LockTimeoutError
@@ -200,10 +201,7 @@ def main(config: dict[str, Any]) -> None:
         engine = LocalStorageEngine(
             os.fsdecode(bytes(table.header["store"][0])),
             kind="worker",
-            verify=config["verify"],
-            durability=config["durability"],
-            page_cache=config["page_cache"],
-            time_to_live=config["time_to_live"],
+            settings=EngineSettings(**config["engine"]),
         )
     except (LightMemError, OSError) as error:  # of the machine or the store, not of the program
         log.error("worker %d cannot %s: %s", number, doing, str(error))

@@ -12,11 +12,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
 
 from light_mem import descriptors
 from light_mem.engine import program, worker
 from light_mem.engine.kvmemory import MemorySource
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.task_table import TaskTable
 from light_mem.engine.worker_log import WorkerLog
 
@@ -52,7 +52,7 @@ class WorkerProcesses:
         self,
         table: TaskTable,
         memory: MemorySource,
-        settings: dict[str, Any],
+        settings: EngineSettings,
         cpus: Sequence[Sequence[int]] | None,
     ) -> None:
         """`settings`: of every worker; `cpus`: of each. Who takes the place of a dead one has its
@@ -96,7 +96,7 @@ class WorkerProcesses:
             "memory": self._memory._asdict(),
             "log_level": log.getEffectiveLevel(),
             "cpus": self._cpus[number - 1] if self._cpus else None,
-            **self._settings,
+            "engine": self._settings._asdict(),
         }
         passed = [self._table.fd]
         if self._memory.kind == "fd":
