@@ -181,10 +181,8 @@ class LocalCacheService(CacheService):
                 source,
                 settings=s.engine,
                 cpus=s.cpus,
-                is_stored=engine.is_stored,
-                recover=engine.recover,
+                engine=engine,
                 prepare=small_writes.prepare,
-                now_and_then=engine.end_dropped,
             )
             undo.pop_all()
         self._engine = engine

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from light_mem.engine.kvmemory import MemorySource
+from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.one_thread import OneThread
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
@@ -56,20 +57,17 @@ class WorkerPool:
         *,
         settings: EngineSettings,
         cpus: Sequence[Sequence[int]] | None,
-        is_stored: Callable[[int, int, int], bool],
-        recover: Callable[[], int],
+        engine: LocalStorageEngine,
         prepare: Callable[[], None],
-        now_and_then: Callable[[], None],
     ) -> None:
-        """`prepare` is called once, `now_and_then` every 30 s or so, by the pool's thread."""
+        """`settings`, `cpus`: of the workers; `engine`: the server's own. `prepare` is called once,
+        by the pool's thread."""
         self._table = table
         self._queue = queue
         self._count = count
         self._workers = WorkerProcesses(table, memory, settings, cpus)
-        self._is_stored = is_stored
-        self._recover = recover
+        self._engine = engine
         self._prepare = prepare
-        self._now_and_then = now_and_then
         # Reentrant: a signal's handler may stop what its thread starts or stops.
         self._life = threading.RLock()
         self._stopping = False
@@ -170,7 +168,7 @@ class WorkerPool:
         # The one worker that was woken for a task may have been stopped before it woke the others.
         self._queue.wake_all()
         try:
-            self._now_and_then()
+            self._engine.end_dropped()
         except Exception:  # dead workers are replaced all the same
             log.exception("what waits to be ended waits for longer")
 
@@ -180,7 +178,7 @@ class WorkerPool:
         # Where the service ends nobody is left to do its blocks again, and it may leave in order.
         ends = bool(self.failure) or self._table.shutdown
         again = not ends and (early_deaths < MAX_EARLY_DEATHS or self._others_are_well(number))
-        lost = self._queue.recover(number, self._is_stored, again)
+        lost = self._queue.recover(number, self._engine.is_stored, again)
         self._early_deaths = early_deaths
         self._workers.forget(number)
         if ready:
@@ -214,7 +212,7 @@ class WorkerPool:
 
     def _tidy_up(self) -> None:
         try:
-            self._recover()
+            self._engine.recover()
         except (LockTimeoutError, OSError, StoreFormatError) as error:
             # A write that finds no room, and the next open, will do it.
             log.warning("slots that dead processes were filling stay taken: %s", str(error))
