@@ -97,7 +97,7 @@ def assert_consistent(file: IndexFile) -> None:
     padded = keymath.as_keys([*keys, *range(2**127, 2**127 + 8)])  # enough for the other look-up
     assert (lookup.find(padded, touch=False) >= 0).tolist() == [True] * len(keys) + [False] * 8
     for shard in range(file.shards):
-        entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
+        entries = file.of_shard(shard).entries
         starts, lengths = occupied_runs(entries)
         assert (lengths > 0).all()
         ends = starts + lengths

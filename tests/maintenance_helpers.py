@@ -69,7 +69,7 @@ def index_of(directory: Path) -> IndexFile:
 
 def entries_of(directory: Path, shard: int) -> np.ndarray:
     file = index_of(directory)
-    return file.entries[shard * file.slots : (shard + 1) * file.slots]
+    return file.of_shard(shard).entries
 
 
 def records_of(directory: Path, shard: int) -> np.ndarray:

@@ -71,7 +71,7 @@ def circle(store: Path, shard: int, slot: int) -> None:
 
 def unchained(store: Path, shard: int, slot: int) -> None:
     file = index_of(store)
-    file.heads[shard * file.buckets : (shard + 1) * file.buckets] = 0
+    file.of_shard(shard).heads[:] = 0
 
 
 def place(store: Path, shard: int, slot: int) -> None:

@@ -204,8 +204,7 @@ def clear_unlisted(directory: Path, file: IndexFile, shard: int) -> None:
     made: it must not come upon these then.
     """
     records = read_records(directory, file.geometry, shard)
-    entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
-    free = recovery.states_of(entries) == fmt.FREE
+    free = recovery.states_of(file.of_shard(shard).entries) == fmt.FREE
     unlisted = np.flatnonzero(free & (recovery.states_of(records) != fmt.FREE))
     clear_records(directory, shard, unlisted)
 

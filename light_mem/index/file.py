@@ -10,8 +10,10 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index import store_files
@@ -30,6 +32,15 @@ def boot_id() -> bytes:
         return bytes.fromhex(text.strip().replace("-", ""))
     except (OSError, ValueError):
         return bytes(16)
+
+
+class ShardSections(NamedTuple):
+    """What one shard has of the index file: not copies."""
+
+    control: npt.NDArray[np.void]  # CONTROL [1]
+    heads: npt.NDArray[np.uint32]  # [buckets]
+    entries: npt.NDArray[np.void]  # ENTRY [slots]
+    uses: npt.NDArray[np.uint64]  # [slots]
 
 
 class IndexFile:
@@ -76,6 +87,13 @@ class IndexFile:
         self.entries_word32 = layout.entries // 4
         self.entries_word64 = layout.entries // 8
         self.uses_word = layout.uses // 8
+
+    def of_shard(self, shard: int) -> ShardSections:
+        """The sections, as far as they are one shard's."""
+        slots = slice(shard * self.slots, (shard + 1) * self.slots)
+        buckets = slice(shard * self.buckets, (shard + 1) * self.buckets)
+        control = self.control[shard : shard + 1]
+        return ShardSections(control, self.heads[buckets], self.entries[slots], self.uses[slots])
 
     def _check_header(self) -> None:
         header, g = self.header, self.geometry

@@ -30,8 +30,7 @@ class Putting:
         self._f = file
         self._first_word = file.entries_word64 + shard * file.slots * ENTRY_WORDS
         self._uses_word = file.uses_word + shard * file.slots
-        entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
-        self._keeps = entries["keep"].data
+        self._keeps = file.of_shard(shard).entries["keep"].data
         self._chains = chains
         self._control = control
         self._retention = retention

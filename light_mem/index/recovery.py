@@ -205,15 +205,11 @@ def entries_of(records: Table, page_bytes: int) -> Table:
 def fill_shard(file: IndexFile, shard: int, entries: Table) -> int:
     """Fill one shard of a new, empty index; returns its blocks. `used` of the entries is their last
     use."""
-    slots = file.slots
-    into = file.entries[shard * slots : (shard + 1) * slots]
+    control, heads, into, uses = file.of_shard(shard)
     into[: len(entries)] = entries
-    uses = file.uses[shard * slots : (shard + 1) * slots]
     uses[: len(entries)] = entries["used"]
-    heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
     link_chains(into, heads, file.buckets)
     states = states_of(into)
-    control = file.control[shard : shard + 1]
     control["blocks"] = np.count_nonzero(states == fmt.LIVE)
     control["used_slots"] = int(into["run"][states != fmt.FREE].sum())
     Retention(control, into, uses, file.geometry.page_bytes).recount()

@@ -39,7 +39,12 @@ Key = tuple[int, int]  # low, high
 
 class ShardIndex:
     """One shard in one process. All methods but `change` and `prepare` need to be inside
-    `with change()`."""
+    `with change()`.
+
+    entries   ENTRY [slots]
+    uses      uint64 [slots]: when the block at each slot was last used, ns since 1970
+    control   CONTROL [1]: the shard's control page; like the others the shared one, not a copy
+    """
 
     def __init__(
         self,
@@ -54,28 +59,25 @@ class ShardIndex:
         self.shard = shard
         self._lock = lock
         self._lookup = lookup
-        self._page = file.control[shard : shard + 1]
-        self._control = Control(self._page)
-        mine = slice(shard * file.slots, (shard + 1) * file.slots)
-        self._entries, self._uses = file.entries[mine], file.uses[mine]
-        heads = file.heads[shard * file.buckets : (shard + 1) * file.buckets]
-        self._tags = self._entries["tag"]
-        self._chains = Chains(heads, self._entries)
-        self._space = SpaceReplica(self._page, self._entries)
-        self.leases = ShardLeases(self._page, leased, file.slots)
+        self.control, heads, self.entries, self.uses = file.of_shard(shard)
+        self._control = Control(self.control)
+        self._tags = self.entries["tag"]
+        self._chains = Chains(heads, self.entries)
+        self._space = SpaceReplica(self.control, self.entries)
+        self.leases = ShardLeases(self.control, leased, file.slots)
         page_bytes = file.geometry.page_bytes
-        self.retention = Retention(self._page, self._entries, self._uses, page_bytes)
+        self.retention = Retention(self.control, self.entries, self.uses, page_bytes)
         self._putting = Putting(file, shard, self._chains, self._control, self.retention)
         self._taking = Taking(
             file, shard, lookup, self._chains, self._space, self.retention, self.leases
         )
         self._allocator = Allocator(
-            self._page,
-            self._entries,
+            self.control,
+            self.entries,
             page_bytes,
             self._chains,
             self._space,
-            EvictionOrder(self._tags, self._uses, self._entries["keep"], self.leases.slots),
+            EvictionOrder(self._tags, self.uses, self.entries["keep"], self.leases.slots),
             self._taking,
             self.retention,
             self.leases,
@@ -117,21 +119,6 @@ class ShardIndex:
             self._control.dirty = 0
         else:
             self._space.distrust()
-
-    @property
-    def entries(self) -> npt.NDArray[np.void]:
-        """The shard's entries, ENTRY [slots]: the shared ones, not a copy."""
-        return self._entries
-
-    @property
-    def uses(self) -> npt.NDArray[np.uint64]:
-        """When the block at each slot was last used, ns since 1970, [slots]: not a copy."""
-        return self._uses
-
-    @property
-    def control(self) -> npt.NDArray[np.void]:
-        """The shard's control page, CONTROL [1]: the shared one, not a copy."""
-        return self._page
 
     def unlisted_slots(self) -> npt.NDArray[np.intp]:
         """Slots whose records must not tell of a block: nothing starts there, or what was taken

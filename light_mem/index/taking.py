@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Set
 
 import numpy as np
-import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.chains import Chains
@@ -45,11 +44,8 @@ class Taking:
         self._retention = retention
         self._leases = leases
         self._page_bytes = file.geometry.page_bytes
-        self._control = Control(file.control[shard : shard + 1])
-        self._heads: npt.NDArray[np.uint32] = file.heads[
-            shard * file.buckets : (shard + 1) * file.buckets
-        ]
-        self._entries = file.entries[shard * file.slots : (shard + 1) * file.slots]
+        control, self._heads, self._entries, _ = file.of_shard(shard)
+        self._control = Control(control)
         self._tags = self._entries["tag"]
         self._tag_of, self._nbytes_of = self._tags.data, self._entries["nbytes"].data
 
