@@ -112,20 +112,15 @@ class Taking:
         """Take out all stored blocks; returns their first slots. Blocks being written stay so."""
         live = np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE)
         self._control.removals += int(live.size)
-        leased = self._leases.slots()
-        starts: list[int] = []
-        for slot in live.tolist():
-            if slot in leased and self._hold(slot):
-                continue
-            runs = self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot]))
-            starts += [slot] if runs is None else [start for start, _ in runs]
-        self.free_tags(starts)
+        slots: list[int] = live.tolist()
+        self._unlist(slots)
         self.put_in_order()
-        return [int(slot) for slot in live]
+        return slots
 
-    def _drop_older_twins(self) -> None:
+    def _unlist(self, slots: list[int]) -> None:
+        """Have stored blocks FREE or HELD; chains, counts and free space are to be made anew."""
         leased = self._leases.slots()
-        for slot in older_twins(self._entries):
+        for slot in slots:
             if slot in leased and self._hold(slot):
                 continue
             runs = self._lookup.runs(self._shard, slot, int(self._entries["nbytes"][slot]))
@@ -138,7 +133,7 @@ class Taking:
         wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
         self.free_tags(wrong.tolist())
         self._leases.announce()  # a control page made anew does not know
-        self._drop_older_twins()
+        self._unlist(older_twins(self._entries))
         link_chains(self._entries, self._heads, len(self._heads))
         states = self._tags & np.uint64(fmt.STATE_MASK)
         self._control.blocks = int(np.count_nonzero(states == fmt.LIVE))
