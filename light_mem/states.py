@@ -5,17 +5,17 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-from light_mem.engine import table_layout
+from light_mem.engine.table_layout import ABORTED, FINISHED, INITIAL, WORKING
 from light_mem.index.keys import HashValue
 
 
 class State(IntEnum):
     """State of a block. Only a Finished block's bytes may be used."""
 
-    Initial = 0
-    Working = 1
-    Finished = 2
-    Aborted = 3
+    Initial = INITIAL
+    Working = WORKING
+    Finished = FINISHED
+    Aborted = ABORTED
 
 
 class CacheBlock(NamedTuple):
@@ -32,11 +32,3 @@ class CacheBlock(NamedTuple):
     def ready(self) -> bool:
         """Whether the block is Finished."""
         return self.state is State.Finished
-
-
-assert [int(s) for s in State] == [
-    table_layout.INITIAL,
-    table_layout.WORKING,
-    table_layout.FINISHED,
-    table_layout.ABORTED,
-]
