@@ -5,9 +5,11 @@
     task = service.create("write", ["hash1", "hash2"], [0, 1])
 
 service.py   CacheService: tasks; stored_blocks.py: all that moves no bytes, look-ups, keeping,
-             deleting; local_service.py and client.py: in the server's process, and in its others
+             deleting; local_service.py and client.py: in the server's process, and in its others;
+             service_settings.py: its arguments checked; service_close.py: the order of its end
 session.py   one process's tasks in the shared task table; lane_room.py: its room there
-task.py      CacheTask: states, waiting; waiting.py: the thread that tells who waits
+task.py      CacheTask: states, waiting; states.py: State, CacheBlock; waiting.py: the thread that
+             tells who waits
 views.py     BlockView, a block looked at in place
 blocks.py    arguments checked; layouts.py: where the blocks of a task lie in the tensor
 demo/        `light-mem demo`
@@ -69,9 +71,9 @@ if TYPE_CHECKING:
 
 _HOMES = {  # of the names in __all__; the others are errors
     "BlockView": "views",
-    "CacheBlock": "task",
+    "CacheBlock": "states",
     "CacheTask": "task",
-    "State": "task",
+    "State": "states",
     "CacheClient": "client",
     "CacheService": "service",
     "LocalCacheService": "local_service",

@@ -18,14 +18,12 @@ from light_mem.doctor.report import FAIL, OK, WARN, Check, Machine
 __all__ = ["FAIL", "OK", "WARN", "Check", "Machine", "examine"]
 
 
-def examine(
-    path: str | os.PathLike[str] | None = None, machine: Machine | None = None
-) -> list[Check]:
+def examine(path: str | os.PathLike[str] | None) -> list[Check]:
     """All checks; with `path`, a store or where one is to be, those of that directory too.
 
     Raises NotADirectoryError for a path that is something else. Makes files without a name in the
     directory, for a moment.
     """
-    machine = machine or Machine()
+    machine = Machine()
     checks = [*versions.checks(), *kernel.checks(machine), *memory.checks(machine)]
     return checks if path is None else [*checks, *directory.checks(Path(path))]

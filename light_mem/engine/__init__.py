@@ -40,9 +40,9 @@ the KV memory
 workers
   task_table.py    the shared task table; table_memory.py: mapped; table_layout.py: what it holds
   histogram.py     latencies in shared memory; table_stats.py: all numbers of a table
-  queue.py         TaskQueue: blocks waiting for a worker
+  queue.py         TaskQueue: blocks waiting for a worker; queue_lock.py: who has it in hand
   worker.py        the worker process; batch_report.py: what it tells of a batch
-  pool.py          watches and replaces workers; restarts.py: when
+  pool.py          watches and replaces workers; restarts.py: when; one_thread.py: its thread
   worker_processes.py  starts them, and hears of them; worker_log.py: what they say
   map_ahead.py     a worker without work maps the KV memory
   program.py       processes of our own: started, and ending with their parent

@@ -19,7 +19,7 @@ retention.py    times to live and pins
 chains.py       the chains of a shard: put in, cut out
 shard.py        changes under the shard's lock (change.py): find, mark, publish
 allocation.py   its room: free, or that of blocks which go
-putting.py      how blocks get into it
+putting.py      how blocks get into it; written.py: what is to be said of one
 taking.py       how blocks leave it, and how it is put in order after a death
 recovery.py     a shard's index made anew from slot records
 """

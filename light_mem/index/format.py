@@ -108,7 +108,7 @@ CONTROL = np.dtype(
         ("expires", "<u8"),
         ("leased", "<u8"),  # 1: blocks may be leased: look into the owners file; 0: none is
         ("spare", "<u8", (51,)),
-        ("journal", "<u8", (JOURNAL_LENGTH,)),  # last changes of free space: see `JOURNAL_FREE`
+        ("journal", "<u8", (JOURNAL_LENGTH,)),  # last changes of free space: see `JOURNAL_FREED`
     ]
 )
 assert CONTROL.itemsize == BLOCK_ALIGN
