@@ -63,8 +63,11 @@ class TwinTask:
     def wait(self, timeout: float | None = None) -> bool:
         return True
 
-    def state(self) -> list[State]:
-        return self.states
+    def count(self, state: State) -> int:
+        return self.states.count(state)
+
+    def finished_prefix(self) -> int:
+        return next((i for i, s in enumerate(self.states) if s != State.Finished), len(self.states))
 
     def get_page_already_list(self) -> list[int]:
         return self.already

@@ -24,7 +24,8 @@ PATIENCE = 60.0  # seconds; a server would sooner give up, abort the task and co
 
 class Task(Protocol):
     def wait(self, timeout: float | None = None) -> bool: ...
-    def state(self) -> Sequence[State]: ...
+    def count(self, state: State) -> int: ...
+    def finished_prefix(self) -> int: ...
     def get_page_already_list(self) -> Sequence[int]: ...
 
 
@@ -49,7 +50,6 @@ class Answer:
     match_seconds: float  # hashing the prompt and looking it up
     load_seconds: float  # from create() to ready
     first_token_seconds: float  # TTFT: from the request to the first token, all of it
-    decode_seconds: float  # all later tokens
 
 
 class Loaded(NamedTuple):
@@ -90,7 +90,6 @@ def answer(
             logits.append(engine.model.forward(tokens[-1:], position, engine.cache, block_table))
             tokens.append(int(logits[-1].argmax()))
             progress("decode", len(tokens), steps)
-        ended = perf_counter()
     return Answer(
         tokens=tokens,
         logits=torch.stack(logits),
@@ -100,7 +99,6 @@ def answer(
         match_seconds=loaded.match_seconds,
         load_seconds=loaded.load_seconds,
         first_token_seconds=first - started,
-        decode_seconds=ended - first,
     )
 
 
@@ -122,9 +120,8 @@ def load(engine: Engine, service: Service, prompt: Sequence[int], block_table: T
         raise TimeoutError(f"{found} pages were not read within {PATIENCE:.0f} s")
     # Between the look-up and the copy a page may have been evicted, or found damaged: its block
     # is Aborted. Only what comes before the first such block is a prefix.
-    states = task.state()
-    good = next((i for i, state in enumerate(states) if state != State.Finished), found)
-    return Loaded(whole_chunks(engine, good), matched - started, perf_counter() - matched)
+    good = whole_chunks(engine, task.finished_prefix())
+    return Loaded(good, matched - started, perf_counter() - matched)
 
 
 def whole_chunks(engine: Engine, pages: int) -> int:
@@ -166,7 +163,7 @@ def store(engine: Engine, service: Service, prompt: Sequence[int], block_table: 
     if not task.wait(PATIENCE):
         raise TimeoutError(f"{pages} pages were not written within {PATIENCE:.0f} s")
     seconds = perf_counter() - started
-    kept = sum(state == State.Finished for state in task.state())
+    kept = task.count(State.Finished)
     if kept < pages:
         raise RuntimeError(f"the store took {kept} of {pages} pages; is it large enough?")
     already = len(task.get_page_already_list())
