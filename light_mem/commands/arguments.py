@@ -28,6 +28,8 @@ def add_command(
     run: Callable[[argparse.Namespace], int],
     summary: str,
     text: str,
+    *,
+    store: bool = True,
     json: bool = True,
 ) -> argparse.ArgumentParser:
     """A sub-command with the two arguments that most have: STORE and --json."""
@@ -37,7 +39,8 @@ def add_command(
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("store", metavar="STORE", help="directory of the store")
+    if store:
+        parser.add_argument("store", metavar="STORE", help="directory of the store")
     if json:
         parser.add_argument("--json", action="store_true", help="print the result as JSON only")
     parser.set_defaults(command=run, name=name)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 
-from light_mem.commands.arguments import Commands
+from light_mem.commands.arguments import Commands, add_command
 from light_mem.errors import LightMemError
 
 DEMO_HELP = """\
@@ -26,12 +26,8 @@ exit code: 0 all bits equal, 1 not equal, 2 the demo could not run
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    demo = commands.add_parser(
-        "demo",
-        help="show a KV cache that survives its process, and prove it bit for bit",
-        description=DEMO_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "show a KV cache that survives its process, and prove it bit for bit"
+    demo = add_command(commands, "demo", run, summary, DEMO_HELP, store=False)
     demo.add_argument(
         "--store", metavar="DIR", help="where to store; kept (default: a temporary directory)"
     )
@@ -52,8 +48,6 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="before the restart, ask the kernel to forget the store's files (Linux)",
     )
-    demo.add_argument("--json", action="store_true", help="print the result as JSON only")
-    demo.set_defaults(command=run, name="demo")
 
 
 def run(arguments: argparse.Namespace) -> int:

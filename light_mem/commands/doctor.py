@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from light_mem.commands import output
-from light_mem.commands.arguments import Commands
+from light_mem.commands.arguments import Commands, add_command
 from light_mem.doctor import FAIL, OK, WARN, Check, examine
 
 DOCTOR = """\
@@ -31,17 +31,11 @@ _STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "doctor",
-        help="check the machine for what usually goes wrong",
-        description=DOCTOR,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "check the machine for what usually goes wrong"
+    parser = add_command(commands, "doctor", run_doctor, summary, DOCTOR, store=False)
     parser.add_argument(
         "directory", metavar="DIR", nargs="?", help="a store, or where one is to be"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON only")
-    parser.set_defaults(command=run_doctor, name="doctor")
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

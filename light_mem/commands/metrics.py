@@ -25,9 +25,8 @@ taken
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = add_command(
-        commands, "metrics", run_metrics, "print or serve metrics for Prometheus", METRICS, False
-    )
+    summary = "print or serve metrics for Prometheus"
+    parser = add_command(commands, "metrics", run_metrics, summary, METRICS, json=False)
     parser.add_argument(
         "--port", metavar="PORT", type=port, help="serve http://ADDRESS:PORT/metrics; 0: a free one"
     )
