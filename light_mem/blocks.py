@@ -154,6 +154,16 @@ def parse_hashes(hash_values: Sequence[HashValue]) -> list[HashValue]:
         ) from None
 
 
+def array_of(name: str, pages: Any) -> npt.NDArray[Any]:
+    """Page indices as an array of any shape and type; raises InvalidArgumentError."""
+    try:
+        return np.asarray(pages.detach().cpu().numpy() if hasattr(pages, "detach") else pages)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"{name} are not page numbers: {error}", reason=str(error), **{name: pages}
+        ) from None
+
+
 def parse_pages(
     page_indices: Sequence[int] | npt.NDArray[Any] | torch.Tensor, num_pages: int, mode: int
 ) -> npt.NDArray[np.uint32]:
@@ -162,16 +172,7 @@ def parse_pages(
     Raises InvalidArgumentError for what is not a row of whole numbers, or a page that a read
     would fill twice; PageIndexError for a page outside the KV tensor.
     """
-    if hasattr(page_indices, "detach"):
-        page_indices = page_indices.detach().cpu().numpy()
-    try:
-        pages = np.asarray(page_indices)
-    except (ValueError, OverflowError, TypeError) as error:
-        raise InvalidArgumentError(
-            f"page_indices are not page numbers: {error}",
-            page_indices=page_indices,
-            reason=str(error),
-        ) from None
+    pages = array_of("page_indices", page_indices)
     if pages.size == 0 and pages.ndim == 1:
         return np.empty(0, np.uint32)
     if pages.ndim != 1 or pages.dtype.kind not in "iu":

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
 from light_mem import blocks
@@ -86,14 +85,7 @@ def integers(name: str, values: Any, limit: int) -> list[int]:
 
 def page_row(pages: Any) -> npt.NDArray[Any]:
     """One-dimensional, to be cut at blocks; `create` of the service checks what is in it."""
-    try:
-        row = np.asarray(pages.detach().cpu().numpy() if hasattr(pages, "detach") else pages)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(
-            f"kv_page_indexer is no row of page numbers: {error}",
-            kv_page_indexer=pages,
-            reason=str(error),
-        ) from None
+    row = blocks.array_of("kv_page_indexer", pages)
     if row.ndim != 1:
         raise InvalidArgumentError(
             f"kv_page_indexer has one dimension, not shape {row.shape}", shape=row.shape
