@@ -23,6 +23,7 @@ from light_mem.engine.kvmemory import (
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.pool import WorkerPool
 from light_mem.engine.process import fork_token
+from light_mem.engine.settings import EngineSettings
 from light_mem.engine.small_reads import SmallReads
 from light_mem.engine.small_writes import SmallWrites
 from light_mem.engine.table_memory import Sizes
@@ -112,10 +113,7 @@ class LocalCacheService(CacheService):
             num_of_shard,
             kvcache,
             num_workers,
-            verify=verify,
-            durability=durability,
-            page_cache=page_cache,
-            time_to_live=time_to_live,
+            EngineSettings(verify, durability, page_cache, time_to_live),
             worker_cpus=worker_cpus,
             small_read_bytes=small_read_bytes,
             small_write_bytes=small_write_bytes,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from light_mem import blocks
-from light_mem.engine import page_cache as cache_policy
+from light_mem.engine import page_cache
 from light_mem.engine.affinity import place_workers
 from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.settings import EngineSettings
@@ -43,28 +43,27 @@ class ServiceSettings(NamedTuple):
         num_of_shard: int,
         kvcache: torch.Tensor,
         num_workers: int,
+        engine: EngineSettings,
         *,
-        verify: bool,
-        durability: str,
-        page_cache: str,
-        time_to_live: float | None,
         worker_cpus: str | Sequence[int] | Sequence[Sequence[int]] | None,
         small_read_bytes: int | None,
         small_write_bytes: int | None,
         max_blocks: int,
     ) -> ServiceSettings:
         """Raises InvalidArgumentError."""
-        blocks.yes_or_no("verify", verify)
+        blocks.yes_or_no("verify", engine.verify)
         num_workers = blocks.whole_number("num_workers", num_workers, 1, MAX_WORKERS - 1)
         num_of_shard = blocks.whole_number("num_of_shard", num_of_shard, 1, MAX_SHARDS)
         storage_size = blocks.whole_number("storage_size", storage_size, 1, 2**63 - 1)
         max_blocks = blocks.whole_number("max_blocks", max_blocks, 1, MAX_BLOCKS)
-        if durability not in ("kernel", "flush"):
+        if engine.durability not in ("kernel", "flush"):
             raise InvalidArgumentError(
-                f'durability is "kernel" or "flush", not {durability!r}', durability=durability
+                f'durability is "kernel" or "flush", not {engine.durability!r}',
+                durability=engine.durability,
             )
-        page_cache = cache_policy.choose(page_cache)
+        engine = engine._replace(page_cache=page_cache.choose(engine.page_cache))
         cpus = place_workers(worker_cpus, num_workers)
+        time_to_live = engine.time_to_live
         if time_to_live is not None and not blocks.seconds("time_to_live", time_to_live):
             raise InvalidArgumentError("time_to_live is more than 0 seconds, or None")
         small_read_bytes = blocks.small_read_bytes(small_read_bytes)
@@ -75,7 +74,7 @@ class ServiceSettings(NamedTuple):
         check_sizes(page_bytes, num_of_shard, storage_size, pages_per_block)
         check_descriptors(num_of_shard)
         # Where blocks are to leave the page cache, or to be on the device, workers see to that.
-        keep = page_cache == cache_policy.KEEP
+        keep = engine.page_cache == page_cache.KEEP
         return cls(
             directory,
             storage_size,
@@ -84,9 +83,9 @@ class ServiceSettings(NamedTuple):
             page_bytes,
             num_pages,
             pages_per_block,
-            EngineSettings(verify, durability, page_cache, time_to_live),
+            engine,
             cpus,
             small_read_bytes if keep else 0,
-            small_write_bytes if keep and durability == "kernel" else 0,
+            small_write_bytes if keep and engine.durability == "kernel" else 0,
             max_blocks,
         )
