@@ -98,9 +98,7 @@ class _Connection:
         except BaseException:
             self.session.close()  # else its lane would be taken for as long as this process lives
             raise
-        self._finalizer = weakref.finalize(
-            self, _disconnect, self.session, self.engine, fork_token()
-        )
+        weakref.finalize(self, _disconnect, self.session, self.engine, fork_token())
 
 
 def _disconnect(session: Session, engine: LocalStorageEngine, token: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from light_mem.maintenance import VerifyReport
 
 
-class StoredBlocks(Closing, ABC):
+class StoredBlocks(Closing):
     """What every process of a server can do with the blocks that are stored: look them up, keep
     them, take them out, look at them in place, count and check them.
 
@@ -214,10 +213,6 @@ class StoredBlocks(Closing, ABC):
 
     def _check_delete(self) -> None:
         self._check()
-
-    def close(self) -> None:
-        """Let go of the cache; calling it again does nothing."""
-        raise NotImplementedError
 
 
 def _keys(hashes: HashValue | Sequence[HashValue]) -> keymath.KeyArray:
