@@ -14,9 +14,19 @@ import numpy.typing as npt
 
 from light_mem.index import format as fmt
 from light_mem.index.control import Control
-from light_mem.index.recovery import occupied_runs
+from light_mem.index.recovery import Table, occupied_runs
 from light_mem.index.runs import Run
 from light_mem.index.space import FreeRuns
+
+
+def free_runs(entries: Table) -> FreeRuns:
+    """The runs of slots that entries, ENTRY [n], leave free."""
+    starts, lengths = occupied_runs(entries)
+    # Gaps between the furthest end so far and the next start: runs of a damaged index overlap.
+    ends = np.maximum.accumulate(np.concatenate(([0], starts + lengths)))
+    gaps = np.concatenate((starts, [len(entries)])) - ends
+    free = np.flatnonzero(gaps > 0)
+    return FreeRuns.of_gaps(ends[free].tolist(), gaps[free].tolist())
 
 
 class SpaceReplica:
@@ -65,12 +75,7 @@ class SpaceReplica:
 
     def read(self) -> None:
         """Read the entries instead of the journal."""
-        starts, lengths = occupied_runs(self._entries)
-        # Gaps between the furthest end so far and the next start: runs of a damaged index overlap.
-        ends = np.maximum.accumulate(np.concatenate(([0], starts + lengths)))
-        gaps = np.concatenate((starts, [len(self._entries)])) - ends
-        free = np.flatnonzero(gaps > 0)
-        runs = FreeRuns.of_gaps(ends[free].tolist(), gaps[free].tolist())
+        runs = free_runs(self._entries)
         for start, length in self.unmarked:
             runs.remove(start, length)
         self._runs = runs

@@ -19,12 +19,12 @@ from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
-from light_mem.index import recovery, retention
+from light_mem.index import retention
 from light_mem.index.keys import mix_one
 from light_mem.index.owners import Owner, Owners
+from light_mem.index.replica import free_runs
 from light_mem.index.runs import Run
 from light_mem.index.shard import ShardIndex
-from light_mem.index.space import FreeRuns
 from light_mem.index.written import Written
 from light_mem.maintenance.owners import Ownership, opened_meanwhile
 from light_mem.maintenance.store import blocks_in
@@ -113,7 +113,7 @@ class _Compaction:
         self._slots = slots
         self._gone = 0  # how many of them have been evicted
         self._leased = index.leases.slots()
-        self._free = _free_below(index, slots)
+        self._free = free_runs(index.entries[:slots])
         self._page_bytes = engine.geometry.page_bytes
 
     def run(self) -> tuple[int, bool]:
@@ -185,19 +185,3 @@ def worth_of(keeps: retention.Keeps) -> npt.NDArray[np.int64]:
     """What counts before the last use: 0 expired, 2 pinned, else 1; shape [n]."""
     pinned = keeps >= fmt.KEEP_PINNED
     return np.asarray(1 + pinned.astype(np.int64) - retention.expired(keeps))
-
-
-def _free_below(index: ShardIndex, slots: int) -> FreeRuns:
-    """The free runs of the first `slots` slots."""
-    starts, lengths = recovery.occupied_runs(index.entries)
-    free = FreeRuns()
-    at = 0
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        if start >= slots:
-            break
-        if start > at:
-            free.add(at, start - at)
-        at = max(at, start + length)
-    if at < slots:
-        free.add(at, slots - at)
-    return free
