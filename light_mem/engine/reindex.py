@@ -23,7 +23,7 @@ from light_mem.index import recovery, store_files
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
 from light_mem.index.recovery import Table
-from light_mem.index.runs import slots_needed
+from light_mem.index.retention import pinned_among
 
 # A clock that was set back since: what an entry says lies in the future by more is garbage, and
 # would keep its block from eviction for good.
@@ -153,9 +153,7 @@ def plan_shard(directory: Path, geometry: Geometry, shard: int, old: OldIndex | 
 def pinned_slots(directory: Path, geometry: Geometry, shard: int) -> int:
     """Slots of a shard's pinned blocks, as its records say."""
     entries = plan_shard(directory, geometry, shard, None).entries
-    is_pinned = (recovery.states_of(entries) == fmt.LIVE) & (entries["keep"] >= fmt.KEEP_PINNED)
-    pages = slots_needed(entries["nbytes"][is_pinned].astype(np.int64), geometry.page_bytes)
-    return int(pages.sum())
+    return pinned_among(entries, geometry.page_bytes)[1]
 
 
 def _slots_within(directory: Path, geometry: Geometry, shard: int) -> int:

@@ -56,6 +56,13 @@ def expired(keeps: Keeps) -> npt.NDArray[np.bool_]:
     return np.asarray(keeps - np.uint32(1) < np.uint32(now()))  # 0 becomes the largest number
 
 
+def pinned_among(entries: npt.NDArray[np.void], page_bytes: int) -> tuple[int, int]:
+    """How many of the stored blocks among entries, ENTRY [n], are pinned, and their slots."""
+    live = (entries["tag"] & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
+    nbytes = entries["nbytes"][live & (entries["keep"] >= fmt.KEEP_PINNED)]
+    return len(nbytes), int(slots_needed(nbytes.astype(np.int64), page_bytes).sum())
+
+
 class Retention:
     """Pins and expiry of one shard, and what its control page says of them.
 
@@ -71,6 +78,7 @@ class Retention:
         page_bytes: int,
     ) -> None:
         self._control = Control(control)
+        self._entries = entries
         self._tags = entries["tag"]
         self._keeps: Keeps = entries["keep"]
         self._nbytes = entries["nbytes"]
@@ -159,13 +167,9 @@ class Retention:
 
     def recount(self) -> None:
         """What the control page says of pins and expiry, from the entries."""
-        live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
-        keeps = self._keeps[live]
-        pinned = keeps >= fmt.KEEP_PINNED
-        pages = slots_needed(self._nbytes[live][pinned].astype(np.int64), self._page_bytes)
-        self._control.pinned = int(np.count_nonzero(pinned))
-        self._control.pinned_slots = int(pages.sum())
-        self._control.expires = _first(keeps)
+        control = self._control
+        control.pinned, control.pinned_slots = pinned_among(self._entries, self._page_bytes)
+        self.expect_next()
 
     def is_due(self) -> bool:
         """Whether a listed block's time is up, so that `take_expired` walks over the entries."""
@@ -190,10 +194,6 @@ class Retention:
         """Say when the first of the listed blocks expires; not before those that have expired are
         out: look-ups ask no block for its time where this says that none has one."""
         live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
-        self._control.expires = _first(self._keeps[live])
-
-
-def _first(keeps: Keeps) -> int:
-    """The earliest second at which one of these blocks expires, 0: none does."""
-    timed = keeps[(keeps > 0) & (keeps < fmt.KEEP_PINNED)]
-    return int(timed.min()) if timed.size else 0
+        keeps = self._keeps[live]
+        timed = keeps[(keeps > 0) & (keeps < fmt.KEEP_PINNED)]
+        self._control.expires = int(timed.min()) if timed.size else 0

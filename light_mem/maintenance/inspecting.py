@@ -18,7 +18,7 @@ from light_mem.index import keys as keymath
 from light_mem.index import recovery, retention
 from light_mem.index.keys import HashValue, KeyArray, U64Array
 from light_mem.index.recovery import Table
-from light_mem.index.runs import Run, slots_needed
+from light_mem.index.runs import Run
 from light_mem.maintenance.owners import Ownership
 from light_mem.maintenance.report import BlockReport, ShardReport, StoreReport
 from light_mem.maintenance.store import Store, as_words, blocks_in
@@ -44,10 +44,8 @@ def inspect(directory: str | os.PathLike[str]) -> StoreReport:
         listed = np.flatnonzero(recovery.states_of(records) == fmt.LIVE)
         written.append(records["used"][listed])
         used.append(table["used"][live])
-        is_pinned = table["keep"][live] >= fmt.KEEP_PINNED
-        pinned += int(np.count_nonzero(is_pinned))
-        pages = slots_needed(table["nbytes"][live][is_pinned].astype(np.int64), g.page_bytes)
-        pinned_slots += int(pages.sum())
+        pinned_here, slots_here = retention.pinned_among(table, g.page_bytes)
+        pinned, pinned_slots = pinned + pinned_here, pinned_slots + slots_here
         expired += int(np.count_nonzero(retention.expired(table["keep"][live])))
         writing += int(np.count_nonzero(states == fmt.WRITING))
         held += int(np.count_nonzero(states == fmt.HELD))
