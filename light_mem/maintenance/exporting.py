@@ -112,7 +112,8 @@ def _locked(path: Path) -> int:
     it. That export may end between our open and our lock: what we have opened has the finished
     export's name then, or none."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _names(path, descriptor):
