@@ -184,7 +184,8 @@ class Collector:
                 found = look(path, self._ages)
             except (LightMemError, OSError) as error:
                 metrics[_READABLE.name].add_metric([store], 0)
-                self._warning("metrics of %s: %s", store, str(error))
+                problem = str(error).encode(errors="backslashreplace").decode()  # it names the path
+                self._warning("metrics of %s: %s", store, problem)
                 continue
             metrics[_READABLE.name].add_metric([store], 1)
             _add_store(metrics, store, found)
