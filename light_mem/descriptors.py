@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 
 _REFUSED = frozenset((errno.ENOSYS, errno.EPERM, errno.EACCES))
 
@@ -36,21 +37,18 @@ def pidfd(pid: int) -> int:
 
     Raises ProcessLookupError, and OSError where no descriptors are left.
     """
-    try:
-        return os.pidfd_open(pid)
-    except AttributeError:
-        return -1
-    except OSError as error:
-        if error.errno in _REFUSED:
-            return -1
-        raise
+    return _unless_refused(lambda: os.pidfd_open(pid))
 
 
 def memory_object(name: str) -> int:
     """A memory object without a path, empty; -1: the system gives none. Raises OSError."""
+    return _unless_refused(lambda: os.memfd_create(name, os.MFD_CLOEXEC))
+
+
+def _unless_refused(call: Callable[[], int]) -> int:
     try:
-        return os.memfd_create(name, os.MFD_CLOEXEC)
-    except AttributeError:
+        return call()
+    except AttributeError:  # Python does not know it here
         return -1
     except OSError as error:
         if error.errno in _REFUSED:
