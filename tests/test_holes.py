@@ -84,9 +84,6 @@ def test_what_others_have_open_is_not_allocated_again(
     rig = opened(store)
     asked: list[Path] = []
     monkeypatch.setattr(opening, "fill_holes", lambda path, size: asked.append(path))
-    monkeypatch.setattr(
-        "light_mem.engine.index_making.fill_holes", lambda path, size: asked.append(path)
-    )
     opened(store).engine.close()
     assert asked == []
     rig.engine.close()

@@ -8,11 +8,9 @@ from pathlib import Path
 from light_mem.engine import reindex
 from light_mem.errors import StoreBusyError
 from light_mem.index import file as index_file
-from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.owners import Owners, listing
-from light_mem.index.room import fill_holes
 
 log = logging.getLogger("light_mem")
 
@@ -30,17 +28,6 @@ def counts(
     is_trusted = file.trustworthy
     file.close()
     return counts if is_trusted or not trusted else None
-
-
-def fill_index_holes(directory: Path, geometry: Geometry) -> None:
-    """Allocate what an index that can be used lacks of its room, before anything is stored to it.
-    Nobody else has the store open. Raises StoreFullError."""
-    path = directory / index_file.NAME
-    try:
-        IndexFile(path, geometry, writable=False).close()
-    except (FileNotFoundError, IndexUnusable):
-        return
-    fill_holes(path, fmt.index_layout(geometry.shards, geometry.slots).size)
 
 
 def problem_of(directory: Path, geometry: Geometry, owners: Owners) -> str:

@@ -18,7 +18,6 @@ from light_mem.engine import shard_header
 from light_mem.engine.index_making import (
     NewIndex,
     counts,
-    fill_index_holes,
     problem_of,
     put_in_place,
 )
@@ -145,7 +144,10 @@ def prepare(
     require_room(directory, directory, making.lacking + beside)
     if alone:  # else they did so when they came
         fill_holes(directory / OWNERS_NAME, FILE_BYTES)
-        fill_index_holes(directory, geometry)
+        if not problem:  # else one is made anew, and what is there only read
+            fill_holes(
+                directory / index_file.NAME, fmt.index_layout(wanted.shards, wanted.slots).size
+            )
     # All that takes room comes before the description says so: on a full disk nothing has changed.
     new = NewIndex(directory, wanted) if problem else None
     try:
