@@ -248,6 +248,12 @@ def test_evict_leaves_what_is_used_meanwhile(store: Path, monkeypatch: pytest.Mo
     assert set(order_of_use(store)) == {key_of(BLOCKS[7]), key_of(BLOCKS[8])}
 
 
+@pytest.mark.parametrize("age", [1e10, 1e300])
+def test_no_block_is_older_than_time_itself(store: Path, age: float) -> None:
+    assert evict(store, age).removed == 0
+    assert len(order_of_use(store)) == len(BLOCKS)
+
+
 @pytest.mark.parametrize("age", ["", "7", "7y", "-7d", "d", "7 days ago"])
 def test_what_is_no_time_is_refused(
     store: Path, capsys: pytest.CaptureFixture[str], age: str

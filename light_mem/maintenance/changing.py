@@ -58,12 +58,13 @@ def evict(
     older_than = seconds("older_than", older_than)
     started = time.monotonic()
     store = Store(directory)
-    before = time.time_ns() - int(older_than * 1e9)
+    now = time.time_ns()
+    before = now - int(min(older_than * 1e9, now))  # times of use begin at 1970
     removed = nbytes = 0
     engine = None if dry_run else open_tool(directory)
     try:
         for part in listed(store):
-            is_old = part.rows["used"] < np.uint64(max(0, before))
+            is_old = part.rows["used"] < np.uint64(before)
             is_old &= part.rows["keep"] < fmt.KEEP_PINNED
             is_old |= retention.expired(part.rows["keep"])
             old = part.heads[is_old]
