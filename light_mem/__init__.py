@@ -4,6 +4,11 @@
     service.run()
     task = service.create("write", ["hash1", "hash2"], [0, 1])
 
+LocalCacheService opens a store and runs the workers; CacheClient is the same service from another
+process of the server; CacheTask is one `create`, CacheBlock one of its blocks, State what became of
+it; BlockView is a block looked at in place. `allocate_kvcache` makes the KV tensor. Errors are
+LightMemErrors. docs/reference.md has them all. Where what is:
+
 service.py   CacheService: tasks; stored_blocks.py: all that moves no bytes, look-ups, keeping,
              deleting; local_service.py and client.py: in the server's process, and in its others;
              service_settings.py: its arguments checked; service_close.py: the order of its end

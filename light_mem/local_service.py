@@ -62,7 +62,8 @@ class LocalCacheService(CacheService):
     storage_size    bytes of pages that the store holds at most; allocated at once
     num_of_shard    shards of a new store; an existing one must have as many
     kvcache         uint8 CPU tensor [num_pages, page_bytes], contiguous. Where workers cannot map
-                    its memory it is moved to shared memory in place, or refused: see the README
+                    its memory it is moved to shared memory in place, or refused: see
+                    docs/reference.md
     num_workers     worker processes, 1 to 127
     verify          check each block's checksum when it is read
     time_to_live    seconds that blocks written by this service live, counted from the write: a use
@@ -249,8 +250,8 @@ class LocalCacheService(CacheService):
     def end_workers(self) -> None:
         """Stop the workers as `close` does, and stay in the store: nothing touches the KV tensor
         any more, every block is Finished or Aborted, and what was Finished wrongly can still be
-        deleted. All else but `delete`, `stats` and `close` raises ServiceClosedError. Calling it
-        again is as calling `close` again."""
+        deleted. Of use are then `delete`, `stats`, `check` and `close`; calls that need workers or
+        the queue raise ServiceClosedError. Calling it again is as calling `close` again."""
         self._check_open()
         self._small_reads.close()
         self._small_writes.close()

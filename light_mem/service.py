@@ -52,8 +52,6 @@ class CacheService(StoredBlocks):
     ) -> CacheTask:
         """Write pages to the store, or read them from it; returns at once.
 
-        The order of the arguments is that of the public README's example (contract, section 2).
-
         mode          "write"/"w" or "read"/"r"
         hash_values   H hashes: one a page (H == P), or one a run of `pages_per_block` pages
         page_indices  P pages of the KV tensor: list, numpy array or torch integer tensor
