@@ -70,7 +70,7 @@ def plain(table: TaskTable, worker: int, mode: int, ahead: bool) -> list[int] | 
     chosen: list[int] = []
     nbytes = 0
     for cell in (own or waits)[:BATCH_BLOCKS]:
-        if nbytes >= BATCH_BYTES:
+        if nbytes >= BATCH_BYTES[mode]:
             break
         if len(chosen) * workers >= waiting and nbytes >= LEAST_BYTES[mode] and not ahead:
             break

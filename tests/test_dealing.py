@@ -64,7 +64,7 @@ def test_batches_of_the_workers_come_in_turn_and_are_of_one_shard() -> None:
 
 
 def test_long_blocks_are_dealt_by_their_bytes() -> None:
-    _, homes = dealt(np.arange(64) % 2, 2, 2, nbytes=16 * MIB)  # two blocks are a batch
+    _, homes = dealt(np.arange(64) % 2, 2, 2, nbytes=32 * MIB)  # two blocks are a batch
     assert homes.tolist() == [1, 1, 2, 2] * 16
 
 

@@ -13,6 +13,7 @@ from tests.queue_rig import MIB, WORKERS, Queued, queued
 __all__ = ["queued"]  # fixtures
 
 LEAST = LEAST_BYTES[WRITE] // MIB  # blocks of 1 MiB
+WRITE_BATCH = BATCH_BYTES[WRITE] // MIB
 
 
 # --- the queue ------------------------------------------------------------------------------------
@@ -128,17 +129,17 @@ def test_the_ring_may_go_round(queued: Queued) -> None:
 
 def test_no_more_than_a_batch_of_bytes_beyond_the_first_block(queued: Queued) -> None:
     queued.push([1] * 200)
-    assert len(queued.queue.claim(1)) == 32  # of 1 MiB
+    assert len(queued.queue.claim(1)) == WRITE_BATCH  # of 1 MiB
     cells = queued.push([1, 1], first=1000)
     queued.table.cells["nbytes"][cells] = 100 * MIB
     while (batch := queued.queue.claim(1)) and cells[0] not in batch:
         pass
-    assert len(batch) <= 32
+    assert len(batch) <= WRITE_BATCH
 
 
 # --- ahead ----------------------------------------------------------------------------------------
 
-READ_BATCH = BATCH_BYTES // MIB  # blocks of 1 MiB
+READ_BATCH = BATCH_BYTES[READ] // MIB  # blocks of 1 MiB
 
 
 def test_reads_are_claimed_ahead_where_as_many_wait_for_each_worker(queued: Queued) -> None:
@@ -179,7 +180,7 @@ def test_no_write_is_claimed_ahead_nor_does_it_wait_for_good(queued: Queued) -> 
         assert min(ahead) >= 1000
         claimed += 1
     assert claimed == WRITE_TURN - 1
-    assert queued.queue.claim(1) == writes[:32]
+    assert queued.queue.claim(1) == writes[: 100 // WORKERS]
     assert min(queued.queue.claim_ahead(1)) >= 1000
 
 

@@ -80,7 +80,7 @@ def test_the_example_of_the_readme_runs_and_says_what_its_comments_say(place: Pa
     assert closes
     program = f"""{before}
 print(service.match_prefix(["hash1", "hash2", "hash3"]), service.query("hash_key"))
-print(task.finished_prefix(), *task.state(), bool((kv_cache[7] == kv_cache[0]).all()))
+print(task.finished_prefix(), *map(int, task.state()), bool((kv_cache[7] == kv_cache[0]).all()))
 {closes}{after}
 """
     filled = program.replace("service.run()\n", "service.run()\nkv_cache[0] = 5; kv_cache[1] = 9\n")

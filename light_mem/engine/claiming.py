@@ -16,8 +16,8 @@ from light_mem.engine.task_table import TaskTable
 
 # Claimed at a time at most: enough to make what a batch costs (0.6 ms of a read, 1.3 of a write)
 # little beside its copies. Nobody waits for longer because of that: what comes later is behind all
-# that waits, and the last batches are small.
-BATCH_BYTES = 32 << 20
+# that waits, and the last batches are small; and reads are done in the middle of a batch of writes.
+BATCH_BYTES = {READ: 32 << 20, WRITE: 64 << 20}
 # A few more to write would be two holds of the shard's lock for them alone. (Blocks of 246 KB:
 # twice as many are written no faster, half as many some 4% slower.)
 BATCH_BLOCKS = MOST_BLOCKS
@@ -95,7 +95,7 @@ class Chooser:
         if end - head > _LOOP_ENTRIES:
             return self._look_far(worker, mode, head, end)
         states, modes, homes, lengths = self._states, self._modes, self._homes, self._lengths
-        ring, length, full = self._rings[mode], self._table.ring_length, BATCH_BYTES
+        ring, length, full = self._rings[mode], self._table.ring_length, BATCH_BYTES[mode]
         waits: list[tuple[int, int]] = []
         own: list[int] = []
         count = nbytes = 0
@@ -134,7 +134,7 @@ class Chooser:
 
     def _first(self, cells: list[int], mode: int, share: int) -> list[int]:
         """The first `share` of the cells, within the bounds of a batch."""
-        lengths, least, most = self._lengths, LEAST_BYTES[mode], BATCH_BYTES
+        lengths, least, most = self._lengths, LEAST_BYTES[mode], BATCH_BYTES[mode]
         nbytes = 0
         for count, cell in enumerate(cells):
             if nbytes >= most or (count >= share and nbytes >= least):

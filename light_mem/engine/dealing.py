@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.claiming import BATCH_BLOCKS, BATCH_BYTES
+from light_mem.engine.table_layout import WRITE
 
 Positions = npt.NDArray[np.int64]
 
@@ -35,7 +36,7 @@ def deal(
     else:
         homes = shards[order] * workers // num_shards
     mean = max(1, int(nbytes.sum()) // count)
-    batch = min(BATCH_BLOCKS, -(-count // workers), -(-BATCH_BYTES // mean))
+    batch = min(BATCH_BLOCKS, -(-count // workers), -(-BATCH_BYTES[WRITE] // mean))
     within = np.arange(count) - np.searchsorted(homes, homes)
     in_turn = np.lexsort((homes, within // batch))  # stable: by shard within a batch
     return order[in_turn], homes[in_turn] + 1

@@ -38,7 +38,8 @@ from light_mem.errors import InvalidArgumentError, LockTimeoutError, ServiceClos
 from light_mem.index.locks import RangeLock
 
 LANE_BYTE = QUEUE_BYTE + 1  # the first of the lanes' locks, in the same memory object
-# Reads make a user wait, writes do not: writes go first at one claim of this many.
+# Reads make a user wait, writes do not: writes go first at one claim of this many. In the middle of
+# a batch of writes a worker does as many of reads, less one.
 WRITE_TURN = 3
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
@@ -49,6 +50,7 @@ class TaskQueue(QueueLock):
     def __init__(self, table: TaskTable, lock: RangeLock) -> None:
         super().__init__(table, lock)
         self._turn = 0
+        self._between = 0  # batches of reads since the last one of writes was claimed
         self._chooser = Chooser(table)
         # Where there are no more cores than workers the kernel has one of those that are woken run
         # on this core at once, and whoever queues waits until it sleeps again: 3 ms of `create`.
@@ -129,7 +131,24 @@ class TaskQueue(QueueLock):
                 while self._table.depth(mode):  # each look claims something or moves the head
                     cells = self._take(worker, mode)
                     if cells:
+                        if mode == WRITE:
+                            self._between = 0
                         return cells
+        return []
+
+    def claim_between(self, worker: int, timeout: float | None = None) -> list[int]:
+        """Cells of reads for a worker in the middle of a batch of writes; empty: nothing waits, or
+        these reads have had their turns, and the writes are to go on.
+        """
+        if not self._table.depth(READ) or self._between == WRITE_TURN - 1:
+            return []
+        with self.held(timeout):
+            while self._table.depth(READ):
+                cells = self._take(worker, READ)
+                if cells:
+                    self._between += 1
+                    self._turn += 1
+                    return cells
         return []
 
     def claim_ahead(self, worker: int, timeout: float | None = None) -> list[int]:

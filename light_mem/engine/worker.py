@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,14 +117,34 @@ class Worker:
         if not (engine.has_begun_reads or engine.has_begun_writes):
             self._stopwatch.start()
         records = table.read(cells)
-        batch = self._blocks(records)
-        report = BatchReport(table, self._number, cells, records, self._stopwatch)
-        stop = Aborted(table, records.row)
         if records.mode[0] == READ:
-            engine.begin_read(batch, report, stop, [listed - 1 for listed in records.listed])
+            self._begin_read(cells, records)
             engine.finish_writes()
         else:
-            engine.begin_write(batch, report, stop, records.mixed)
+            report = BatchReport(table, self._number, cells, records, self._stopwatch)
+            stop = Aborted(table, records.row, partial(self._read_between, report))
+            engine.begin_write(self._blocks(records), report, stop, records.mixed)
+
+    def _begin_read(self, cells: Sequence[int], records: Cells) -> None:
+        table = self._table
+        report = BatchReport(table, self._number, cells, records, self._stopwatch)
+        stop = Aborted(table, records.row)
+        entries = [listed - 1 for listed in records.listed]
+        self._engine.begin_read(self._blocks(records), report, stop, entries)
+
+    def _read_between(self, writes: BatchReport) -> None:
+        """In the middle of a batch of writes: do one of reads, if any wait, since a user waits for
+        them and for no write. What waits for a device is only begun: nobody waits here, with slots
+        in hand; it is read when the writes have ended."""
+        if self._engine.has_begun_reads:
+            return
+        try:
+            cells = self._queue.claim_between(self._number, BUSY_QUEUE_SECONDS)
+        except LockTimeoutError:  # asked again a few MiB later
+            return
+        if cells:
+            writes.count()  # so far the time was theirs
+            self._begin_read(cells, self._table.read(cells))
 
     def _blocks(self, records: Cells) -> list[BlockIO]:
         """What to move for the cells of a batch."""
@@ -154,17 +175,29 @@ class Aborted:
     """Whether blocks of a batch were aborted, by their positions: as the tasks of their rows are.
     Any thread."""
 
-    def __init__(self, table: TaskTable, rows: Sequence[int]) -> None:
-        self._table, self._rows = table, rows
+    def __init__(
+        self,
+        table: TaskTable,
+        rows: Sequence[int],
+        between: Callable[[], None] | None = None,
+    ) -> None:
+        """`between` is called by whoever copies the batch, every few MiB."""
+        self._table, self._rows, self._between = table, rows, between
 
     def __call__(self, at: int) -> bool:
         return self._table.aborted(self._rows[at])
 
     def any_of(self, positions: Sequence[int]) -> Callable[[], bool]:
-        """Whether any of them was, by now."""
-        aborted, rows = self._table.aborted, self._rows
+        """Whether any of them was, by now. For the thread that copies them, between two copies."""
+        aborted, rows, between = self._table.aborted, self._rows, self._between
         tasks = {rows[at] for at in positions}
-        return lambda: any(map(aborted, tasks))
+
+        def any_was() -> bool:
+            if between is not None:
+                between()
+            return any(map(aborted, tasks))
+
+        return any_was
 
 
 def _allow_descriptors() -> None:
