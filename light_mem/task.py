@@ -24,6 +24,7 @@ from light_mem.errors import (
     TaskExpiredError,
 )
 from light_mem.index.keys import HashValue, is_bool
+from light_mem.index.locks import SHORT_SECONDS
 from light_mem.layouts import Layout
 from light_mem.states import CacheBlock, State
 from light_mem.waiting import (
@@ -239,7 +240,9 @@ class CacheTask:
         if table is None or self.ready():
             return
         deadline = time.monotonic() + timeout
-        queue.abort(table, self._start, self._end, self._row, self._generation, timeout)
+        # Whoever has the queue in hand and lives needs a moment: without it nothing is aborted.
+        patience = max(timeout, SHORT_SECONDS)
+        queue.abort(table, self._start, self._end, self._row, self._generation, patience)
         if not self.wait(deadline - time.monotonic()):
             raise LockTimeoutError(
                 f"a worker did not let go of the task's pages within {timeout:g} s: it is stopped",

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from light_mem import InvalidArgumentError, LockTimeoutError, State
+from light_mem.engine.queue import QUEUE_BYTE
+from light_mem.index.locks import RangeLock
 from tests.conftest import wait_until
 from tests.service_rig import UNTOUCHED, WAIT, Rig, rig
 
@@ -44,6 +46,22 @@ def test_before_the_service_runs_all_blocks_are_aborted_at_once(tmp_path: Path) 
         r.service.run()
         assert r.write_later.wait(WAIT)  # type: ignore[attr-defined]
         assert r.service.query(["a", "b", "kept"]) == [False, False, True]
+
+
+def test_an_abort_without_patience_waits_for_who_has_the_queue_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters give up what takes too long so, once: a worker may be claiming at that moment."""
+    monkeypatch.setattr("light_mem.task.SHORT_SECONDS", WAIT)  # however busy this machine is
+    with rig(tmp_path, run=False) as r:
+        task = r.service.create("w", ["a", "b"], [0, 1])
+        lock = RangeLock(r.service._session.table.lock_path())
+        lock.lock(QUEUE_BYTE)
+        claiming = threading.Timer(0.02, lock.close)
+        claiming.start()
+        r.service.abort(task, timeout=0)
+        claiming.join()
+        assert task.state() == [State.Aborted] * 2
 
 
 def test_after_the_end_nothing_changes(tmp_path: Path) -> None:
