@@ -15,6 +15,7 @@ from light_mem.engine.table_layout import NAME
 from light_mem.engine.table_stats import read_numbers
 from light_mem.engine.task_table import TaskTable
 from light_mem.index.locks import PathLock, RangeLock, lock_path
+from light_mem.index.owners import Owners
 from light_mem.maintenance import inspect
 from light_mem.monitor import look, rates
 from light_mem.monitor.rates import as_json, hit_rate, together
@@ -201,6 +202,33 @@ def test_a_server_in_another_pid_namespace_is_found(tmp_path: Path) -> None:
         assert found.unseen == 0
         assert ask(child, "close") == "closed"
         child.end()
+
+
+def test_servers_of_containers_whose_pids_are_the_same_are_counted_one_by_one(
+    tmp_path: Path,
+) -> None:
+    """In a container of its own each is, say, pid 1."""
+    with rig(tmp_path, run=False):
+        theirs = [Owners(tmp_path / "store") for _ in range(2)]
+        for number, owners in enumerate(theirs):
+            owners.records["started"][owners.join("server").number] += 0.25 + number / 10
+            found = look(tmp_path / "store")
+            assert len(found.servers) == 1
+            assert found.unseen == number + 1
+        for owners in theirs:
+            owners.close()
+
+
+def test_a_closed_service_whose_blocks_are_viewed_is_no_servers_of_others(tmp_path: Path) -> None:
+    with rig(tmp_path) as closed:
+        closed.write(["a"], [0])
+        view = closed.service.view("a")
+        assert view is not None
+        with rig(tmp_path, run=False):
+            closed.service.close()
+            found = look(tmp_path / "store")
+            assert (len(found.servers), found.unseen) == (1, 0)
+        view.close()
 
 
 # --- rates ----------------------------------------------------------------------------------------

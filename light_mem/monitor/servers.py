@@ -34,15 +34,23 @@ class ServerTable(NamedTuple):
 def find_tables(directory: Path) -> tuple[list[ServerTable], int]:
     """The tables of the living servers of a store, by process id, and how many servers there are
     whose table cannot be seen: another user's or container's, or no Linux."""
-    servers = {owner.pid for owner in Ownership(directory).alive if owner.kind == "server"}
+    servers = [owner for owner in Ownership(directory).alive if owner.kind == "server"]
     found: dict[str, ServerTable] = {}
-    _collect(sorted(servers), directory, found)
-    unseen = len(servers - {table.pid for table in found.values()})
-    if unseen:  # in another container the pids mean other processes: then look at all of them
-        before = len(found)
+    _collect(sorted({owner.pid for owner in servers}), directory, found)
+    if len(found) < len(servers):  # the pids may mean other processes here: look at all of them
         _collect(_all_pids(), directory, found)
-        unseen = max(0, unseen - (len(found) - before))
+    headers = [table.table.header[0] for table in found.values()]
+    seen = {_process(int(h["server_pid"]), float(h["server_started"])) for h in headers}
+    strange = sum(_process(owner.pid, owner.started) not in seen for owner in servers)
+    # What a closed service has left open for its views has no table, and is none of a stranger's.
+    unseen = min(strange, max(0, len(servers) - len(found)))
     return sorted(found.values(), key=lambda table: table.pid), unseen
+
+
+def _process(pid: int, started: float) -> tuple[int, int]:
+    """One process, as it knows itself: in containers of their own several have the same pid. Of
+    its start the hundredths of a second, since the boot or 1970, however the clock was set."""
+    return pid, round(100 * started) % 100
 
 
 def _collect(pids: Iterable[int], directory: Path, found: dict[str, ServerTable]) -> None:
