@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,7 +20,7 @@ from light_mem.commands import (
     transfer,
     verify,
 )
-from light_mem.commands.output import guarded, speak_anyway
+from light_mem.commands.output import CLEAN, forget, guarded, speak_anyway
 from light_mem.index.format import FORMAT_VERSION
 
 COMMANDS = (demo, doctor, look, stats, top, metrics, verify, rebuild, transfer, change)
@@ -68,14 +67,12 @@ def run(
     for module in modules:
         module.add(commands)
     arguments = parser.parse_args(argv)
+    code = CLEAN  # of what goes on until nobody reads any more: `light-mem dump | head`
     try:
-        code: int = guarded(arguments.name, lambda: arguments.command(arguments))
+        code = guarded(arguments.name, lambda: arguments.command(arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # `light-mem dump | head`: the rest is not wanted, and the interpreter must not try again
-        # to write it when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        forget(sys.stdout)
     return code
 
 

@@ -18,11 +18,13 @@ from light_mem.index.format import FORMAT_VERSION
 from tests.children import ROOT
 from tests.engine_helpers import Block
 from tests.maintenance_helpers import (
+    BLOCKS,
     PAGE,
     SHARDS,
     SLOTS,
     Command,
     files,
+    flip,
     make_store,
 )
 
@@ -166,6 +168,33 @@ def test_another_format_version_is_exit_code_2_and_stays(
     assert command(name, store, *COMMANDS[name], *more) == 2
     assert "99" in command.err
     assert files(store) == before
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_command_that_nobody_reads_ends_with_the_exit_code_of_what_it_found(
+    store: Path, command: Command, as_json: list[str]
+) -> None:
+    assert command("export", store, "x.lmx") == 0
+    codes = {("inspect",): 0, ("dump",): 0, ("clear", "--dry-run"): 0, ("verify",): 0}
+    assert {call: unread(store, *call, *as_json) for call in codes} == codes
+    assert unread(store, "export", "y.lmx", "none", *as_json) == 1
+    assert unread(store, "stats", "--interval", "0.01", *as_json) == 0
+    assert unread(store / "none", "verify", *as_json) == 2
+    flip(store, BLOCKS[0])
+    assert unread(store, "verify", *as_json) == 1
+    assert unread(store, "dump", f"int:{BLOCKS[0].key}", *as_json) == 1
+    assert unread(store, "dump", "none", *as_json) == 1
+
+
+def unread(store: Path, name: str, *arguments: str) -> int:
+    """The exit code of a command whose output and errors go to a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, "-m", "light_mem", name, str(store), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, stdout=writing, stderr=writing, env=environment, check=False)
+    os.close(writing)
+    return done.returncode
 
 
 def test_wrong_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

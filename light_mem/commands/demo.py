@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 from light_mem.commands.arguments import Commands, add_command
+from light_mem.commands.output import Screen
 from light_mem.errors import LightMemError
 
 DEMO_HELP = """\
@@ -57,13 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     # Here, not above: `light-mem --help` need not import torch.
-    from rich.console import Console
-
     from light_mem.demo.plan import Plan
     from light_mem.demo.report import show
     from light_mem.demo.run import default_threads, run_demo
 
-    console = Console(stderr=arguments.json)  # with --json, standard output is JSON only
+    console = Screen(stderr=arguments.json)  # with --json, standard output is JSON only
     store = arguments.store or tempfile.mkdtemp(prefix="light-mem-demo-")
     plan = Plan(
         store=store,
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = run_demo(plan, console, drop_cache=arguments.drop_page_cache)
         report.removed = is_to_go
     except (LightMemError, ValueError, RuntimeError, OSError) as error:
-        Console(stderr=True).print(f"light-mem demo: {error}", style="red", markup=False)
+        Screen(stderr=True).print(f"light-mem demo: {error}", style="red", markup=False)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -127,7 +127,7 @@ def run_dump(arguments: argparse.Namespace) -> int:
     if arguments.hash is not None:
         return _dump_one(arguments)
     if arguments.output is not None:
-        sys.stderr.write("light-mem dump: --output needs a HASH\n")
+        output.complain("dump", "--output needs a HASH")
         return output.FAILED
     found = islice(blocks(arguments.store), arguments.limit)
     if arguments.json:
@@ -151,7 +151,7 @@ def _dump_one(arguments: argparse.Namespace) -> int:
         key = keymath.key_text(*keymath.as_key(arguments.hash))
         given = str(arguments.hash)
         named = key if given == key else f"{given} (key {key})"
-        sys.stderr.write(f"light-mem dump: block {named} is not stored\n")
+        output.complain("dump", f"block {named} is not stored")
         return output.FOUND
     problem, data = _bytes(arguments)
     if arguments.output is not None and not problem:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -40,13 +40,17 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         raise
     # UnicodeError: a text of the user's or of the machine's; the library's own are no errors.
     except (LightMemError, OSError, UnicodeError) as error:
-        text = Text(f"light-mem {name}: {error}", style="red")
-        Console(stderr=True).print(text, soft_wrap=True)
+        complain(name, str(error))
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
         log.removeHandler(handler)
+
+
+def complain(name: str, text: str) -> None:
+    """One line of a command on standard error."""
+    Screen(stderr=True).print(Text(f"light-mem {name}: {text}", style="red"), soft_wrap=True)
 
 
 def speak_anyway() -> None:
@@ -68,6 +72,29 @@ def _or_nowhere(stream: TextIO | None) -> TextIO:
     return stream or open(os.devnull, "w", encoding="utf-8")
 
 
+class Screen(Console):
+    """Where people read. What is said once nobody reads any more (`| head`) is lost, and the
+    command goes on to its exit code: rich's own is 1, which means that something was found."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        forget(self.file)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except BrokenPipeError:  # a rich that leaves that to others, before 13.8
+            self.on_broken_pipe()
+
+
+def forget(stream: IO[str]) -> None:
+    """Nobody reads a stream any more: what still goes there, at the latest when the interpreter
+    ends, is lost."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def shows(text: str, stream: TextIO | None = None) -> bool:
     """Whether standard output, or another stream, can show these characters."""
     try:
@@ -79,13 +106,16 @@ def shows(text: str, stream: TextIO | None = None) -> bool:
 
 def write_json(report: Any, **more: Any) -> None:
     """One report as JSON on standard output."""
-    sys.stdout.write(json.dumps({**plain(report), **more}, indent=2) + "\n")
+    try:
+        sys.stdout.write(json.dumps({**plain(report), **more}, indent=2) + "\n")
+    except BrokenPipeError:  # as for a Screen
+        forget(sys.stdout)
 
 
 def console() -> Console:
     """Standard output for people."""
     # Without a terminal rich would cut lines at 80 columns, keys and paths with them.
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    return Screen(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
 
 
 def facts(rows: Iterable[tuple[str, str]], title: str) -> Table:
