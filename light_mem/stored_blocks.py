@@ -67,12 +67,14 @@ class StoredBlocks(Closing):
     ) -> Any:
         """Whether a hash is stored: bool for one hash, list[bool] for a sequence of them.
 
-        `pages`, for a sequence: how many pages each block is wanted with; one that was stored with
-        another number (by a service with another block size) does not count.
+        `pages`: how many pages each block is wanted with, one number a hash; one that was stored
+        with another number (by a service with another block size) does not count.
         Counts as use for eviction. Takes no lock. Raises InvalidArgumentError for what is no hash.
         """
         self._check()
         if keymath.is_hash(hashes):
+            if pages is not None:
+                return self.query([hashes], pages)[0]  # type: ignore[list-item]
             low, high = keymath.as_key(hashes)  # type: ignore[arg-type]
             found = self._engine.lookup.find_one(low, high) >= 0
             self._count_lookups(1, int(found))

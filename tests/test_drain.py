@@ -99,6 +99,18 @@ def test_a_prefix_of_blocks_of_another_length_is_none(tmp_path: Path) -> None:
             r.service.match_prefix(["a"], pages=[1, 2])
 
 
+def test_a_block_of_another_length_is_not_found_by_who_asks_for_it_alone(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        assert r.service.create("write", ["a"], [0, 1, 2]).wait(WAIT)
+        asked = [r.service.query("a", pages=[n]) for n in (1, 2, 3, 4)]
+        assert asked == [False, False, True, False]
+        assert r.service.query("a") is True
+        assert r.service.stats()["hits"] == 2
+        for pages in (3, [3, 3], [], [3.0]):
+            with pytest.raises(InvalidArgumentError, match="pages"):
+                r.service.query("a", pages=pages)  # type: ignore[arg-type]
+
+
 def test_the_finished_prefix_of_a_read_ends_at_the_first_that_is_not_there(tmp_path: Path) -> None:
     with rig(tmp_path) as r:
         r.write(["a", "b", "d"], [0, 1, 3])
