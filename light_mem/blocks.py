@@ -230,7 +230,7 @@ def pages_per_hash(hashes: int, pages: int, per_block: int) -> int:
 
 def parse_lengths(pages: object, hashes: int) -> npt.NDArray[np.int64]:
     """Pages of each block as int64 [hashes]; raises InvalidArgumentError for anything else."""
-    found = np.asarray(pages)
+    found = array_of("pages", pages)
     if found.shape != (hashes,) or (hashes and found.dtype.kind not in "iu"):
         raise InvalidArgumentError(
             f"pages are {hashes} whole numbers, one a hash, not {reprlib.repr(pages)}",

@@ -161,10 +161,17 @@ def parse_regions(regions: Any, hashes: int, memory_bytes: int, mode: int) -> Re
     None when there are no hashes. Raises InvalidArgumentError for anything else, PageIndexError
     for what lies outside the tensor, both before anything is queued.
     """
-    if len(regions) != hashes:
+    try:
+        entries = len(regions)
+    except TypeError:  # a number, a generator
         raise InvalidArgumentError(
-            f"{len(regions)} regions do not fit {hashes} hash_values: give one entry a hash",
-            regions=len(regions),
+            f"regions are a sequence of one entry a hash, not {type(regions).__name__}",
+            regions=regions,
+        ) from None
+    if entries != hashes:
+        raise InvalidArgumentError(
+            f"{entries} regions do not fit {hashes} hash_values: give one entry a hash",
+            regions=entries,
             hashes=hashes,
         )
     if not hashes:

@@ -95,8 +95,9 @@ def test_a_prefix_of_blocks_of_another_length_is_none(tmp_path: Path) -> None:
         assert r.service.match_prefix(["a", "b", "c"], pages=[3, 1, 1]) == 2
         assert r.service.match_prefix(["a", "b"], pages=[3, 2]) == 1
         assert r.service.match_prefix(["a", "b"], pages=[2, 1]) == 0
-        with pytest.raises(InvalidArgumentError, match="pages"):
-            r.service.match_prefix(["a"], pages=[1, 2])
+        for hashes, pages in (("a", [1, 2]), ("a", [[1, 2]]), ("ab", [[1], [1, 2]])):
+            with pytest.raises(InvalidArgumentError, match="pages"):
+                r.service.match_prefix(list(hashes), pages=pages)  # type: ignore[arg-type]
 
 
 def test_a_block_of_another_length_is_not_found_by_who_asks_for_it_alone(tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def test_regions_may_be_given_as_pairs_lists_or_arrays(rig: Rig, regions: object
         ([(PAGE * PAGES - 3, 4)], PageIndexError),
         ([(0, PAGE * PAGES + 1)], PageIndexError),
         ([(2**63 - 2, 4)], PageIndexError),
+        (None, InvalidArgumentError),
+        (zip([0], [4], strict=True), InvalidArgumentError),
         ([[]], InvalidArgumentError),
         ([(1, 2, 3)], InvalidArgumentError),
         ([(0.5, 2)], InvalidArgumentError),
