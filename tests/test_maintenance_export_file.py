@@ -119,6 +119,24 @@ def test_what_is_no_export_is_refused(tmp_path: Path, command: Command, content:
     assert files(store) == before
 
 
+def test_a_pipe_is_no_export_and_is_not_replaced_by_one(
+    store: Path, tmp_path: Path, command: Command
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for arguments in (["--overwrite"], ["--overwrite", "--dry-run"]):
+        assert command("export", store, pipe, *arguments) == 2
+        assert f"{pipe} is no file" in command.err
+    assert pipe.is_fifo()
+    kept = os.open(pipe, os.O_RDWR)  # else an open would wait for who writes
+    try:
+        assert command("import", tmp_path / "new", pipe, "--storage-size", "1M") == 2
+    finally:
+        os.close(kept)
+    assert f"{pipe} is no file" in command.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "store"]
+
+
 def test_another_version_is_refused(exported: Path, tmp_path: Path) -> None:
     raw = bytearray(exported.read_bytes())
     header = np.frombuffer(raw, fmt.EXPORT_HEADER, 1)

@@ -8,6 +8,7 @@ without a trace.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from light_mem.errors import StoreFormatError
+from light_mem.errors import InvalidArgumentError, StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.maintenance import transfer_format as fmt
 from light_mem.maintenance.report import DamagedBlock
@@ -38,13 +39,20 @@ class ExportFile:
     """One export file, read once from front to back. One thread."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises FileNotFoundError, StoreFormatError (not an export of this version)."""
+        """Raises FileNotFoundError, StoreFormatError (not an export of this version),
+        InvalidArgumentError (a pipe, a device)."""
         self.path = Path(path)
         self.damaged: list[DamagedBlock] = []
         self.problems: list[str] = []
         self._file = self.path.open("rb")
         try:
-            self.size = os.fstat(self._file.fileno()).st_size
+            status = os.fstat(self._file.fileno())
+            if not stat.S_ISREG(status.st_mode):  # what it holds would seem to be cut short
+                raise InvalidArgumentError(
+                    f"{self.path} is no file, but a pipe or a device: an import reads a file",
+                    file=str(self.path),
+                )
+            self.size = status.st_size
             self.header = self._read_header()
         except BaseException:
             self._file.close()

@@ -59,8 +59,8 @@ def import_store(
     dry_run                only read and check the file
 
     Raises FileNotFoundError, StoreFormatError (no export; no store; another page size or number
-    of shards), InvalidArgumentError (too small for a server, see `check_size`), StoreBusyError,
-    StoreFullError, BlockNotStoredError.
+    of shards), InvalidArgumentError (`file` is a pipe or a device; too small for a server, see
+    `check_size`), StoreBusyError, StoreFullError, BlockNotStoredError.
     """
     started = time.monotonic()
     source = ExportFile(file)
