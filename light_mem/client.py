@@ -124,6 +124,6 @@ def _connect(address: TableAddress) -> _Connection:
     with _connections_guard:
         connection = _connections.get(address.table_id)
         if connection is None:
-            connection = _Connection(TaskTable.attach(address))
-            _connections[address.table_id] = connection
+            made = _Connection(TaskTable.attach(address))
+            connection = _connections.setdefault(address.table_id, made)  # a handler's, meanwhile
         return connection

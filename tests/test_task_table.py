@@ -7,15 +7,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from light_mem import ServiceClosedError
+from light_mem.engine import task_table
 from light_mem.engine.table_layout import READ
 from light_mem.engine.table_memory import Sizes
 from light_mem.engine.task_table import TaskTable
 from light_mem.index.owners import process_start
+from tests.deaths import interleave
+from tests.opcodes import LIBRARY
+from tests.service_rig import rig
 
 FLIP = """
 import sys
@@ -111,3 +117,25 @@ def test_a_service_that_is_closed_is_not_called_barred() -> None:
         address = made.address()
     with pytest.raises(ServiceClosedError, match="has closed its service or is gone"):
         TaskTable._attach(address)
+
+
+def test_a_signals_handler_may_use_a_client_while_another_one_connects(tmp_path: Path) -> None:
+    """After any instruction that finds the server's table."""
+    files = tuple(str(Path(LIBRARY, name)) for name in ("client.py", "engine/task_table.py"))
+    with rig(tmp_path, run=False) as r:
+        for at in count(1):
+            task_table._tables.clear()  # as in another process
+            client, handlers = r.service.client(), r.service.client()
+            found, happened = interleave(
+                lambda: client.query("a"),  # noqa: B023
+                lambda: handlers.query("a"),  # noqa: B023
+                at,
+                files,
+            )
+            assert found is False
+            assert client._session.table is handlers._session.table
+            client.close()
+            handlers.close()
+            if not happened:
+                break
+        assert at > 200

@@ -113,7 +113,8 @@ class TaskTable(TableMemory):
         with _attach_guard:
             known = _tables.get(address.table_id)
             if known is None:
-                known = _tables[address.table_id] = cls._attach(address)
+                made = cls._attach(address)
+                known = _tables.setdefault(address.table_id, made)  # a handler's, meanwhile
             return known
 
     @classmethod
@@ -267,14 +268,14 @@ class TaskTable(TableMemory):
 
 
 _tables: weakref.WeakValueDictionary[str, TaskTable] = weakref.WeakValueDictionary()
-_attach_guard = threading.Lock()
+_attach_guard = threading.RLock()  # a signal's handler may be the next to attach
 
 
 def _after_fork_in_child() -> None:
     # A client that the child is handed attaches anew: it needs its own watch over the server.
     global _attach_guard
     _tables.clear()
-    _attach_guard = threading.Lock()
+    _attach_guard = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
