@@ -126,6 +126,20 @@ def test_what_takes_too_long_is_given_up_and_what_was_done_counts(
     assert 0 < task.waited[0] <= 0.25
 
 
+def test_a_close_in_the_middle_of_a_close_of_the_same_thread_ends(
+    over: Callable[..., PageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal's handler makes it."""
+    first, second = (Service(Task(DONE, ready=True)) for _ in range(2))
+    store = over(first, second)
+    with monkeypatch.context() as once:
+        once.setattr(first, "close", lambda: (once.undo(), store.close()))
+        store.close()
+    assert first.closed == 1
+    assert second.closed == 2
+    assert store.load(KEYS, INDICES) == [False] * 3
+
+
 def test_a_worker_that_does_not_let_go_ends_the_store(over: Callable[..., PageStore]) -> None:
     stuck = LockTimeoutError("a worker did not let go", what="task", timeout=10)
     service = Service(Task([State.Aborted] * 3, ready=False), abort=stuck)

@@ -54,7 +54,7 @@ class PageStore:
         self._services = tuple(services)
         self._timeouts = {"read": load_timeout, "write": store_timeout}
         self._limited = Limited(each=1, seconds=_WARN_SECONDS)
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()  # a signal's handler may close what its thread closes
 
     # --- look-ups --------------------------------------------------------------------------------
 
