@@ -32,14 +32,14 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import reprlib
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from light_mem.blocks import lengths
+from light_mem.blocks import lengths, store_path, whole_number
 from light_mem.closing import Closing
 from light_mem.compat_arguments import (
     HASH_128S,
@@ -129,13 +129,16 @@ class PyLocalCacheService(Closing):
         num_shard: int = 32,
         num_worker: int = 16,
     ) -> None:
+        directory = store_path(file)
+        storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
+        num_shard = whole_number("num_shard", num_shard, 1, 2**63 - 1)
         if os.path.isfile(f"{os.fspath(file)}_0"):
             log.warning(
                 "%s_0 and its like are files of the C++ LightMem: not used, safe to delete", file
             )
         shape = tuple(getattr(kvcache_tensor, "shape", ()))
         if len(shape) == 2 and all(shape):  # else the service says what is wrong
-            num_shard = shards_that_fit(Path(file), storage_size, num_shard, int(shape[1]))
+            num_shard = shards_that_fit(directory, storage_size, num_shard, int(shape[1]))
         self._service = LocalCacheService(
             file=file,
             storage_size=storage_size,
@@ -269,8 +272,11 @@ class PyLocalCacheService(Closing):
     def abort(self, t: PyTask) -> None:
         """Stop a task: when this returns it is ready and no worker touches its pages any more.
 
-        Raises LockTimeoutError when a worker is stopped (SIGSTOP) in the middle of a copy.
+        Raises LockTimeoutError when a worker is stopped (SIGSTOP) in the middle of a copy,
+        InvalidArgumentError for what is no PyTask.
         """
+        if not isinstance(t, PyTask):
+            raise InvalidArgumentError(f"abort takes a PyTask, not {reprlib.repr(t)}", task=t)
         self._service.abort(t._task)
 
     # --- the end ---------------------------------------------------------------------------------

@@ -5,13 +5,20 @@ from __future__ import annotations
 import gc
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from light_mem import LocalCacheService, PyLocalCacheService, PyState, allocate_kvcache
+from light_mem import (
+    InvalidArgumentError,
+    LocalCacheService,
+    PyLocalCacheService,
+    PyState,
+    allocate_kvcache,
+)
 from tests.compat_service import (
     PAGE,
     STORAGE,
@@ -131,6 +138,31 @@ def test_tensors_that_are_no_kv_cache_are_value_errors(
 ) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the kind is the promise, not the text
         PyLocalCacheService(tensor, str(tmp_path / "f"), STORAGE, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"file": None},
+        {"file": 5},
+        {"storage_size": "1"},
+        {"storage_size": 0},
+        {"num_shard": "4"},
+        {"num_shard": 0},
+        {"num_worker": "1"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_wrong_arguments_are_value_errors_whether_or_not_there_is_a_store(
+    tmp_path: Path, wrong: dict[str, Any], there: bool
+) -> None:
+    if there:
+        store_prompt(tmp_path / "f")
+    right = {"file": tmp_path / "f", "storage_size": STORAGE, "num_shard": 4, "num_worker": 1}
+    [name] = wrong
+    with pytest.raises(InvalidArgumentError, match=name):
+        PyLocalCacheService(allocate_kvcache(8, PAGE), **{**right, **wrong})
 
 
 def test_a_private_torch_tensor_and_views_of_it_go_on_working(tmp_path: Path) -> None:

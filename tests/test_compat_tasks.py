@@ -165,6 +165,8 @@ def test_active_threads_counts_unready_tasks_of_one_mode(rig: Rig) -> None:
     wait_until(lambda: not rig.service.active_threads("w") and not rig.service.active_threads("r"))
     with pytest.raises(ValueError, match="mode"):
         rig.service.active_threads("x")
+    with pytest.raises(InvalidArgumentError, match="PyTask, not None"):
+        rig.service.abort(None)  # type: ignore[arg-type]
 
 
 def test_a_task_is_ready_when_abort_returns(rig: Rig) -> None:
