@@ -84,6 +84,20 @@ def test_watching_goes_on_until_nobody_reads(tmp_path: Path) -> None:
     assert all(report["store"]["ages"] == reports[0]["store"]["ages"] for report in reports)
 
 
+def test_tables_that_are_watched_through_a_pipe_come_one_after_the_other(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    arguments = ["stats", str(store), "--watch", "--interval", "0.01"]
+    with subprocess.Popen(
+        [sys.executable, "-c", MAIN, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as watch:
+        assert watch.stdout is not None
+        tables = 0
+        while tables < 3:
+            tables += watch.stdout.readline().startswith("no server has it open")
+        watch.stdout.close()
+        assert watch.wait(20) == 0
+
+
 def test_watching_is_ended_by_an_interrupt(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store")
     with subprocess.Popen(

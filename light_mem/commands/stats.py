@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -86,17 +87,22 @@ def run_stats(arguments: argparse.Namespace) -> int:
 
 
 def _watch(arguments: argparse.Namespace, found: Look) -> int:
-    """With --json a line a look; it ends with Ctrl-C or when nobody reads any more."""
+    """On a terminal each look takes the place of the last one, elsewhere it follows it; with --json
+    a line a look. It ends with Ctrl-C or when nobody reads any more."""
     interval = arguments.interval or _WATCH_SECONDS
     walked = found.clock
     since: Rates | None = None
-    with Live(console=output.console(), auto_refresh=False, screen=False) as live:
-        while True:
+    console = output.console()
+    in_place = console.is_terminal and not arguments.json
+    with Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
+        while not console.quiet:
             if arguments.json:
                 sys.stdout.write(json.dumps(as_json(found, since)) + "\n")
                 sys.stdout.flush()
-            else:
+            elif live is not None:
                 live.update(stats_screen(found, since), refresh=True)
+            else:
+                console.print(stats_screen(found, since))
             time.sleep(interval)
             before = found
             walk = time.monotonic() - walked >= _AGES_SECONDS
@@ -106,6 +112,7 @@ def _watch(arguments: argparse.Namespace, found: Look) -> int:
                 walked = found.clock
             else:
                 found = found._replace(store=found.store._replace(ages=before.store.ages))
+    return output.CLEAN
 
 
 # --- tables ---------------------------------------------------------------------------------------
