@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from light_mem import State, StoreDamagedError
+from light_mem import InvalidArgumentError, State, StoreDamagedError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.maintenance import (
@@ -263,3 +263,21 @@ def test_the_tools_need_no_torch(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "1"
     assert key_of(BLOCKS[0]) not in {b.key for b in blocks(store)}
+
+
+def test_functions_of_the_tools_refuse_what_makes_no_sense(store: Path, exported: Path) -> None:
+    new = store.parent / "new"
+    before = sorted(store.parent.iterdir())
+    for call, named in (
+        (lambda: blocks(store, "prefix"), "one str"),  # not six hashes of a letter each
+        (lambda: export_store(store, new, "prefix"), "one str"),
+        (lambda: export_store(store, new, 1000), "one int"),
+        (lambda: import_store(new, exported, storage_size="1G"), "storage_size"),
+        (lambda: import_store(new, exported, storage_size=2.0**20), "storage_size"),
+        (lambda: import_store(new, exported, storage_size=1 << 20, shards=0), "shards"),
+        (lambda: import_store(new, exported, storage_size=1 << 20, shards="2"), "shards"),
+        (lambda: check(store, repair="no"), "repair"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=named):
+            call()  # type: ignore[no-untyped-call]
+    assert sorted(store.parent.iterdir()) == before

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from light_mem.blocks import parse_hashes
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import keys as keymath
 from light_mem.index import retention
@@ -53,7 +54,7 @@ def export_store(
         what = "a directory" if target.is_dir() else "no file, but a device or a pipe"
         raise InvalidArgumentError(f"{target} is {what}", file=str(target))
     _refuse_existing(target, overwrite)
-    keys = None if hashes is None else keymath.as_keys(hashes)
+    keys = None if hashes is None else keymath.as_keys(parse_hashes(hashes))
     parts = [_unexpired(part) for part in listed(store, keys)]
     missing: list[str] = []
     if keys is not None:

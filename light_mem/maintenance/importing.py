@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from light_mem.blocks import whole_number
 from light_mem.engine.base import BlockIO, Outcome
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.opening import describe
+from light_mem.engine.opening import MAX_SHARDS, describe
 from light_mem.engine.places import Regions
 from light_mem.errors import BlockNotStoredError, PinLimitError, StoreFormatError
 from light_mem.index import format as fmt
@@ -63,6 +64,10 @@ def import_store(
     `check_size`), StoreBusyError, StoreFullError, BlockNotStoredError.
     """
     started = time.monotonic()
+    if storage_size is not None:
+        storage_size = whole_number("storage_size", storage_size, 1, 2**63 - 1)
+    if shards is not None:
+        shards = whole_number("shards", shards, 1, MAX_SHARDS)
     source = ExportFile(file)
     try:
         importing = _Import(source, progress)

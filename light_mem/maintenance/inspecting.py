@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from light_mem.blocks import parse_hashes
 from light_mem.engine.reindex import read_records
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
@@ -129,9 +130,11 @@ def blocks(
 ) -> Iterator[BlockReport]:
     """The blocks of a store by shard and place, or those of `hashes` that are stored.
 
-    Raises StoreFormatError (no store), InvalidArgumentError (a value that is no hash).
+    Raises StoreFormatError (no store), InvalidArgumentError (a value that is no hash, one hash that
+    is in no list).
     """
-    return _blocks(Store(directory), None if hashes is None else keymath.as_keys(hashes))
+    keys = None if hashes is None else keymath.as_keys(parse_hashes(hashes))
+    return _blocks(Store(directory), keys)
 
 
 def _blocks(store: Store, keys: KeyArray | None) -> Iterator[BlockReport]:

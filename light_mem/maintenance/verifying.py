@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from light_mem.blocks import whole_number
+from light_mem.blocks import whole_number, yes_or_no
 from light_mem.errors import (
     StoreBusyError,
     StoreDamagedError,
@@ -43,6 +43,7 @@ def verify(
     its index is replaced during the check, LockTimeoutError when a stopped process holds a shard's
     lock.
     """
+    yes_or_no("repair", repair)
     if jobs is not None:
         jobs = whole_number("jobs", jobs, 1, 1024)
     started = time.monotonic()
