@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,24 @@ def test_a_copy_and_another_tokenizer_are_the_same_weights(model: Path, tmp_path
     moved = tmp_path / "moved"
     model.rename(moved)
     assert weights.fingerprint(moved) == before
+
+
+def test_weights_behind_a_link_and_files_of_any_name_are_part_of_a_fingerprint(
+    tmp_path: Path,
+) -> None:
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    for directory in (model, elsewhere):
+        directory.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / os.fsdecode(b"caf\xe9.json")).write_text("{}")
+    (model / "weights").symlink_to(elsewhere)
+    (model / "circle").symlink_to(model)
+    (elsewhere / "circle").symlink_to(elsewhere)
+    (elsewhere / "a.safetensors").write_bytes(b"one")
+    before = weights.fingerprint(model)
+    assert weights.identify(str(model), given=None, revision=None, hub_cache=None)
+    (elsewhere / "a.safetensors").write_bytes(b"two")
+    assert weights.fingerprint(model) != before
 
 
 def test_a_file_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def fingerprint(path: Path) -> str:
     digest = blake2b(digest_size=32, person=b"lightmem.weights")
     root = path if path.is_dir() else path.parent
     for file in _files(path):
-        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+        digest.update(os.fsencode(file.relative_to(root)) + b"\0%d\0" % file.stat().st_size)
         target = file.resolve()
         if target.parent.name == "blobs" and _BLOB.fullmatch(target.name):
             digest.update(target.name.encode())
@@ -106,7 +106,13 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    for directory, below, names in os.walk(path):
+    walked = set()
+    for directory, below, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in walked:  # a link in a circle
+            below.clear()
+            continue
+        walked.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             small = name.endswith(_SMALL) and not _IGNORED.search(name)
