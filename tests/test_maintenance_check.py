@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from light_mem import InvalidArgumentError, State, StoreDamagedError
+from light_mem.engine.base import Outcome
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.maintenance import (
@@ -24,12 +25,14 @@ from light_mem.maintenance import (
     inspect,
     rebuild,
     verify,
+    verifying,
 )
+from light_mem.maintenance.repairing import Repair
 from light_mem.maintenance.report import plain
 from light_mem.maintenance.store import Store
 from tests.children import ROOT, line
 from tests.conftest import wait_until
-from tests.maintenance_helpers import BLOCKS, flip, index_of, key_of, make_store
+from tests.maintenance_helpers import BLOCKS, flip, index_of, key_of, make_store, opened
 from tests.service_rig import WAIT, Rig, rig
 
 PAGE = 4096
@@ -263,6 +266,23 @@ def test_the_tools_need_no_torch(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "1"
     assert key_of(BLOCKS[0]) not in {b.key for b in blocks(store)}
+
+
+def test_a_damaged_block_that_a_server_drops_first_is_put_right(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(store, BLOCKS[0])
+
+    def after_a_read(directory: Path) -> Repair:
+        server = opened(directory)
+        assert server.read(BLOCKS[0]) == [Outcome.DAMAGED]
+        server.engine.close()
+        return Repair(directory)
+
+    monkeypatch.setattr(verifying, "Repair", after_a_read)
+    report = check(store, repair=True)
+    assert (len(report.damaged), report.repaired, report.sound) == (1, 1, True)
+    assert check(store).clean
 
 
 def test_functions_of_the_tools_refuse_what_makes_no_sense(store: Path, exported: Path) -> None:

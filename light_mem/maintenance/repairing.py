@@ -54,18 +54,18 @@ class Repair(Closing):
         """Raises what opening raises: StoreBusyError, StoreFormatError, StoreFullError."""
         self._engine: LocalStorageEngine = open_tool(directory)
         self._directory = directory
-        self._dropped = 0
 
     def close(self) -> None:
         """Leave the store."""
         self._engine.close()
 
     def run(self, damaged: list[DamagedBlock], findings: list[Finding]) -> int:
-        """Repair the shards that these tell of; returns the damaged blocks that were dropped."""
+        """Repair the shards that these tell of; returns how many of the damaged blocks are damaged
+        no more: all of them, for what this need not drop a server has dropped, or written anew."""
         shards = {block.shard for block in damaged} | {f.shard for f in findings if f.shard >= 0}
         for shard in sorted(shards):
             self._repair_shard(shard, [block for block in damaged if block.shard == shard])
-        return self._dropped
+        return len(damaged)
 
     def _repair_shard(self, shard: int, damaged: list[DamagedBlock]) -> None:
         with self._engine.change(shard) as (index, file):
@@ -107,7 +107,6 @@ class Repair(Closing):
                 data.close()
         self._remove(index, file, block.slot)
         index.control["damaged"] += 1
-        self._dropped += 1
         log.warning(
             "store %s: damaged block %s dropped from slot %d of shard %d",
             self._directory,
