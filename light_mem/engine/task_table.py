@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -264,7 +265,8 @@ class TaskTable(TableMemory):
             os.close(fd)
         if self.path and int(self.header["server_pid"][0]) == os.getpid():
             path, self.path = self.path, ""
-            os.unlink(path)
+            with suppress(FileNotFoundError):  # temporary directories are tidied up by others too
+                os.unlink(path)
 
 
 _tables: weakref.WeakValueDictionary[str, TaskTable] = weakref.WeakValueDictionary()
