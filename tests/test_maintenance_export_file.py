@@ -137,6 +137,14 @@ def test_a_pipe_is_no_export_and_is_not_replaced_by_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "store"]
 
 
+@pytest.mark.parametrize("name", ["index", "shard-000.data", "blocks.lmx"])
+def test_no_export_goes_into_the_store_itself(store: Path, command: Command, name: str) -> None:
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert command("export", store, store / name, "--overwrite") == 2
+    assert "lies in the store itself" in command.err
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
 def test_another_version_is_refused(exported: Path, tmp_path: Path) -> None:
     raw = bytearray(exported.read_bytes())
     header = np.frombuffer(raw, fmt.EXPORT_HEADER, 1)

@@ -152,13 +152,14 @@ def test_an_export_of_an_index_that_was_replaced_meanwhile_fails(
 def test_chosen_hashes_go_over_and_missing_ones_are_named(
     store: Path, tmp_path: Path, command: Command
 ) -> None:
-    (tmp_path / "list").write_text(f"int:{BLOCKS[2].key}\n\n{key_of(BLOCKS[4])}\nnever stored\n")
+    chosen = f"\ufeffint:{BLOCKS[2].key}\n\n{key_of(BLOCKS[4])}\r\nnever\u2028stored\n"
+    (tmp_path / "list").write_text(chosen, encoding="utf-8", newline="")
     code, report = command.json(
         "export", store, tmp_path / "x", f"int:{BLOCKS[0].key}", "--hashes", tmp_path / "list"
     )
     assert code == 1
     assert report["blocks"] == 3
-    assert report["missing"] == [keymath.key_text(*keymath.as_key("never stored"))]
+    assert report["missing"] == [keymath.key_text(*keymath.as_key("never\u2028stored"))]
     target = make_store(tmp_path / "target", [])
     assert command("import", target, tmp_path / "x") == 0
     assert order_of_use(target) == [key_of(BLOCKS[n]) for n in (0, 2, 4)]

@@ -74,12 +74,13 @@ def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
     if arguments.hash_file is None:
         return hashes or None
     try:
-        text = arguments.hash_file.read_text(encoding="utf-8")  # as tools write it, in any locale
+        # As tools write it, in any locale; some begin with a byte order mark.
+        text = arguments.hash_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(
             f"{arguments.hash_file} is no UTF-8 text: {error}", path=str(arguments.hash_file)
         ) from None
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a hash may hold what else ends a line of text
         if line.strip():
             try:
                 hashes.append(hash_value(line.strip()))

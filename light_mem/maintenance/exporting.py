@@ -44,8 +44,8 @@ def export_store(
     times to live go along; what has expired does not.
 
     Raises StoreFormatError (no store), FileExistsError (`file` is there and not `overwrite`),
-    InvalidArgumentError (a value that is no hash; `file` is a directory, a device, a pipe), OSError
-    (no room). An export that fails leaves no file.
+    InvalidArgumentError (a value that is no hash; `file` is a directory, a device, a pipe, or lies
+    in the store), OSError (no room). An export that fails leaves no file.
     """
     started = time.monotonic()
     store = Store(directory)
@@ -53,6 +53,8 @@ def export_store(
     if target.exists() and not target.is_file():  # /dev/null would be replaced, for everybody
         what = "a directory" if target.is_dir() else "no file, but a device or a pipe"
         raise InvalidArgumentError(f"{target} is {what}", file=str(target))
+    if target.absolute().parent.resolve() == store.directory.resolve():
+        raise InvalidArgumentError(f"{target} lies in the store itself", file=str(target))
     _refuse_existing(target, overwrite)
     keys = None if hashes is None else keymath.as_keys(parse_hashes(hashes))
     parts = [_unexpired(part) for part in listed(store, keys)]
