@@ -64,6 +64,14 @@ def test_an_abort_without_patience_waits_for_who_has_the_queue_in_hand(
         assert task.state() == [State.Aborted] * 2
 
 
+@pytest.mark.parametrize("timeout", [threading.TIMEOUT_MAX * 2, 1e300])
+def test_an_abort_may_have_any_time(tmp_path: Path, timeout: float) -> None:
+    with rig(tmp_path, run=False) as r:
+        task = r.service.create("w", ["a"], [0])
+        r.service.abort(task, timeout)
+        assert task.state() == [State.Aborted]
+
+
 def test_after_the_end_nothing_changes(tmp_path: Path) -> None:
     with rig(tmp_path) as r:
         task = r.write(["a"], [0])

@@ -37,7 +37,7 @@ class QueueLock:
 
         `timeout`: seconds to wait for it, LOCK_TIMEOUT_SECONDS as a rule.
         """
-        timeout = LOCK_TIMEOUT_SECONDS if timeout is None else timeout
+        timeout = LOCK_TIMEOUT_SECONDS if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         deadline = time.monotonic() + timeout  # for both: threads wait together
         mine = self._threads._is_owned()  # further out
         try:
