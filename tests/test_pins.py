@@ -17,7 +17,7 @@ from light_mem.engine.shard_file import ShardFile
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.order import MIN_BATCH
-from tests.engine_helpers import Block, assert_consistent
+from tests.engine_helpers import Block, Rig, assert_consistent, open_local
 from tests.retention_helpers import START, A, B, C, Clock, D, Store, keys_of, pinned, store
 from tests.service_rig import rig
 
@@ -170,6 +170,22 @@ def test_blocks_that_replace_pinned_ones_together_pin_half_a_shard_at_most(store
     store.engine.pin(keys_of(A, B))
     assert store.write(Block(A.key, 3), Block(B.key, 3)) == ["STORED", "STORED"]
     assert pinned(store) == (1, 3)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_block_that_becomes_longer_leaves_room_for_pins_that_others_keep(
+    tmp_path: Path, turn: int
+) -> None:
+    engine = open_local(tmp_path / "store", 16)
+    rig = Rig(engine)
+    before, after = [Block(1, 1), Block(2, 4)], [Block(1, 6), Block(2, 3)]
+    rig.write(*before)
+    engine.pin(keys_of(*before))
+    rig.write(*after[::turn])
+    assert rig.read(*after) == [Outcome.LOADED] * 2
+    assert (engine.stats()["pinned_blocks"], engine.stats()["pinned_slots"]) == (1, 3)
+    engine.close()
+    assert maintenance.verify(tmp_path / "store").clean
 
 
 def test_of_a_key_with_two_lengths_in_a_batch_the_last_one_stays(store: Store) -> None:

@@ -160,8 +160,9 @@ class Publisher:
                 left.append(at)
             fresh, keys = left, part.job.keys.at(left)
         more = 0  # slots that are pinned as these are published
-        for at, slots in pinned.items():
-            more += self._pin(index, file, written, at, slots, more)
+        # Those that are no longer than before have their pins in any case, and so come first.
+        for at in sorted(pinned, key=lambda at: self._slots_of(written[at]) > pinned[at]):
+            more += self._pin(index, file, written, at, pinned[at], more)
         blocks = [written[at] for at in fresh]
         index.publish(blocks, keys.mixed, time.time_ns())
         return fresh
@@ -179,7 +180,7 @@ class Publisher:
         from the first moment on, for whoever does this may die before the next. Returns the slots
         that it will have pinned; `more`: those of others that are published with it."""
         block = written[at]
-        wanted = self._engine.geometry.slots_of(block.nbytes)
+        wanted = self._slots_of(block)
         if wanted > slots and not index.retention.has_room(more + wanted):
             log.warning(
                 "a pinned block of shard %d of %s was replaced by a longer one, which is not "
@@ -191,6 +192,9 @@ class Publisher:
         written[at] = block._replace(keep=block.keep | KEEP_PINNED)
         file.set_keep(block.slot, written[at].keep)
         return wanted
+
+    def _slots_of(self, block: Written) -> int:
+        return self._engine.geometry.slots_of(block.nbytes)
 
     @staticmethod
     def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:
