@@ -57,6 +57,15 @@ def test_a_worker_of_use_or_of_long_life_is_replaced_at_once_and_ends_the_row() 
     assert [useless() for _ in range(FREE + 1)] == [0.0] * FREE + [FIRST_SECONDS]
 
 
+def test_who_cannot_be_started_in_the_place_of_a_long_lived_one_is_tried_later_and_later() -> None:
+    clock = Clock()
+    restarts = Restarts(clock)
+    restarts.started(1)
+    clock.now += LONG_SECONDS
+    pauses = [restarts.died(1, was_of_use=False) for _ in range(FREE + 3)]
+    assert pauses == [0.0] * (1 + FREE) + [FIRST_SECONDS, 2 * FIRST_SECONDS]
+
+
 def test_each_is_told_once_when_it_is_due_and_no_worker_waits_for_another() -> None:
     clock = Clock()
     restarts = Restarts(clock)

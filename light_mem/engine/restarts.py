@@ -30,12 +30,14 @@ class Restarts:
         self._born[number] = self._now()
 
     def died(self, number: int, was_of_use: bool) -> float:
-        """A worker died and is to be replaced; returns in how many seconds.
+        """A worker died, or could not be started, and is to be replaced; returns in how many
+        seconds.
 
         `was_of_use`: it did blocks, or died over one.
         """
         now = self._now()
-        if was_of_use or now - self._born.get(number, now) >= LONG_SECONDS:
+        # A long life counts once: those that cannot be started in its place were never born.
+        if was_of_use or now - self._born.pop(number, now) >= LONG_SECONDS:
             self._useless[number] = 0
         else:
             self._useless[number] = self._useless.get(number, 0) + 1
