@@ -161,6 +161,17 @@ def test_a_service_whose_tensor_was_moved_refuses_to_create(tmp_path: Path) -> N
         assert service.query("a")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_a_program_that_is_started_inherits_no_allocated_tensor() -> None:
+    tensor = allocate_kvcache(ROWS, COLUMNS)
+    look = "import os\nfor fd in os.scandir('/proc/self/fd'): print(os.path.realpath(fd.path))"
+    found = subprocess.run(
+        [sys.executable, "-c", look], close_fds=False, capture_output=True, text=True, check=True
+    )
+    assert "light_mem_kvcache" not in found.stdout
+    assert tensor.shape == (ROWS, COLUMNS)
+
+
 @has_huge_pages
 def test_allocated_memory_asks_for_huge_pages() -> None:
     tensor = allocate_kvcache(ROWS, COLUMNS)

@@ -76,6 +76,9 @@ def _known_to_torch(fd: int, nbytes: int) -> torch.Tensor:
 
     # As torch makes those that come from another process (torch/multiprocessing/reductions.py).
     storage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[attr-defined]
+    # Its duplicate of the descriptor: a program that the server starts would inherit it, and keep
+    # the memory when the server is gone.
+    os.set_inheritable(storage._share_fd_cpu_()[0], False)
     tensor = torch.empty(0, dtype=torch.uint8).set_(storage)
     # Blocks of small pages are copied a fourth faster then: each page of the tensor begins another
     # page of the kernel's, for address translation too (64 of 3,840 bytes: 37 instead of 50 us).
