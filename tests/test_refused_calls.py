@@ -6,14 +6,19 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from light_mem import descriptors
+from light_mem import InvalidArgumentError, descriptors
+from light_mem.engine import task_table
 from light_mem.engine.process import is_alive
+from light_mem.engine.table_memory import Sizes
 from light_mem.index.owners import process_start
 from tests.children import ROOT
+from tests.service_child import Child, pack
+from tests.service_rig import WAIT, rig
 
 PIDFD_OPEN = 434  # of every architecture
 MEMFD_CREATE = {"x86_64": 319, "aarch64": 279}
@@ -48,6 +53,54 @@ def test_a_refused_descriptor_is_none(monkeypatch: pytest.MonkeyPatch, code: int
     monkeypatch.setattr(os, "memfd_create", refuse)
     assert descriptors.pidfd(os.getpid()) == descriptors.memory_object("test") == -1
     assert is_alive(os.getpid(), process_start(os.getpid()))
+
+
+@pytest.fixture
+def without_memfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of temporary files, of a process that may have no memfd."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_table_that_is_a_file_has_no_name_that_a_killed_server_would_leave(
+    tmp_path: Path, without_memfd: Path
+) -> None:
+    script = f"""
+client = unpack(*hear())
+say(client.create("r", ["a"], [1]).wait({WAIT}))
+"""
+    with rig(tmp_path) as r, Child(script) as child:
+        assert os.readlink(r.service._session.table.lock_path()).startswith(str(without_memfd))
+        assert list(without_memfd.iterdir()) == []
+        r.write(["a"], [0])
+        child.say(pack(r.service.client()))
+        assert child.hear() == [True]
+        assert child.end() == 0
+        assert r.holds("a", [1])
+
+
+@pytest.mark.parametrize("has_proc", [True, False])
+def test_a_table_that_cannot_be_made_leaves_no_file(
+    without_memfd: Path, monkeypatch: pytest.MonkeyPatch, has_proc: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "ftruncate", fail)
+    if not has_proc:
+        monkeypatch.setattr(task_table, "OWN_DESCRIPTORS", "/nonexistent")
+    with pytest.raises(InvalidArgumentError, match="ulimit -f"):
+        task_table.TaskTable.create(
+            Sizes(1, 4, 4, 4), store="", page_bytes=1, num_pages=1, pages_per_block=1, workers=1
+        )
+    assert list(without_memfd.iterdir()) == []
 
 
 def test_want_of_descriptors_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,15 +78,21 @@ class TaskTable(TableMemory):
         keep_standard_numbers()
         path = ""
         # Without a name it is found through /proc alone, by this very process's locks too.
-        fd = memory_object(NAME) if os.path.isdir(OWN_DESCRIPTORS) else -1
+        has_proc = os.path.isdir(OWN_DESCRIPTORS)
+        fd = memory_object(NAME) if has_proc else -1
         if fd < 0:
             import tempfile
 
             fd, path = tempfile.mkstemp(prefix=f"{NAME}-")
+            if has_proc:  # else a killed server would leave it
+                os.unlink(path)
+                path = ""
         try:
             table = cls(fd, sizes, path)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             os.close(fd)
+            if path:
+                os.unlink(path)
             limited = isinstance(error, OSError) and error.errno == errno.EFBIG
             remedy = "raise RLIMIT_FSIZE (ulimit -f), or " if limited else ""
             raise InvalidArgumentError(
