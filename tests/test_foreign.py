@@ -57,15 +57,20 @@ def test_a_file_of_others_is_refused_before_anything_is_made(tmp_path: Path, nam
     assert_refused(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["index", "store.json", "owners", "shard-000.data"])
-@pytest.mark.parametrize("what", ["directory", "pipe", "link to nothing"])
+@pytest.mark.parametrize(
+    "name", ["index", "store.json", "owners", "shard-000.data", "shard-000.slots"]
+)
+@pytest.mark.parametrize("what", ["directory", "pipe", "link to nothing", "link to an empty file"])
 def test_what_is_no_file_is_refused_as_well(tmp_path: Path, name: str, what: str) -> None:
     if what == "directory":
         (tmp_path / name).mkdir()
     elif what == "pipe":
         os.mkfifo(tmp_path / name)
-    else:
+    elif what == "link to nothing":
         (tmp_path / name).symlink_to(tmp_path / "nothing")
+    else:
+        (tmp_path / "empty").touch()
+        (tmp_path / name).symlink_to(tmp_path / "empty")
     assert_refused(tmp_path, name)
 
 

@@ -70,8 +70,10 @@ def _proves_a_store(directory: Path) -> bool:
 
 
 def _is_foreign(path: Path, is_ours: Callable[[Path], bool]) -> bool:
+    if path.is_symlink():
+        return True  # we make none, whatever it leads to
     if not path.exists():
-        return path.is_symlink()  # to nothing: we make no links
+        return False
     return not path.is_file() or (shard_header.holds_data(path) and not is_ours(path))
 
 
