@@ -11,6 +11,7 @@ import pytest
 from light_mem import maintenance
 from light_mem.engine import opening
 from light_mem.index import format as fmt
+from light_mem.index.file import IndexFile
 from light_mem.index.room import fill_holes, lacking
 from tests.maintenance_helpers import (
     BLOCKS,
@@ -59,6 +60,23 @@ def test_an_open_allocates_what_the_files_lack(holes: Path) -> None:
     assert all(lacks(holes / name) for name in NAMES)
     assert_holds(holes, *BLOCKS, slots=LARGE)
     assert [name for name in NAMES if lacks(holes / name)] == []
+
+
+@pytest.mark.parametrize("lost", ["shard-001.data", "shard-001.slots"])
+def test_an_index_of_another_size_is_allocated_before_it_is_told_what_was_lost(
+    holes: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    (holes / lost).unlink()
+    told: list[int] = []
+    real = IndexFile.mark_open
+
+    def mark_open(file: IndexFile) -> None:
+        told.append(lacks(file.path))
+        real(file)
+
+    monkeypatch.setattr(IndexFile, "mark_open", mark_open)
+    opened(holes, slots=2 * LARGE).engine.close()
+    assert told == [0, 0]  # and as the store is opened
 
 
 def test_who_only_looks_allocates_nothing(holes: Path) -> None:

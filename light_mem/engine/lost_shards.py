@@ -24,6 +24,7 @@ from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.lookup import Lookup
 from light_mem.index.recovery import states_of
+from light_mem.index.room import fill_holes
 from light_mem.index.shard import ShardIndex, open_shard
 from light_mem.index.written import Written
 
@@ -134,6 +135,8 @@ def _changed(
     if not file.trustworthy:
         yield None
         return
+    # One of another size than is wanted has kept the holes of a restored file until now.
+    fill_holes(file.path, fmt.index_layout(geometry.shards, geometry.slots).size)
     lookup = Lookup(file)
     # Nobody is there who could have leased anything.
     index = open_shard(directory, file, shard, lookup, set)

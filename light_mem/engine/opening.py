@@ -144,7 +144,7 @@ def prepare(
     require_room(directory, directory, making.lacking + beside)
     if alone:  # else they did so when they came
         fill_holes(directory / OWNERS_NAME, FILE_BYTES)
-        if not problem:  # else one is made anew, and what is there only read
+        if not problem:  # else one is made anew, and what is there is read, as a rule
             fill_holes(
                 directory / index_file.NAME, fmt.index_layout(wanted.shards, wanted.slots).size
             )
