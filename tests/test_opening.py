@@ -277,6 +277,24 @@ def test_the_last_one_to_leave_syncs_the_owners_before_the_index_is_clean(
     assert steps == ["flush", "mark_clean"]
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_opening_that_breaks_off_as_it_marks_the_index_leaves_no_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def fail(_: IndexFile) -> None:
+        raise error(errno.EIO, "device")
+
+    open_local(tmp_path / "store", 8).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexFile, "mark_open", fail)
+        with pytest.raises(error):
+            open_local(tmp_path / "store", 8)
+    owners = Owners(tmp_path / "store")
+    assert not owners.others()
+    assert owners.alive() == []
+    owners.close()
+
+
 def test_a_refused_opening_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(open_local(tmp_path / "store", 8))
     rig.write(Block(1))

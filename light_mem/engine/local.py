@@ -104,15 +104,21 @@ class LocalStorageEngine(Member, StorageEngine):
         foreign.refuse_foreign(path)  # before the lock's own file is made
         store_room.require_room_for_new(path.absolute(), page_bytes, num_of_shard, storage_size)
         opening.make_directory(path)
-        with PathLock(lock_path(path, "open")).hold(timeout=60):
-            foreign.refuse_foreign(path)  # another may have come meanwhile
-            owners = Owners(path)
-            try:
-                opening.prepare(path, page_bytes, num_of_shard, storage_size, owners)
-            finally:
-                owners.close()
-            engine = cls(path, kind=kind, settings=settings)
-            engine.mark_open()
+        engine: LocalStorageEngine | None = None
+        try:
+            with PathLock(lock_path(path, "open")).hold(timeout=60):
+                foreign.refuse_foreign(path)  # another may have come meanwhile
+                owners = Owners(path)
+                try:
+                    opening.prepare(path, page_bytes, num_of_shard, storage_size, owners)
+                finally:
+                    owners.close()
+                engine = cls(path, kind=kind, settings=settings)
+                engine.mark_open()
+        except BaseException:
+            if engine is not None:  # else a member for as long as this process lives
+                engine.close()
+            raise
         try:
             if recover:
                 engine.recover()
