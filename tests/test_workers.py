@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing import spawn
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -236,6 +237,39 @@ def test_a_stopped_worker_does_not_hold_up_close(
             r.service.close()
         assert not alive(workers)
     assert "killed" in caplog.text
+
+
+def test_a_worker_that_is_started_while_a_close_waits_no_longer_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program comes from a disk that hangs."""
+    monkeypatch.setattr("light_mem.engine.pool.STOP_SECONDS", 0.3)
+    begun, goes_on = threading.Event(), threading.Event()
+    before = psutil.Process().children()
+
+    class Slow(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            begun.set()
+            assert goes_on.wait(WAIT)
+
+    with rig(tmp_path) as r:
+        workers = r.service._pool._workers
+        close = workers.close
+
+        def close_late() -> None:
+            """Between the end of the others and that of all."""
+            goes_on.set()
+            wait_until(lambda: "lightmem-pool" not in [t.name for t in threading.enumerate()])
+            close()
+
+        monkeypatch.setattr(subprocess, "Popen", Slow)
+        monkeypatch.setattr(workers, "close", close_late)
+        os.kill(r.service.worker_pids[0], signal.SIGKILL)
+        assert begun.wait(WAIT)
+        r.service.close()
+        assert workers.pids == []
+        assert psutil.Process().children() == before  # nor one that nobody has waited for
 
 
 def test_close_while_workers_start_is_a_clean_end(tmp_path: Path) -> None:

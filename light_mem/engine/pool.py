@@ -72,6 +72,7 @@ class WorkerPool:
         self._life = threading.RLock()
         self._stopping = False
         self._stopped = False  # ... and nothing is left
+        self._not_waited_for = False  # the thread was not, any longer
         self._thread = OneThread("lightmem-pool")
         self._early_deaths = 0
         self._restarts = Restarts()
@@ -108,6 +109,8 @@ class WorkerPool:
 
     def _spawn(self, number: int) -> None:
         self._workers.start(number)
+        if self._not_waited_for:  # who stops may not have seen this one
+            self._workers.end(STOP_SECONDS)
         self._restarts.started(number)
 
     # --- the watching thread ---------------------------------------------------------------------
@@ -266,6 +269,7 @@ class WorkerPool:
             self._shut_down()
             if not self._thread.end(self._workers.wake, STOP_SECONDS):
                 # It starts no worker any more, and ends one that it is starting.
+                self._not_waited_for = True
                 log.warning("the thread that starts workers is busy and ends later")
             self._workers.end(STOP_SECONDS)
             try:
