@@ -190,6 +190,30 @@ def test_what_is_done_in_the_middle_of_a_hold_is_done_again_at_its_end(held: Hel
     assert len(done) == 2
 
 
+def test_what_found_the_queue_taken_in_the_middle_of_a_wait_is_not_done_without_it(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped worker has it, and may be in the middle of a claim."""
+    done: list[bool] = []
+    real, calls = held.queue._lock.lock, []
+
+    def lock(at: int, timeout: float = 0.0) -> None:
+        calls.append(at)
+        if len(calls) == 1:  # a signal's handler, in the middle of the wait
+            with pytest.raises(LockTimeoutError):
+                held.queue.do(lambda: done.append(held.is_free()))
+        real(at, timeout)
+
+    monkeypatch.setattr(held.queue._lock, "lock", lock)
+    held.other.lock(QUEUE_BYTE)
+    with pytest.raises(LockTimeoutError, match="its holder is stopped"), held.queue.held(0.01):
+        pass
+    held.other.unlock(QUEUE_BYTE)
+    with held.queue.held():
+        pass
+    assert done == []
+
+
 def test_once_it_is_shut_down_workers_do_not_wait_for_who_is_in_the_middle(held: Held) -> None:
     with held.queue.held():
         held.table.shutdown = 1

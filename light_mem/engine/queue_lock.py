@@ -68,7 +68,11 @@ class QueueLock:
                 # Within: a signal may raise when the byte is taken and `lock` has not come back. To
                 # free what is not held does nothing; no other thread of this process can hold it.
                 try:
-                    self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
+                    try:
+                        self._lock.lock(QUEUE_BYTE, max(0.0, deadline - time.monotonic()))
+                    except LockTimeoutError:
+                        self._again.clear()  # no more in hand than it was: nothing undoes them
+                        raise
                     yield
                 finally:
                     try:
