@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -70,6 +71,24 @@ def test_a_watch_over_nobody_tells_at_once(
         child.wait()
     watch = DeathWatch(child.pid, started - 10 * (wrong == "start time"))
     wait_until(lambda: watch.dead, seconds=5)
+
+
+@pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd")
+@pytest.mark.parametrize("where", ["eventfd", "start"])
+def test_a_watch_that_cannot_begin_leaves_no_descriptor(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: object) -> int:
+        if where == "eventfd":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise RuntimeError("can't start new thread")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, where) if where == "eventfd" else (threading.Thread, where)), fail)
+        with pytest.raises((OSError, RuntimeError)):
+            DeathWatch(child.pid, process_start(child.pid))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_thread_of_a_watch_ends_with_it(child: subprocess.Popen[bytes], system: str) -> None:

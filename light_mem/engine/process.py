@@ -150,8 +150,18 @@ def _watch(pid: int, started: float, watch: weakref.ref[DeathWatch]) -> Callable
         ended = threading.Event()
         threading.Thread(target=look, args=(ended,), name="lightmem-watch", daemon=True).start()
         return ended.set
-    stop = os.eventfd(0, os.EFD_CLOEXEC)
-    if not is_alive(pid, started):  # it has died, or another process has the pid by now
-        tell()
-    threading.Thread(target=sleep, args=(pidfd, stop), name="lightmem-watch", daemon=True).start()
+    stop = -1
+    try:
+        stop = os.eventfd(0, os.EFD_CLOEXEC)
+        if not is_alive(pid, started):  # it has died, or another process has the pid by now
+            tell()
+        thread = threading.Thread(
+            target=sleep, args=(pidfd, stop), name="lightmem-watch", daemon=True
+        )
+        thread.start()
+    except (OSError, RuntimeError):  # no descriptor left, or no thread, which would close them
+        for descriptor in (pidfd, stop):
+            if descriptor >= 0:
+                os.close(descriptor)
+        raise
     return lambda: os.eventfd_write(stop, 1)
