@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,23 @@ def test_a_pid_lives_only_with_its_start_time(child: subprocess.Popen[bytes]) ->
     assert not is_alive(child.pid, started + 10)  # another process had this pid before
     assert not is_alive(child.pid, started - 10)
     assert is_alive(os.getpid(), process_start(os.getpid()))
+
+
+def test_want_of_descriptors_is_no_death(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = process_start(child.pid)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        patch.setattr(os, "pidfd_open", fail, raising=False)
+        assert is_alive(child.pid, started)
+    child.kill()
+    child.wait()
+    assert not is_alive(child.pid, started)
 
 
 def test_a_zombie_does_not_live(child: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 from light_mem import descriptors
 from light_mem.errors import ForkedProcessError
-from light_mem.index.owners import process_start
+from light_mem.index.owners import process_start, start_in_proc
 
 _LOOK_SECONDS = 0.5  # only where there are no pidfds
 
@@ -43,9 +44,15 @@ def refuse_fork(token: int, what: str) -> None:
 def is_alive(pid: int, started: float) -> bool:
     """Whether the process with this pid *and* `process_start` runs; a pid alone is reused.
 
-    One that has ended and that its parent has not waited for yet (a zombie) does not run.
+    One that has ended and that its parent has not waited for yet (a zombie) does not run. Where no
+    descriptors are left to look, it is taken to run.
     """
-    found = process_start(pid)
+    try:
+        found = start_in_proc(pid)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        found = 0.0
     if not found and not started:
         try:
             os.kill(pid, 0)

@@ -230,9 +230,15 @@ def process_start(pid: int) -> float:
     """Start time of a process in seconds since the boot, the other half of its identity; 0:
     unknown. Since 1970 it would be another one whenever the clock is set."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return start_in_proc(pid)
     except OSError:
         return 0.0
+
+
+def start_in_proc(pid: int) -> float:
+    """`process_start`, of a process that /proc shows; raises OSError for any other, and where no
+    descriptors are left to look."""
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
     # starttime is field 22; the name before it may hold spaces and parentheses (proc(5)).
     return int(stat[stat.rindex(b")") + 2 :].split()[19]) / os.sysconf("SC_CLK_TCK")
 
