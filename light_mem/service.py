@@ -168,7 +168,8 @@ class CacheService(StoredBlocks):
         says so when it is through with its batch: this waits for it, with durability "flush" for a
         sync. Blocks that are Finished stay so. Raises LockTimeoutError when a worker does not
         answer for `timeout` seconds (SIGSTOP, a sync, a device that hangs): its pages are not safe
-        before the task is ready.
+        before the task is ready. For the queue, which others have for microseconds, it waits 0.1 s
+        in any case.
         """
         self._check()
         timeout = blocks.seconds("timeout", timeout)
