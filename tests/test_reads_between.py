@@ -17,7 +17,9 @@ from light_mem.engine.queue import WRITE_TURN
 from light_mem.engine.table_layout import READ, WORKER, WORKING, words_of
 from light_mem.engine.worker import Worker
 from light_mem.errors import LockTimeoutError
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from tests.engine_helpers import let_go
+from tests.parts_rig import around_changes
 from tests.queue_rig import Queued, queued
 from tests.service_rig import Rig, rig
 
@@ -64,9 +66,11 @@ class Between:
         return all(self.rig.holds(key, [page]) for key, page in zip(NEW, NEW_PAGES, strict=True))
 
 
-@pytest.fixture
-def between(tmp_path: Path) -> Iterator[Between]:
-    with rig(tmp_path, pages=32, page_bytes=MIB, slots=64, run=False) as r:
+@pytest.fixture(params=[1])
+def between(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Between]:
+    """Parameter: how many shards the store has."""
+    shards: int = request.param
+    with rig(tmp_path, pages=32, page_bytes=MIB, slots=64 * shards, shards=shards, run=False) as r:
         engine = LocalStorageEngine(tmp_path / "store", kind="worker")
         session = r.service._session
         one = Between(r, engine, Worker(1, session.table, session.queue, r.kv.numpy(), engine))
@@ -140,6 +144,36 @@ def test_what_waits_for_a_device_is_begun_and_nobody_waits_for_it_with_slots_in_
     assert between.has_old()
     monkeypatch.undo()
     assert between.is_stored(writes)
+
+
+@pytest.mark.parametrize("between", [2], indirect=True)
+def test_what_was_begun_waits_for_no_lock_that_the_writes_wait_for(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder of one shard's lock is stopped when a batch for both shards is written."""
+    monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
+    reads: list[CacheTask] = []
+    waited: list[tuple[int, bool]] = []  # at each long wait: how many reads, whether all are ready
+    given: set[int] = set()
+
+    def begin() -> None:
+        if not reads:
+            reads.append(between.read_old())
+
+    def refuse(shard: int, timeout: float) -> None:
+        if given - {shard}:  # the shard that comes second
+            if timeout >= LOCK_TIMEOUT_SECONDS:
+                waited.append((len(reads), all(read.ready() for read in reads)))
+            raise LockTimeoutError("held", path=str(shard), timeout=timeout)
+        given.add(shard)
+
+    at_each_look(between, monkeypatch, begin)
+    around_changes(between.engine, monkeypatch, refuse)
+    writes = between.write_new()
+    between.do_next()
+    assert writes.ready()
+    assert waited == [(1, True)]
+    assert between.has_old()
 
 
 def test_they_do_not_keep_the_writes_from_going_on(

@@ -135,7 +135,8 @@ class Worker:
     def _read_between(self, writes: BatchReport) -> None:
         """In the middle of a batch of writes: do one of reads, if any wait, since a user waits for
         them and for no write. What waits for a device is only begun: nobody waits here, with slots
-        in hand (but to take a damaged block out); it is read when the writes have ended."""
+        in hand (but to take a damaged block out); it is read when the writes have ended, or before
+        the rest of them waits for a lock or for room."""
         if self._engine.has_begun_reads:
             return
         try:

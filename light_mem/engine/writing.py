@@ -87,6 +87,9 @@ class Writer:
         wanted = job.by_shard
         deadline: float | None = None  # of those that wait for room, with nothing of ours in hand
         while wanted:
+            # Begun between the copies just made: no reads are to wait for a lock or for room that
+            # the rest of these writes finds taken.
+            self._engine.finish_reads()
             self._give_back_failed()
             now, later = _first(wanted, self._most_at_a_time())
             if not now:
