@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 
 from light_mem import CacheTask, State
-from light_mem.engine import page_cache
+from light_mem.engine import mapped_writes, page_cache
 from light_mem.engine.batch_report import BatchReport
+from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.mapped_writes import CALLS_BEFORE, MappedWrites
 from light_mem.engine.queue import WRITE_TURN
 from light_mem.engine.table_layout import READ, WORKER, WORKING, words_of
 from light_mem.engine.worker import Worker
@@ -30,6 +34,7 @@ OLD = ["old 0", "old 1"]
 OLD_PAGES = [30, 31]
 NEW = [f"new {n}" for n in range(16)]  # four looks, one each 4 MiB
 NEW_PAGES = list(range(16))
+NEW_BYTES = len(NEW) * MIB
 
 
 @dataclass
@@ -263,6 +268,36 @@ def test_their_time_is_not_that_of_the_writes(
     between.write_new()
     between.do_next()
     assert laps == ["write", "begin", "read", "write"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's page faults")
+def test_their_page_faults_are_not_those_of_the_writes(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker learns by those whether it pays to store to the mapping."""
+    reads: list[CacheTask] = []
+    faults = 0
+    taken_out: list[int] = []
+
+    def before() -> None:
+        nonlocal faults
+        if writes._taken_out:
+            taken_out.append(writes._taken_out)
+            reads.append(between.read_old())
+            faults += NEW_BYTES // mmap.PAGESIZE
+
+    at_each_look(between, monkeypatch, before)
+    monkeypatch.setattr(mapped_writes, "_faults", lambda: faults)
+    monkeypatch.setattr(DirtyPages, "_are_dirty", lambda *_: True)
+    writes: MappedWrites = between.engine.file(0)._writes
+    for _ in range(CALLS_BEFORE + 1):
+        task = between.write_new()
+        between.do_next()
+        assert task.ready()
+        between.rig.service.delete(NEW)
+    assert reads[0].ready()
+    assert taken_out[0] == NEW_BYTES
+    assert writes.calls_before == CALLS_BEFORE
 
 
 # --- the queue ------------------------------------------------------------------------------------

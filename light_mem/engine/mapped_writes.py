@@ -18,6 +18,7 @@ from typing import cast
 
 import numpy as np
 
+from light_mem.engine.copy import Stopping
 from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.sinks import FileSink, MappedSink, OpenFile, Sink
 
@@ -96,7 +97,22 @@ class MappedWrites:
         """The runs are put from now on. Between `begin` and this call runs of other files may have
         been put, whose faults are not these runs'."""
         if sys.platform == "linux" and self._taken_out:
-            self._faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            self._faults = _faults()
+
+    def leaving_out(self, stopped: Stopping) -> Stopping:
+        """What is asked between two puts, after `start`: its faults are not these runs'. (A worker
+        reads other blocks there.)"""
+        if sys.platform != "linux" or not self._taken_out or stopped is None:
+            return stopped
+        ask = stopped
+
+        def asked() -> bool:
+            before = _faults()
+            stop = ask()
+            self._faults += _faults() - before
+            return stop
+
+        return asked
 
     def was_put(self, start: int, length: int, sink: Sink) -> None:
         """A run of slots was written."""
@@ -129,10 +145,15 @@ class MappedWrites:
         """Whether the first stores were a fault each page, if they were nearly all there was: the
         others' faults count as well."""
         if sys.platform == "linux" and self._taken_out * 10 >= self._wanted * 9:
-            faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - self._faults
+            faults = _faults() - self._faults
             few = faults * _PAGE * 2 <= self._taken_out
             self.calls_before = CALLS_BEFORE if few else CALLS_BEFORE_FAULTS
         self._taken_out = 0
+
+
+def _faults() -> int:
+    """Page faults of this thread by now. Linux."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 
 def _is_soon(written: float, now: float) -> bool:

@@ -102,7 +102,7 @@ class ShardFile(SlotRecords):
     ) -> list[int]:
         writes = self._writes
         writes.start()
-        checksums = gathering.run(stopped)
+        checksums = gathering.run(writes.leaving_out(stopped))
         for (start, length), sink in put:
             writes.was_put(start, length, sink)
         return checksums
