@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,33 @@ def test_planned_spans_are_what_the_file_holds(
     reader.plan(spans)
     for span in spans:
         assert take(reader, span) == wanted[span.at : span.at + span.nbytes].tobytes()
+    reader.close()
+
+
+def test_it_has_landed_when_all_that_is_planned_is_there(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    load = read_ahead._load
+
+    def wait(span: Span, buffer: np.ndarray) -> np.ndarray:
+        assert gate.wait(10)
+        return load(span, buffer)
+
+    monkeypatch.setattr(read_ahead, "_load", wait)
+    reader = ReadAhead(4096)
+    assert reader.has_landed
+    spans = [Span(descriptor, n * PIECE_BYTES, PIECE_BYTES) for n in range(DEPTH + 1)]
+    reader.plan(spans)
+    assert not reader.has_landed
+    gate.set()
+    for request in reader._under_way:
+        request.data.result()
+    assert not reader.has_landed  # the last one is not under way yet
+    take(reader, spans[0])
+    for request in reader._under_way:
+        request.data.result()
+    assert reader.has_landed
     reader.close()
 
 

@@ -18,6 +18,7 @@ from light_mem.engine.dirty_pages import DirtyPages
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.mapped_writes import CALLS_BEFORE, MappedWrites
 from light_mem.engine.queue import WRITE_TURN
+from light_mem.engine.read_ahead import ReadAhead
 from light_mem.engine.table_layout import READ, WORKER, WORKING, words_of
 from light_mem.engine.worker import Worker
 from light_mem.errors import LockTimeoutError
@@ -104,6 +105,12 @@ def at_each_look(
     monkeypatch.setattr(queue, "claim_between", claim_between)
 
 
+def wait_for_the_device(patch: pytest.MonkeyPatch, has_landed: Callable[[], bool]) -> None:
+    """All blocks that are read wait for a device, which has given them when `has_landed` says."""
+    patch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
+    patch.setattr(ReadAhead, "has_landed", property(lambda _: has_landed()))
+
+
 def test_they_are_done_before_the_writes_have_ended(
     between: Between, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +136,7 @@ def test_they_are_done_before_the_writes_have_ended(
 def test_what_waits_for_a_device_is_begun_and_nobody_waits_for_it_with_slots_in_hand(
     between: Between, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
+    wait_for_the_device(monkeypatch, lambda: False)
     reads: list[CacheTask] = []
     begun: list[bool] = []
 
@@ -151,12 +158,44 @@ def test_what_waits_for_a_device_is_begun_and_nobody_waits_for_it_with_slots_in_
     assert between.is_stored(writes)
 
 
+def test_what_was_begun_is_read_once_the_device_has_given_it(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[CacheTask] = []
+    seen: list[tuple[bool, bool]] = []
+    looks = 0
+
+    def has_landed() -> bool:
+        nonlocal looks
+        looks += 1
+        seen.append((reads[0].ready(), writes.data_safe()))
+        return looks == 2
+
+    def before() -> None:
+        if not reads:
+            reads.append(between.read_old())
+        else:
+            seen.append((reads[0].ready(), writes.data_safe()))
+
+    wait_for_the_device(monkeypatch, has_landed)
+    at_each_look(between, monkeypatch, before)
+    writes = between.write_new()
+    between.do_next()
+    # Twice it is asked for, then it is read, and others may be.
+    assert seen[:3] == [(False, False), (False, False), (True, False)]
+    assert looks == 2
+    assert reads[0].state() == [State.Finished] * 2
+    assert between.has_old()
+    monkeypatch.undo()
+    assert between.is_stored(writes)
+
+
 @pytest.mark.parametrize("between", [2], indirect=True)
 def test_what_was_begun_waits_for_no_lock_that_the_writes_wait_for(
     between: Between, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The holder of one shard's lock is stopped when a batch for both shards is written."""
-    monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
+    wait_for_the_device(monkeypatch, lambda: False)
     reads: list[CacheTask] = []
     waited: list[tuple[int, bool]] = []  # at each long wait: how many reads, whether all are ready
     given: set[int] = set()

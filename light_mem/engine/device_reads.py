@@ -90,6 +90,11 @@ class DeviceReads:
                 pass  # no memory, say
         return found
 
+    @property
+    def have_landed(self) -> bool:
+        """Whether the device has given all that it began with."""
+        return self._direct.have_landed
+
     def read(
         self,
         way: Way,

@@ -36,6 +36,11 @@ class DirectReads:
         else:
             self._ahead.plan(spans)
 
+    @property
+    def have_landed(self) -> bool:
+        """Whether all that is planned is there: the device is waited for no more."""
+        return self._ahead.has_landed
+
     def read(
         self,
         span: Span,

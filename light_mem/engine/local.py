@@ -205,6 +205,11 @@ class LocalStorageEngine(Member, StorageEngine):
         """Whether there is something for `finish_reads`."""
         return self._reader.has_begun
 
+    @property
+    def reads_have_landed(self) -> bool:
+        """Whether `finish_reads` would wait for no device."""
+        return self._device.have_landed
+
     def rest(self) -> bool:
         """For a worker without work: do one piece of the work that was put off, or of the
         preparation that its first blocks would wait for (80 ms, most of it imports). Returns

@@ -106,6 +106,11 @@ class ReadAhead:
                     if not request.parts:
                         self._done_with_first()
 
+    @property
+    def has_landed(self) -> bool:
+        """Whether all that is planned is there: the device is waited for no more."""
+        return not self._next and all(request.data.done() for request in self._under_way)
+
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
         self._forget()
