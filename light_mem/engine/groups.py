@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from light_mem.engine.base import Stop
 
-# As much as a worker claims at a time, 3 to 6 ms: with a plan for each 8 MiB, pages of 1 MB are
-# written 3 to 6% slower and read 4 to 6%.
+# As much as a worker claims of reads at a time, and half as much as of writes, 3 to 6 ms: with a
+# plan for each 8 MiB, pages of 1 MB are written 3 to 6% slower and read 4 to 6%.
 GROUP_BYTES = 32 << 20
 
 
