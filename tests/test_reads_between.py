@@ -22,7 +22,8 @@ from light_mem.engine.read_ahead import ReadAhead
 from light_mem.engine.table_layout import READ, WORKER, WORKING, words_of
 from light_mem.engine.worker import Worker
 from light_mem.errors import LockTimeoutError
-from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
+from light_mem.index.keys import as_key
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from tests.engine_helpers import let_go
 from tests.parts_rig import around_changes
 from tests.queue_rig import Queued, queued
@@ -237,6 +238,36 @@ def test_they_do_not_keep_the_writes_from_going_on(
     monkeypatch.undo()
     assert between.is_stored(writes)
     assert all(read.count(State.Finished) == 2 for read in reads)
+
+
+def test_damage_is_not_waited_with_for_a_lock(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock's holder is stopped: the block stays listed, and the writes go on."""
+    reads: list[CacheTask] = []
+    timeouts: list[float] = []
+    ends: list[bool] = []
+
+    def before() -> None:
+        ends.append(bool(reads))
+        if not reads:
+            reads.append(between.read_old())
+
+    def refuse(shard: int, timeout: float) -> None:
+        if ends == [False]:  # from the first look to the second
+            timeouts.append(timeout)
+            raise LockTimeoutError("held", path=str(shard), timeout=timeout)
+
+    for entry in between.engine.lookup.find_each([as_key(key) for key in OLD]):
+        between.engine.file(0).bytes(entry, 1)[7] ^= 1
+    at_each_look(between, monkeypatch, before)
+    around_changes(between.engine, monkeypatch, refuse)
+    writes = between.write_new()
+    between.do_next()
+    assert timeouts == [SHORT_SECONDS] * 2
+    assert reads[0].state() == [State.Aborted] * 2
+    monkeypatch.undo()
+    assert between.is_stored(writes)
 
 
 def test_writes_that_are_aborted_meanwhile_end_and_the_reads_do_not(

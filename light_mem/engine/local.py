@@ -166,6 +166,11 @@ class LocalStorageEngine(Member, StorageEngine):
         return self._writer.has_begun
 
     @property
+    def has_slots_in_hand(self) -> bool:
+        """Whether there are slots that others cannot have until we publish, or give them back."""
+        return self._writer.has_slots_in_hand
+
+    @property
     def drops(self) -> bool:
         """Whether what is written goes past the page cache, or is dropped from it."""
         return self._dropper is not None

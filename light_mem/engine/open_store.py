@@ -140,9 +140,10 @@ class OpenStore:
         low: int,
         high: int,
         problem: str = removing.WRONG_SUM,
+        timeout: float = LOCK_TIMEOUT_SECONDS,
     ) -> None:
         """Take out a block that was found damaged, if its tag is still this one."""
-        removing.drop_damaged(self, shard, slot, tag, low, high, problem)
+        removing.drop_damaged(self, shard, slot, tag, low, high, problem, timeout)
 
     # --- keeping blocks --------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from light_mem.engine.removing import WRONG_SUM
 from light_mem.engine.scatter import Scatter, Scatterer
 from light_mem.errors import StoreFormatError
 from light_mem.index import keys as keymath
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.lookup import Location
 from light_mem.index.runs import Run, cut_at_runs
 
@@ -160,8 +161,12 @@ class Reader:
         """Drop a block whose bytes are not what was written, unless it is gone, and tell."""
         where, (low, high, _) = job.where(at), job.batch[at]
         outcome = Outcome.DAMAGED
+        # In the middle of writes, not for the stopped holder of the lock.
+        timeout = SHORT_SECONDS if self._engine.has_slots_in_hand else LOCK_TIMEOUT_SECONDS
         try:
-            self._engine.drop_damaged(where.shard, where.slot, where.tag, low, high, problem)
+            self._engine.drop_damaged(
+                where.shard, where.slot, where.tag, low, high, problem, timeout
+            )
         except (OSError, StoreFormatError) as error:
             outcome = self._failed(error)
         job.report((at,), outcome)

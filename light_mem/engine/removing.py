@@ -56,11 +56,19 @@ def clear(engine: OpenStore) -> int:
 
 
 def drop_damaged(
-    engine: OpenStore, shard: int, slot: int, tag: int, low: int, high: int, problem: str
+    engine: OpenStore,
+    shard: int,
+    slot: int,
+    tag: int,
+    low: int,
+    high: int,
+    problem: str,
+    timeout: float,
 ) -> None:
     """Take out a block that was found damaged, if its tag is still this one; says so in the log.
 
-    `problem`: what is wrong with it, in words.
+    `problem`: what is wrong with it, in words. If the shard's lock is not free within `timeout`
+    seconds it stays, to be found damaged again.
     """
     engine.limited.warning(
         "block %s in slot %d of shard %d of %s is damaged: %s; it is dropped",
@@ -71,7 +79,7 @@ def drop_damaged(
         problem,
     )
     try:
-        with engine.change(shard) as (index, file):
+        with engine.change(shard, timeout) as (index, file):
             if engine.lookup.tag(shard * engine.geometry.slots + slot) == tag:
                 index.remove(slot)
                 file.clear_records([slot])

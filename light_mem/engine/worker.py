@@ -135,8 +135,9 @@ class Worker:
     def _read_between(self, writes: BatchReport) -> None:
         """In the middle of a batch of writes: do one of reads, if any wait, since a user waits for
         them and for no write. What waits for a device is only begun: nobody waits here, with slots
-        in hand (but to take a damaged block out); it is read once the device has given it, or when
-        the writes have ended, or before the rest of them waits for a lock or for room."""
+        in hand (but for a moment, to take a damaged block out); it is read once the device has
+        given it, or when the writes have ended, or before the rest of them waits for a lock or for
+        room."""
         if self._engine.has_begun_reads:
             if not self._engine.reads_have_landed:
                 return

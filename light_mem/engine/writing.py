@@ -74,6 +74,11 @@ class Writer:
         """Whether there is something for `finish`."""
         return bool(self._last)
 
+    @property
+    def has_slots_in_hand(self) -> bool:
+        """Whether slots are announced: to be copied to, copied, or of parts that failed."""
+        return bool(self._intents.shards)
+
     def begin(
         self,
         batch: Sequence[BlockIO],
