@@ -142,8 +142,8 @@ def test_a_signals_handler_may_use_a_client_while_another_one_connects(tmp_path:
 
 
 def test_a_table_whose_file_was_tidied_up_closes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no memfds it is a file in the temporary directory."""
-    monkeypatch.setattr(task_table, "memory_object", lambda _: -1)
+    """Where there is no /proc it is a file in the temporary directory, found by its name."""
+    monkeypatch.setattr(task_table, "OWN_DESCRIPTORS", "/nowhere")
     table = TaskTable.create(
         Sizes.for_blocks(64), store="x", page_bytes=1, num_pages=1, pages_per_block=1, workers=1
     )
