@@ -92,8 +92,7 @@ class Writer:
         wanted = job.by_shard
         deadline: float | None = None  # of those that wait for room, with nothing of ours in hand
         while wanted:
-            # Begun between the copies just made: no reads are to wait for a lock or for room that
-            # the rest of these writes finds taken.
+            # Begun between the copies just made: not to wait for a lock or room that we wait for.
             self._engine.finish_reads()
             self._give_back_failed()
             now, later = _first(wanted, self._most_at_a_time())
@@ -154,11 +153,7 @@ class Writer:
         return there_was
 
     def _fail(
-        self,
-        shard: int,
-        positions: Sequence[int],
-        job: WriteJob,
-        error: LightMemError | OSError,
+        self, shard: int, positions: Sequence[int], job: WriteJob, error: LightMemError | OSError
     ) -> None:
         engine = self._engine
         engine.limited.warning(
