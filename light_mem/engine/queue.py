@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.claiming import Chooser
+from light_mem.engine.claiming import BATCH_BLOCKS, BATCH_BYTES, Chooser
 from light_mem.engine.queue_lock import QUEUE_BYTE, QueueLock
 from light_mem.engine.table_layout import (
     ABORTED,
@@ -39,7 +39,7 @@ from light_mem.index.locks import RangeLock
 
 LANE_BYTE = QUEUE_BYTE + 1  # the first of the lanes' locks, in the same memory object
 # Reads make a user wait, writes do not: writes go first at one claim of this many. In the middle of
-# a batch of writes a worker does as many of reads, less one.
+# a batch of writes a worker does as many full ones of reads, less one.
 WRITE_TURN = 3
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
@@ -50,12 +50,13 @@ class TaskQueue(QueueLock):
     def __init__(self, table: TaskTable, lock: RangeLock) -> None:
         super().__init__(table, lock)
         self._turn = 0
-        self._between = 0  # batches of reads since the last one of writes was claimed
+        self._between = 0.0  # full batches of reads since the last one of writes was claimed
         self._chooser = Chooser(table)
         # Where there are no more cores than workers the kernel has one of those that are woken run
         # on this core at once, and whoever queues waits until it sleeps again: 3 ms of `create`.
         self._has_cores = _cores() > int(table.header["workers"][0])
         self._states, self._workers = table.states.data, table.cells["worker"].data
+        self._lengths = table.cells["nbytes"].data
 
     def push(self, cells: npt.NDArray[np.uint32], mode: int, publish: Callable[[], object]) -> None:
         """Queue cells of one mode, in this order, and wake as many workers as can help; or one,
@@ -132,7 +133,7 @@ class TaskQueue(QueueLock):
                     cells = self._take(worker, mode)
                     if cells:
                         if mode == WRITE:
-                            self._between = 0
+                            self._between = 0.0
                         return cells
         return []
 
@@ -140,13 +141,15 @@ class TaskQueue(QueueLock):
         """Cells of reads for a worker in the middle of a batch of writes; empty: nothing waits, or
         these reads have had their turns, and the writes are to go on.
         """
-        if not self._table.depth(READ) or self._between == WRITE_TURN - 1:
+        if not self._table.depth(READ) or self._between >= WRITE_TURN - 1:
             return []
         with self.held(timeout):
             while self._table.depth(READ):
                 cells = self._take(worker, READ)
                 if cells:
-                    self._between += 1
+                    nbytes = sum([self._lengths[cell] for cell in cells])
+                    full = nbytes / BATCH_BYTES[READ], len(cells) / BATCH_BLOCKS
+                    self._between += max(full)
                     self._turn += 1
                     return cells
         return []

@@ -138,17 +138,20 @@ class Worker:
         in hand (but for a moment, to take a damaged block out); it is read once the device has
         given it, or when the writes have ended, or before the rest of them waits for a lock or for
         room."""
-        if self._engine.has_begun_reads:
-            if not self._engine.reads_have_landed:
+        engine = self._engine
+        if engine.has_begun_reads:
+            if not engine.reads_have_landed:
+                return
+            writes.count()  # so far the time was theirs
+            engine.finish_reads()
+        while not engine.has_begun_reads:
+            try:
+                cells = self._queue.claim_between(self._number, BUSY_QUEUE_SECONDS)
+            except LockTimeoutError:  # asked again a few MiB later
+                return
+            if not cells:
                 return
             writes.count()
-            self._engine.finish_reads()
-        try:
-            cells = self._queue.claim_between(self._number, BUSY_QUEUE_SECONDS)
-        except LockTimeoutError:  # asked again a few MiB later
-            return
-        if cells:
-            writes.count()  # so far the time was theirs
             self._begin_read(cells, self._table.read(cells))
 
     def _blocks(self, records: Cells) -> list[BlockIO]:
