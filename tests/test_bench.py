@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench.py"
-PARTS = ["copies", "sizes", "bounds", "entries", "servers", "process"]  # the others work like these
+# The others work like these.
+PARTS = ["copies", "beside", "sizes", "bounds", "entries", "servers", "process"]
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:

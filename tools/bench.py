@@ -18,12 +18,23 @@ import time
 from pathlib import Path
 
 import psutil
-from benchmark import flatness, growth, latency, machine, plots, process, queries, report, rivals
+from benchmark import (
+    beside,
+    flatness,
+    growth,
+    latency,
+    machine,
+    plots,
+    process,
+    queries,
+    report,
+    rivals,
+)
 from benchmark.copies import bench_shape
 from benchmark.plan import SHAPES
 from benchmark.run import Run
 
-PARTS = tuple("copies latency sizes bounds entries workers shards servers process".split())
+PARTS = tuple("copies latency beside sizes bounds entries workers shards servers process".split())
 
 
 def parse() -> argparse.Namespace:
@@ -97,6 +108,8 @@ def main() -> None:
                     report.show_shape(run, shape.name)
             elif part == "latency":
                 run.results[part] = latency.bench_latency(run)
+            elif part == "beside":
+                run.results[part] = beside.bench_beside(run)
             elif part == "entries":
                 run.results[part] = queries.bench_entries(run)
             elif part == "sizes":

@@ -8,6 +8,7 @@ samples      timed runs, and which of them count
 rivals       a small class each: LightMem, the baseline, and what is used instead
 copies       first fill, steady write, cached read, mixed, cold read, by block shape
 latency      one block at a time, call to data
+beside       reads while writes are queued
 queries      look-ups, `create`, `ready`, opening, by entries
 growth       throughput by entries, shards, workers and servers
 flatness     what growth costs: shares of the smallest number; figures as CSV

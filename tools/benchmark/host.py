@@ -11,7 +11,9 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from benchmark.plan import Plan
 from benchmark.rivals.base import Rival, Setup
 
 _MOST_BYTES_A_SECOND = 30e9
+_PAUSE = 0.008  # seconds
 
 
 class Host:
@@ -124,6 +127,43 @@ class Host:
                 # A process that the kernel left waiting may have begun its last pass too late.
                 beyond = min(1.0, (ended - end) / (ended - started))
                 return int((done - beyond) * nbytes), done * nbytes
+
+    def prepare_beside(self, count: int, seconds: float) -> None:
+        """Make the hashes for `beside`, as `prepare_steady` does."""
+        others = np.arange(count, len(self._blocks))
+        nbytes = len(others) * self._plan.shape.block_bytes
+        passes = 2 + int(_MOST_BYTES_A_SECOND * seconds) // nbytes
+        self._ahead = [self._renew(others, delete=False) for _ in range(passes)]
+
+    def beside(self, count: int, seconds: float) -> tuple[list[float], float]:
+        """Seconds of each read of the first `count` blocks, while all others are written pass after
+        pass for so many seconds, the next always queued; and bytes written a second. Reads come at
+        any moment of a pass, with up to _PAUSE between them."""
+        kept = self.hashes(np.arange(count))
+        others = self._pages[count:]
+        self._rival.read(kept, self._pages[:count])  # else they were the first to be evicted
+        end = time.perf_counter() + seconds
+        written = 0
+
+        def passes() -> Iterator[list[Any]]:
+            nonlocal written
+            for hashes in self._ahead:
+                if time.perf_counter() > end:
+                    return
+                written += len(hashes) * self._plan.shape.block_bytes
+                yield hashes
+
+        started = time.perf_counter()
+        writer = threading.Thread(target=self._rival.write_passes, args=(passes(), others))
+        writer.start()
+        out, pauses = [], np.random.default_rng(self._generation)
+        while time.perf_counter() < end:
+            time.sleep(_PAUSE * pauses.random())
+            asked = time.perf_counter()
+            self._rival.read(kept, self._pages[:count])
+            out.append(time.perf_counter() - asked)
+        writer.join()
+        return out, written / (time.perf_counter() - started)
 
     def latency(self, mode: str, count: int) -> list[float]:
         """Seconds of `count` calls with one block each."""

@@ -86,6 +86,8 @@ def show_part(run: Run, part: str) -> None:
     found = run.results.get(part, {})
     if part == "latency":
         _show_latency(found)
+    elif part == "beside":
+        _show_beside(found)
     elif part in ("sizes", "bounds", "workers", "shards", "servers"):
         _show_growth(part, found)
     elif part in ("entries", "process"):
@@ -101,6 +103,21 @@ def _show_latency(found: dict[str, Any]) -> None:
             if isinstance(modes, dict):
                 figures = [modes[m][p] for m in ("write", "read") for p in ("p50_us", "p99_us")]
                 table.add_row(shape, name, *(f"{f:,.0f}" for f in figures))
+        table.add_section()
+    _console.print(table)
+
+
+def _show_beside(found: dict[str, Any]) -> None:
+    table = Table(title="reads while writes are queued", title_justify="left")
+    for name in ("blocks", "contestant"):
+        table.add_column(name)
+    for name in ("p50 ms", "p99 ms", "reads", "written GB/s"):
+        table.add_column(name, justify="right")
+    for case, of_case in found.items():
+        for name, of in of_case.items():
+            if isinstance(of, dict):
+                figures = (f"{of['p50_ms']:.2f}", f"{of['p99_ms']:.2f}", f"{of['calls']:,}")
+                table.add_row(case, name, *figures, f"{of['written_GBps']:.2f}")
         table.add_section()
     _console.print(table)
 

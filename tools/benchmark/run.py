@@ -71,9 +71,18 @@ class Run:
         finally:
             close_source(source)
 
-    def start(self, kind: str, directory: Path, source: Any, plan: Plan) -> Contestant | None:
+    def start(
+        self,
+        kind: str,
+        directory: Path,
+        source: Any,
+        plan: Plan,
+        options: dict[str, Any] | None = None,
+    ) -> Contestant | None:
         """A contestant of `kinds`; None, and noted, when it is not installed."""
-        options = {"path": self.cpp_lightmem} if kind == "cpp-lightmem" else {}
+        options = dict(options or {})
+        if kind == "cpp-lightmem":
+            options["path"] = self.cpp_lightmem
         about = self.results.setdefault("contestants", {})
         try:
             started = Contestant(kind, directory / kind, source, plan, self.workers, options)

@@ -89,7 +89,7 @@ class Rival(ABC):
     # A service is given the next pass while it is at the last one, as others' processes go on
     # without waiting for each other.
 
-    def write_passes(self, passes: list[list[Any]], pages: Pages) -> None:
+    def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
         """`write`, several times: of each pass the hashes."""
         for hashes in passes:
             self.write(hashes, pages)

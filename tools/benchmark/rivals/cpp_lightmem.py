@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class CppLightMem(Rival):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         self._finish(self._create("r", hashes, pages))
 
-    def write_passes(self, passes: list[list[Any]], pages: Pages) -> None:
+    def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
         two_at_a_time((self._create("w", hashes, pages) for hashes in passes), self._finish)
 
     def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class LightMem(Rival):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         self._wait(self._create("read", hashes, pages))
 
-    def write_passes(self, passes: list[list[Any]], pages: Pages) -> None:
+    def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
         two_at_a_time((self._create("write", hashes, pages) for hashes in passes), self._wait)
 
     def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:

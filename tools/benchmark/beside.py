@@ -1,0 +1,71 @@
+"""Reads beside writes: how long one request's read takes while blocks to be written always wait.
+
+A server stores what it has computed all the time; the read of a prefix is what a user waits for.
+Of services only: the others have no queue in which a read could wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmark.plan import SHAPES, Plan
+from benchmark.run import Run
+
+SERVICES = ("lightmem", "cpp-lightmem")
+# Blocks of a read. Never so few bytes that `create` would read them itself.
+CASES = [(SHAPES[0], 64), (SHAPES[3], 1), (SHAPES[1], 1), (SHAPES[1], 8)]
+_SECONDS = 1.0  # of a sample
+
+
+def bench_beside(run: Run) -> dict[str, Any]:
+    """Milliseconds of a read, and GB/s written meanwhile, by block shape and blocks of a read."""
+    out: dict[str, Any] = {}
+    for shape, count in CASES[:1] if run.quick else CASES:
+        plan = run.plan(shape, at_least=2 * count + 2)
+        name = f"{shape.name}, {count} a read"
+        out[name] = {"read_bytes": count * shape.block_bytes, **_of_case(run, plan, count, name)}
+    return out
+
+
+def _of_case(run: Run, plan: Plan, count: int, name: str) -> dict[str, Any]:
+    found: dict[str, list[Any]] = {}
+    with run.tensor(plan) as (_, source):
+        place = run.place()
+        kinds = [kind for kind in SERVICES if kind in run.kinds]
+        # Two passes are under way at a time: with room for one they would evict what is read. (The
+        # C++ LightMem has that room in any case.)
+        room = {"storage": 2 * plan.nbytes + (4 << 20)}
+        started = [run.start(kind, place, source, plan, room) for kind in kinds]
+        contestants = [contestant for contestant in started if contestant]
+        with run.together(contestants, place):
+            for contestant in contestants:
+                for _ in range(run.warm):
+                    contestant.move("write")
+                contestant.move("read")
+                contestant.awake(False)
+            for _ in range(run.rounds):
+                for contestant in contestants:
+                    contestant.awake(True)
+                    seconds = _SECONDS / 5 if run.quick else _SECONDS
+                    contestant.tell("prepare_beside", count=count, seconds=seconds)
+                    found.setdefault(contestant.name, []).append(
+                        contestant.tell("beside", count=count, seconds=seconds)[0]
+                    )
+                    contestant.awake(False)
+            for contestant in contestants:
+                contestant.awake(True)
+                contestant.move("write")
+                run.checked(f"beside, {name}", contestant)
+    return {name: _summary(samples) for name, samples in found.items()}
+
+
+def _summary(samples: list[Any]) -> dict[str, Any]:
+    ms = np.array([second for seconds, _ in samples for second in seconds]) * 1e3
+    return {
+        "p50_ms": float(np.percentile(ms, 50)),
+        "p99_ms": float(np.percentile(ms, 99)),
+        "calls": len(ms),
+        "written_GBps": float(np.median([rate for _, rate in samples])) / 1e9,
+    }
