@@ -142,6 +142,7 @@ class Host:
         kept = self.hashes(np.arange(count))
         others = self._pages[count:]
         self._rival.read(kept, self._pages[:count])  # else they were the first to be evicted
+        self._rival.keep(kept)
         end = time.perf_counter() + seconds
         written = 0
 

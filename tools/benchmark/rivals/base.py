@@ -102,6 +102,9 @@ class Rival(ABC):
     def delete(self, hashes: list[Any]) -> None:  # noqa: B027 (nothing to do for most)
         """Take blocks out of the store."""
 
+    def keep(self, hashes: list[Any]) -> None:  # noqa: B027 (most cannot)
+        """Have blocks that are stored stay, whatever is written, if it can."""
+
     def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
         """Read `old` and write `new`; here in turns, a tenth of each."""
         for part in range(10):

@@ -95,6 +95,9 @@ class LightMem(Rival):
             ]
         )
 
+    def keep(self, hashes: list[Any]) -> None:
+        self.service.pin(hashes)
+
     def delete(self, hashes: list[Any]) -> None:
         self.service.delete(hashes)
 
