@@ -133,11 +133,11 @@ class Worker:
         self._engine.begin_read(self._blocks(records), report, stop, entries)
 
     def _read_between(self, writes: BatchReport) -> None:
-        """In the middle of a batch of writes: do one of reads, if any wait, since a user waits for
-        them and for no write. What waits for a device is only begun: nobody waits here, with slots
-        in hand (but for a moment, to take a damaged block out); it is read once the device has
-        given it, or when the writes have ended, or before the rest of them waits for a lock or for
-        room."""
+        """In the middle of a batch of writes: do the reads that wait, up to two full batches, since
+        a user waits for them and for no write. What waits for a device is only begun: nobody waits
+        here, with slots in hand (but for a moment, to take a damaged block out); it is read once
+        the device has given it, or when the writes have ended, or before the rest of them waits for
+        a lock or for room."""
         engine = self._engine
         if engine.has_begun_reads:
             if not engine.reads_have_landed:

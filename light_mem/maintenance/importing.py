@@ -136,12 +136,8 @@ def _require_same(
     if storage_size is None:
         return
     if slots_for(storage_size, geometry.shards, geometry.page_bytes) != geometry.slots:
-        log.warning(
-            "the store %s keeps its size of %d bytes, not %d: light-mem resize gives it another",
-            directory,
-            geometry.storage_size,
-            storage_size,
-        )
+        kept = "the store %s keeps its size of %d bytes, not %d: light-mem resize gives it another"
+        log.warning(kept, directory, geometry.storage_size, storage_size)
 
 
 def _take_out_expired(directory: str | os.PathLike[str]) -> None:
@@ -246,7 +242,6 @@ class _Import:
         for block in blocks:
             place = Regions(np.frombuffer(block.data, np.uint8), [(0, len(block.data))])
             batch.append(BlockIO(block.low, block.high, place))
-
         failed: list[tuple[ExportedBlock, Outcome]] = []
         fresh: set[tuple[int, int]] = set()
 
