@@ -132,6 +132,11 @@ class Chooser:
         pairs = list(zip(cells[first].tolist(), places[first].tolist(), strict=True))
         return Look(len(cells), pairs, own, end)
 
+    def fullness(self, cells: list[int], mode: int) -> float:
+        """How much of a full batch these cells are, by bytes or by blocks."""
+        nbytes = sum([self._lengths[cell] for cell in cells])
+        return max(nbytes / BATCH_BYTES[mode], len(cells) / BATCH_BLOCKS)
+
     def _first(self, cells: list[int], mode: int, share: int) -> list[int]:
         """The first `share` of the cells, within the bounds of a batch."""
         lengths, least, most = self._lengths, LEAST_BYTES[mode], BATCH_BYTES[mode]

@@ -74,10 +74,15 @@ class NewIndex:
     def fill(self) -> None:
         """List the blocks that the slots files describe, in the old index's order of use."""
         directory, geometry = self._directory, self._geometry
-        old = reindex.OldIndex(self._path, geometry) if self._path.exists() else None
-        self._file = IndexFile(self._temporary, geometry)
-        plans = (reindex.plan_shard(directory, geometry, s, old) for s in range(geometry.shards))
-        self.blocks = reindex.fill(self._file, plans, old)
+        shards = range(geometry.shards)
+        try:
+            old = reindex.OldIndex(self._path, geometry) if self._path.exists() else None
+            self._file = IndexFile(self._temporary, geometry)
+            plans = (reindex.plan_shard(directory, geometry, shard, old) for shard in shards)
+            self.blocks = reindex.fill(self._file, plans, old)
+        except BaseException:
+            self.discard()
+            raise
 
     def publish(self) -> None:
         """Clear the records of what it does not list, and put it in its place."""

@@ -179,11 +179,7 @@ def _make(directory: Path, geometry: Geometry, alone: bool) -> Geometry:
             fill_holes(directory / OWNERS_NAME, FILE_BYTES)
         making.make(alone)
         new = NewIndex(directory, geometry)
-        try:
-            new.fill()
-        except BaseException:
-            new.discard()
-            raise
+        new.fill()
         new.publish()
         description.save(directory, geometry)  # last: from here on the store exists
     except StoreFormatError:

@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.claiming import BATCH_BLOCKS, BATCH_BYTES, Chooser
+from light_mem.engine.claiming import Chooser
 from light_mem.engine.queue_lock import QUEUE_BYTE, QueueLock
 from light_mem.engine.table_layout import (
     ABORTED,
@@ -56,7 +56,6 @@ class TaskQueue(QueueLock):
         # on this core at once, and whoever queues waits until it sleeps again: 3 ms of `create`.
         self._has_cores = _cores() > int(table.header["workers"][0])
         self._states, self._workers = table.states.data, table.cells["worker"].data
-        self._lengths = table.cells["nbytes"].data
 
     def push(self, cells: npt.NDArray[np.uint32], mode: int, publish: Callable[[], object]) -> None:
         """Queue cells of one mode, in this order, and wake as many workers as can help; or one,
@@ -129,12 +128,11 @@ class TaskQueue(QueueLock):
         order = (WRITE, READ) if self._turn % WRITE_TURN == 0 else (READ, WRITE)
         with self.held(timeout):
             for mode in order:
-                while self._table.depth(mode):  # each look claims something or moves the head
-                    cells = self._take(worker, mode)
-                    if cells:
-                        if mode == WRITE:
-                            self._between = 0.0
-                        return cells
+                cells = self._take(worker, mode)
+                if cells:
+                    if mode == WRITE:
+                        self._between = 0.0
+                    return cells
         return []
 
     def claim_between(self, worker: int, timeout: float | None = None) -> list[int]:
@@ -144,15 +142,11 @@ class TaskQueue(QueueLock):
         if not self._table.depth(READ) or self._between >= WRITE_TURN - 1:
             return []
         with self.held(timeout):
-            while self._table.depth(READ):
-                cells = self._take(worker, READ)
-                if cells:
-                    nbytes = sum([self._lengths[cell] for cell in cells])
-                    full = nbytes / BATCH_BYTES[READ], len(cells) / BATCH_BLOCKS
-                    self._between += max(full)
-                    self._turn += 1
-                    return cells
-        return []
+            cells = self._take(worker, READ)
+        if cells:
+            self._between += self._chooser.fullness(cells, READ)
+            self._turn += 1
+        return cells
 
     def claim_ahead(self, worker: int, timeout: float | None = None) -> list[int]:
         """Cells of reads for a worker that has other reads to do first: a whole batch, if as much
@@ -164,25 +158,22 @@ class TaskQueue(QueueLock):
             return []
         self._turn += 1
         with self.held(timeout):
-            while table.depth(READ):
-                cells = self._take(worker, READ, ahead=True)
-                if cells is None:
-                    break
-                if cells:
-                    return cells
-        return []
+            return self._take(worker, READ, ahead=True)
 
-    def _take(self, worker: int, mode: int, ahead: bool = False) -> list[int] | None:
-        """Claim what `Chooser.choose` says."""
-        choice = self._chooser.choose(worker, mode, ahead)
-        if choice is None:
-            return None
+    def _take(self, worker: int, mode: int, ahead: bool = False) -> list[int]:
+        """Claim what `Chooser.choose` says; empty: nothing waits, or it says nothing."""
         states, workers = self._states, self._workers
-        for cell in choice.cells:
-            workers[cell] = worker
-            states[cell] = WORKING
-        self._table.move_head(mode, choice.head)
-        return choice.cells
+        while self._table.depth(mode):  # each look claims something or moves the head
+            choice = self._chooser.choose(worker, mode, ahead)
+            if choice is None:
+                break
+            for cell in choice.cells:
+                workers[cell] = worker
+                states[cell] = WORKING
+            self._table.move_head(mode, choice.head)
+            if choice.cells:
+                return choice.cells
+        return []
 
     def abort(
         self, table: TaskTable, start: int, end: int, row: int, generation: int, timeout: float

@@ -59,10 +59,8 @@ def lacking_beside_shards(
     needed = lacking(directory / owners.NAME, owners.FILE_BYTES)
     if geometry != before:
         needed += _DESCRIPTION_BYTES
-    if index_anew:
-        return needed + new_index_bytes(geometry.shards, geometry.slots)
-    size = fmt.index_layout(geometry.shards, geometry.slots).size
-    return needed + lacking(directory / index_file.NAME, size)
+    index = new_index_bytes(geometry.shards, geometry.slots)
+    return needed + (index if index_anew else lacking(directory / index_file.NAME, index))
 
 
 def require_room(directory: Path, there: Path, needed: int) -> None:

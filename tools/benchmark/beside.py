@@ -49,7 +49,7 @@ def _of_case(run: Run, plan: Plan, count: int, name: str) -> dict[str, Any]:
                 for contestant in contestants:
                     contestant.awake(True)
                     seconds = _SECONDS / 5 if run.quick else _SECONDS
-                    contestant.tell("prepare_beside", count=count, seconds=seconds)
+                    contestant.tell("prepare_steady", mode="write", seconds=seconds, first=count)
                     found.setdefault(contestant.name, []).append(
                         contestant.tell("beside", count=count, seconds=seconds)[0]
                     )

@@ -96,13 +96,14 @@ class Host:
             taken += time.perf_counter() - started
         return taken
 
-    def prepare_steady(self, mode: str, seconds: float) -> None:
-        """Make the hashes for `steady`: of more passes of writing than any memory has time for."""
-        every = np.arange(len(self._blocks))
-        nbytes = len(every) * self._plan.shape.block_bytes
+    def prepare_steady(self, mode: str, seconds: float, first: int = 0) -> None:
+        """Make the hashes for `steady`, or for `beside`: of more passes of writing than any memory
+        has time for, of all blocks from the `first` on."""
+        these = np.arange(first, len(self._blocks))
+        nbytes = len(these) * self._plan.shape.block_bytes
         passes = 1 + int(_MOST_BYTES_A_SECOND * seconds) // nbytes if mode == "write" else 1
         self._ahead = [
-            self._renew(every, delete=False) if mode == "write" else self.hashes(every)
+            self._renew(these, delete=False) if mode == "write" else self.hashes(these)
             for _ in range(passes)
         ]
 
@@ -127,13 +128,6 @@ class Host:
                 # A process that the kernel left waiting may have begun its last pass too late.
                 beyond = min(1.0, (ended - end) / (ended - started))
                 return int((done - beyond) * nbytes), done * nbytes
-
-    def prepare_beside(self, count: int, seconds: float) -> None:
-        """Make the hashes for `beside`, as `prepare_steady` does."""
-        others = np.arange(count, len(self._blocks))
-        nbytes = len(others) * self._plan.shape.block_bytes
-        passes = 2 + int(_MOST_BYTES_A_SECOND * seconds) // nbytes
-        self._ahead = [self._renew(others, delete=False) for _ in range(passes)]
 
     def beside(self, count: int, seconds: float) -> tuple[list[float], float]:
         """Seconds of each read of the first `count` blocks, while all others are written pass after
