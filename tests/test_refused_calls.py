@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from light_mem import InvalidArgumentError, descriptors
+import light_mem
+from light_mem import InvalidArgumentError, SharedMemoryFullError, descriptors
 from light_mem.engine import task_table
 from light_mem.engine.process import is_alive
 from light_mem.engine.table_memory import Sizes
@@ -101,6 +102,32 @@ def test_a_table_that_cannot_be_made_leaves_no_file(
             Sizes(1, 4, 4, 4), store="", page_bytes=1, num_pages=1, pages_per_block=1, workers=1
         )
     assert list(without_memfd.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the room of others' files is not looked at")
+def test_a_tensor_that_is_a_file_has_its_room(without_memfd: Path) -> None:
+    tensor = light_mem.allocate_kvcache(64, 4096)
+    (number,) = (
+        number
+        for number in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{number}")
+        and os.readlink(f"/proc/self/fd/{number}").startswith(str(without_memfd))
+    )
+    assert os.stat(f"/proc/self/fd/{number}").st_blocks * 512 >= tensor.nbytes
+
+
+def test_a_tensor_for_whose_file_there_is_no_room_is_an_error(
+    without_memfd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SharedMemoryFullError, match=str(without_memfd)) as caught:
+        light_mem.allocate_kvcache(64, 4096)
+    assert caught.value.needed == 64 * 4096
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_want_of_descriptors_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     gone with the last process that maps it, and one descriptor while the tensor lives. Pages are
     taken from the system at first touch, as huge pages where the machine allows it to who asks
     (`advise` in transparent_hugepage/shmem_enabled); a cgroup's limit is not looked at. Where there
-    is no memfd (a sandbox forbids it, macOS) an unlinked temporary file takes its place.
+    is no memfd (a sandbox forbids it, macOS) an unlinked temporary file takes its place, on Linux
+    with all its room from the start.
 
     Raises InvalidArgumentError for sizes that are not positive integers, SharedMemoryFullError
     (`needed`, `available` in bytes) if the system has less memory available, or if files of this
@@ -131,23 +132,36 @@ def _no_room(
 
 def _create_memory(nbytes: int) -> int:
     fd = memory_object("light_mem_kvcache")
+    directory = ""
     if fd < 0:
         import tempfile
 
-        status = os.statvfs(tempfile.gettempdir())
-        _require_room(nbytes, status.f_bavail * status.f_frsize, tempfile.gettempdir())
+        directory = tempfile.gettempdir()
+        _require_room(nbytes, _free(directory), directory)
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     try:
-        os.ftruncate(fd, nbytes)
+        if directory and hasattr(os, "posix_fallocate"):
+            # Others may take the room of a hole before it is stored to, which is SIGBUS then.
+            os.posix_fallocate(fd, 0, nbytes)
+        else:
+            os.ftruncate(fd, nbytes)
     except BaseException as error:
         os.close(fd)
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        number = error.errno if isinstance(error, OSError) else None
+        if number == errno.EFBIG:
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
             where = "a file of this process (RLIMIT_FSIZE, ulimit -f: raise it)"
-            raise _no_room(nbytes, limit, where, error.errno) from error
+            raise _no_room(nbytes, limit, where, number) from error
+        if directory and number in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(nbytes, _free(directory), directory, number) from error
         raise
     return fd
+
+
+def _free(directory: str) -> int:
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
 
 
 def _forget(fd: int) -> None:

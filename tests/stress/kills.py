@@ -41,7 +41,9 @@ def run(store: str, seed: int, seconds: float, rounds: int | None = None) -> Cou
 
 
 def _round(nursery: Nursery, dice: random.Random, kind: str, counts: Counter[str]) -> None:
-    nursery.tend(dice.uniform(0.3, 0.9))
+    if dice.random() < 0.75:  # else some are killed while they open the store
+        nursery.tend_until_loaded()
+    nursery.tend(dice.uniform(0.1, 0.6))
     if kind == "worker":
         for _ in range(4):
             workers = [pid for child in nursery.children for pid in child.workers]

@@ -112,6 +112,12 @@ class Nursery:
             if left <= 0:
                 return
 
+    def tend_until_loaded(self) -> None:
+        """Until every player has loaded a block, however slow the machine; those that hang are
+        counted and gone."""
+        while any(not child.counts["loaded"] for child in self.children):
+            self.tend(0.02)
+
     def wait(self, seconds: float) -> None:
         """Until all players have ended; those that have not by then are killed, as hanging."""
         end = time.monotonic() + seconds
