@@ -160,3 +160,15 @@ def test_a_damaged_block_is_no_view_and_is_dropped(two: Two) -> None:
     assert viewer.engine.stats()["damaged"] == 1
     assert viewer.states()[fmt.HELD - 1] == 0
     assert viewer.engine.leases.open == 0
+
+
+def test_a_damaged_lease_beyond_the_shard_is_of_no_block(two: Two) -> None:
+    viewer, other = two
+    words = other.engine.leases._words
+    words[1] = fmt.slot_word(0, 1 << 17)
+    for store, block in ((viewer, A), (other, B)):
+        leased = lease(store, block)
+        assert holds(store, leased, block)
+        store.engine.end_lease(leased)
+    words[1] = 0
+    assert_consistent(viewer.engine._index)

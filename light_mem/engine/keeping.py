@@ -185,7 +185,7 @@ def _take(
     engine: OpenStore, index: ShardIndex, slot: int
 ) -> LeaseLimitError | ServiceClosedError | None:
     shard, retention = index.shard, index.retention
-    leased = engine.leases.of_shard(shard)
+    leased = index.leases.slots()
     slots = sum(retention.slots_at(each) for each in leased)
     needed = 0 if slot in leased else retention.slots_at(slot)
     if slots + needed > retention.limit:

@@ -130,8 +130,9 @@ class Taking:
         """Chains, counts and free space anew from the entries; what makes no sense is freed."""
         self._control.dirty = fmt.RELINKING  # before the first chain is touched
         sound = sound_blocks(self._entries, self._page_bytes)
-        wrong = np.setdiff1d(np.flatnonzero(self._tags & np.uint64(fmt.STATE_MASK)), sound)
-        self.free_tags(wrong.tolist())
+        wrong = (self._tags & np.uint64(fmt.STATE_MASK)) != fmt.FREE
+        wrong[sound] = False
+        self.free_tags(np.flatnonzero(wrong).tolist())
         self._leases.announce()  # a control page made anew does not know
         self._unlist(older_twins(self._entries))
         link_chains(self._entries, self._heads, len(self._heads))
