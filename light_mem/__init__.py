@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from light_mem.engine.queue import TaskQueue
     from light_mem.errors import (
         BlockNotStoredError,
+        ExportExistsError,
         ForkedProcessError,
         InvalidArgumentError,
         KVCacheMemoryError,
@@ -108,6 +109,7 @@ __all__ = [  # noqa: RUF022 - by topic
     "PyTask",
     "PyState",
     "BlockNotStoredError",
+    "ExportExistsError",
     "ForkedProcessError",
     "InvalidArgumentError",
     "KVCacheMemoryError",

@@ -141,6 +141,12 @@ class StoreFormatError(LightMemError, ValueError):
     """
 
 
+class ExportExistsError(_SystemError, FileExistsError):
+    """The file of an export is there already, or another export is writing it: attribute `path`."""
+
+    default_errno = errno.EEXIST
+
+
 class BlockNotStoredError(_SystemError):
     """An import could not store a block: an I/O error, or a lock that was not free in time. What
     was stored before it stays.

@@ -163,7 +163,7 @@ class StoredBlocks(Closing):
     def clear(self) -> int:
         """Take all blocks out of the store, other services' too; returns how many there were.
         Raises as `unpin`."""
-        self._check()
+        self._check_delete()
         return self._engine.clear()
 
     # --- the rest --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from light_mem import BlockNotStoredError, StoreBusyError, maintenance
+from light_mem import BlockNotStoredError, ExportExistsError, StoreBusyError, maintenance
 from light_mem.index import keys as keymath
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance import export_store, import_store
@@ -227,8 +227,10 @@ def test_an_export_that_ends_just_before_another_takes_its_file_over_stays_whole
     if overwrite:
         export_store(store, target, overwrite=True)
     else:
-        with pytest.raises(FileExistsError):
+        with pytest.raises(ExportExistsError) as caught:
             export_store(store, target)
+        assert isinstance(caught.value, FileExistsError)
+        assert caught.value.path == str(target)
         assert target.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["whole", "x"]
     left = make_store(tmp_path / "target", [])

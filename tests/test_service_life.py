@@ -52,6 +52,8 @@ def test_what_is_stored_can_be_deleted_when_the_workers_have_ended(tmp_path: Pat
         assert r.service.stats()["blocks"] == 1
     with rig(tmp_path) as r:
         assert r.service.query(["a", "b"]) == [False, True]
+        r.service.end_workers()
+        assert r.service.clear() == 1
 
 
 def test_closing_twice_is_closing_once_and_later_calls_say_it(tmp_path: Path) -> None:

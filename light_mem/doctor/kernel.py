@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import platform
 import resource
@@ -12,7 +11,6 @@ from collections.abc import Callable
 
 from light_mem.doctor.report import OK, WARN, Check, Machine, size_text
 
-_POPULATE_READ, _POPULATE_WRITE = 22, 23  # madvise(2); Python has no names for them yet
 _LEAST_DIRTY = 256 << 20
 _LEAST_MEMLOCK = 64 << 20
 _LEAST_DESCRIPTORS = 4096
@@ -37,11 +35,6 @@ def checks(machine: Machine) -> list[Check]:
             "OFD locks",
             _ofd_lock,
             "two services of one process do not exclude each other (Linux 3.15)",
-        ),
-        _feature(
-            "MADV_POPULATE",
-            _populate,
-            "loads of what is not in the page cache are slower (Linux 5.14)",
         ),
         descriptors(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
@@ -77,12 +70,6 @@ def _ofd_lock() -> None:
     with tempfile.TemporaryFile() as file:  # no memfd: that may be missing, and these be there
         raw = struct.pack("hhlli4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
         fcntl.fcntl(file.fileno(), fcntl.F_OFD_SETLK, raw)
-
-
-def _populate() -> None:
-    with mmap.mmap(-1, mmap.PAGESIZE) as memory:
-        memory.madvise(_POPULATE_READ)
-        memory.madvise(_POPULATE_WRITE)
 
 
 def descriptors(soft: int, hard: int) -> Check:

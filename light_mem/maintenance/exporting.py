@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from light_mem.blocks import parse_hashes
-from light_mem.errors import InvalidArgumentError
+from light_mem.errors import ExportExistsError, InvalidArgumentError
 from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.description import sync_directory
@@ -43,7 +43,7 @@ def export_store(
     """Write all blocks of a store, or those of `hashes`, to `file`, the last used first. Pins and
     times to live go along; what has expired does not.
 
-    Raises StoreFormatError (no store), FileExistsError (`file` is there and not `overwrite`),
+    Raises StoreFormatError (no store), ExportExistsError (`file` is there and not `overwrite`),
     InvalidArgumentError (a value that is no hash; `file` is a directory, a device, a pipe, or lies
     in the store), OSError (no room). An export that fails leaves no file.
     """
@@ -95,7 +95,7 @@ def export_store(
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is there already")
+        raise ExportExistsError(f"{target} is there already", path=str(target))
 
 
 def _unexpired(part: Listed) -> Listed:
@@ -112,8 +112,8 @@ def _created(path: Path) -> Iterator[BinaryIO]:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the file of that name, locked; raises FileExistsError when another export has
-    it. That export may end between our open and our lock: what we have opened has the finished
+    """A descriptor of the file of that name, locked; raises ExportExistsError when another export
+    has it. That export may end between our open and our lock: what we have opened has the finished
     export's name then, or none."""
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -125,7 +125,9 @@ def _locked(path: Path) -> int:
         except BaseException as error:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
-                raise FileExistsError(f"another export is writing {path}") from None
+                raise ExportExistsError(
+                    f"another export is writing {path}", path=str(path)
+                ) from None
             raise
         os.close(descriptor)
 
