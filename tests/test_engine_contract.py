@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from light_mem.engine.base import BlockIO, Outcome, StorageEngine
-from light_mem.engine.memory import MemoryStorageEngine
 from light_mem.engine.places import Rows
 from light_mem.errors import InvalidArgumentError
 from light_mem.index import keys as keymath
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, let_go, open_local
+from tests.memory_engine import MemoryStorageEngine
 from tests.payload import block_bytes_of
 
 STORED, PRESENT, LOADED = Outcome.STORED, Outcome.PRESENT, Outcome.LOADED

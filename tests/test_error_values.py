@@ -18,7 +18,6 @@ from light_mem import blocks, layouts, maintenance
 from light_mem.commands.arguments import chosen_hashes
 from light_mem.compat_arguments import integers, page_row
 from light_mem.engine import kvmemory, maps, opening
-from light_mem.engine.memory import MemoryStorageEngine
 from light_mem.engine.table_layout import READ
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, LightMemError
 from light_mem.index import keys
@@ -142,11 +141,6 @@ RAISED: dict[str, tuple[Callable[[], object], type[LightMemError], dict[str, Any
         lambda: opening.check_sizes(64, 2, 64, 1),
         InvalidArgumentError,
         {"storage_size": 64, "needed": 128},
-    ),
-    "no page": (
-        lambda: MemoryStorageEngine(0, 1),
-        InvalidArgumentError,
-        {"page_bytes": 0, "pages": 1},
     ),
     "a view": (
         lambda: rows_of(memoryview(bytes(4))),

@@ -14,7 +14,6 @@ import pytest
 from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
-from light_mem.engine.memory import MemoryStorageEngine
 from light_mem.engine.shard_file import ShardFile
 from light_mem.errors import InvalidArgumentError, LockTimeoutError, StoreFormatError
 from light_mem.index import format as fmt
@@ -24,6 +23,7 @@ from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, assert_consistent, open_local
 from tests.local_rig import PAGES, another, local_of, rig, states
+from tests.memory_engine import MemoryStorageEngine
 
 __all__ = ["rig"]  # fixtures
 

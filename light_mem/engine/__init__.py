@@ -4,7 +4,6 @@ the engine
   base.py          StorageEngine: what a storage behind the service must do
   local.py         LocalStorageEngine: shards on a local disk; settings.py: how it is to be
   open_store.py    what a process has open of them: look-ups, changes; member.py: leases, leaving
-  memory.py        MemoryStorageEngine: the same promises in one process's memory, for tests
   reading.py       batches of reads: find, copy, look again; read_job.py: one batch
   writing.py       batches of writes: find room; filling.py: copy; write_job.py: one batch;
                    no_room.py: why there is none

@@ -1,6 +1,6 @@
 """MemoryStorageEngine: the promises of a storage engine in one process's memory, in a page of code.
 
-The example of a second engine, and what tests compare the local one with.
+A second implementation of `StorageEngine`, which tests compare the local one with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from light_mem.engine.base import (
     never,
 )
 from light_mem.engine.places import Bytes1D
-from light_mem.errors import InvalidArgumentError
 from light_mem.index.keys import KeyArray
 from light_mem.index.runs import slots_needed
 
@@ -41,10 +40,6 @@ class MemoryStorageEngine(StorageEngine):
     """
 
     def __init__(self, page_bytes: int, pages: int) -> None:
-        if page_bytes < 1 or pages < 1:
-            raise InvalidArgumentError(
-                f"no room for a page: {page_bytes=}, {pages=}", page_bytes=page_bytes, pages=pages
-            )
         self._page_bytes = page_bytes
         self._pages = pages
         self._guard = threading.Lock()
