@@ -16,6 +16,7 @@ import numpy as np
 from light_mem.closing import Closing
 from light_mem.engine.process import fork_token
 from light_mem.errors import ServiceClosedError
+from light_mem.index.runs import cut_at_runs
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from light_mem.engine.keeping import Leased
     from light_mem.engine.member import Member
+    from light_mem.engine.shard_file import ShardFile
 
 
 class BlockView(Closing):
@@ -34,7 +36,9 @@ class BlockView(Closing):
 
     The memory is mapped read-only. torch has no read-only tensors, so a write into `tensor` is not
     an exception but a segmentation fault, which ends the process. (Of a block that lies in several
-    runs of slots, `copied`, it is a private copy, which may be written to.)
+    runs of slots, `copied`, it is a private copy, which may be written to.) So does SIGBUS a read
+    of bytes that were lost after the view was made: a data file that somebody cuts short, a page
+    that the kernel has dropped and the device does not give again.
 
     Any thread. A forked child shares the memory but not the lease: the parent's protects it.
     """
@@ -43,9 +47,8 @@ class BlockView(Closing):
         """Takes the lease over."""
         try:
             file = engine.file(leased.shard)
-            parts = [file.read_only(start, length) for start, length in leased.runs]
-            self.copied = len(parts) > 1
-            data = np.concatenate(parts) if self.copied else parts[0]
+            self.copied = len(leased.runs) > 1
+            data = _copy(file, leased) if self.copied else file.read_only(*leased.runs[0])
             memory = _Memory(data[: leased.nbytes])
             # Of the memory, not of this object: a tensor over it may outlive the view.
             self._end = weakref.finalize(memory, _drop, engine, leased, fork_token())
@@ -96,6 +99,17 @@ class _Memory:
         buffer = kind.from_address(self._data.ctypes.data)
         buffer.memory = self  # type: ignore[attr-defined]
         return buffer
+
+
+def _copy(file: ShardFile, leased: Leased) -> npt.NDArray[np.uint8]:
+    """The bytes of a block that lies in several runs of slots."""
+    data = np.empty(leased.nbytes, np.uint8)
+    at = 0
+    for run, start, end in cut_at_runs(leased.runs, leased.nbytes, file.page_bytes):
+        for piece in file.pieces(run, end - start):
+            data[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+    return data
 
 
 def _drop(engine: Member, leased: Leased, token: int) -> None:

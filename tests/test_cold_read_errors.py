@@ -157,12 +157,18 @@ def test_an_error_for_slots_that_another_has_by_now_is_no_damage(
     other.engine.close()
 
 
-def test_a_file_cut_short_is_an_error_and_no_bus_error(tmp_path: Path, reads: list[int]) -> None:
+def test_a_block_that_a_file_cut_short_has_lost_is_dropped_and_can_be_written_again(
+    tmp_path: Path, reads: list[int]
+) -> None:
     make(tmp_path / "s", [Block(1, 4)], 4096)
     with opened(tmp_path / "s", 4096) as r:
         r.engine.file(0)  # type: ignore[attr-defined]  # mapped while it was whole
         os.truncate(tmp_path / "s" / DATA, 3 * 4096)
-        assert r.read(Block(1, 4)) == [Outcome.FAILED]
+        assert r.read(Block(1, 4)) == [Outcome.DAMAGED]
+        assert r.find(Block(1)) == [False]
+        assert r.engine.stats()["damaged"] == 1
+        assert r.write(Block(1, 4)) == [COPIED_AND_STORED]
+        assert r.read(Block(1, 4)) == [Outcome.LOADED]
     assert reads == [4 * 4096]
 
 
@@ -175,7 +181,8 @@ def test_a_shard_that_cannot_be_opened_spoils_no_block_of_another(
     shard = {b: engine.lookup.find_one(b.key, 0) // engine.geometry.slots for b in blocks}
     engine.close()
     del engine
-    os.truncate(tmp_path / "s" / "shard-001.data", 2 * 4096)
+    (tmp_path / "s" / "shard-001.data").rename(tmp_path / "elsewhere")
+    (tmp_path / "s" / "shard-001.data").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setattr(page_cache, "hold_each", lambda addresses: [False] * len(addresses))
     wanted = [Outcome.FAILED if shard[b] else Outcome.LOADED for b in blocks]
     assert wanted.count(Outcome.LOADED) > 2

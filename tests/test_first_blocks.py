@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.shard_header import data_path
-from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, let_go, open_local
+from tests.engine_helpers import COPIED_AND_STORED, Block, Rig, let_go, open_local
 from tests.service_child import ROOT
 
 SHARDS = 4
@@ -85,7 +84,8 @@ def test_a_worker_that_rested_has_every_shard_open(tmp_path: Path) -> None:
 
 def test_a_shard_that_cannot_be_opened_is_left_to_its_first_block(tmp_path: Path) -> None:
     open_local(tmp_path / "store", SLOTS, shards=SHARDS).close()
-    os.truncate(data_path(tmp_path / "store", 1), PAGE)
+    data_path(tmp_path / "store", 1).rename(tmp_path / "elsewhere")
+    data_path(tmp_path / "store", 1).symlink_to(tmp_path / "elsewhere")
     engine = LocalStorageEngine(tmp_path / "store", kind="worker")
     with mock.patch.object(open_shards, "ShardFile", wraps=ShardFile) as opened:
         while engine.rest():

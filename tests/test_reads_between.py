@@ -78,9 +78,9 @@ def test_all_that_wait_are_done_at_one_look(
     reads: list[CacheTask] = []
     batches: list[int] = []
 
-    def looked(writes: BatchReport) -> None:
+    def looked(writes: BatchReport, by_calls: bool) -> None:
         reads.append(between.read_old())
-        look(writes)
+        look(writes, by_calls)
         assert reads[-1].ready()
 
     def begun(batch: list[BlockIO], *arguments: Any) -> None:

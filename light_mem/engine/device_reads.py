@@ -60,7 +60,7 @@ class DeviceReads:
         self._drops = drops
         self._direct = DirectReads(page_bytes)
         self._later = BringIn()
-        self._can_read = hasattr(os, "preadv")
+        self.can_read = hasattr(os, "preadv")
         # Of each shard: how many blocks had been stored in it, and when that was seen to change.
         self._changes: dict[int, tuple[int, float]] = {}
 
@@ -69,7 +69,7 @@ class DeviceReads:
         it and were not aborted; returns how they are read. `more`: the batch before has not been
         read yet, and comes first."""
         found: Ways = {}
-        if not self._can_read:
+        if not self.can_read:
             return found
         # What fails here the reads themselves say, each for its block.
         for at, where, file in self._waiting(blocks):
@@ -94,6 +94,13 @@ class DeviceReads:
     def have_landed(self) -> bool:
         """Whether the device has given all that it began with."""
         return self._direct.have_landed
+
+    def through_cache(self, where: Location) -> list[Way]:
+        """How a block is read by calls that waits for no device. Raises OSError,
+        StoreFormatError."""
+        file = self._open_file(where.shard)
+        parts = cut_at_runs(where.runs, where.nbytes, self._page_bytes)
+        return [(file.span(run, end - start), None) for run, start, end in parts]
 
     def read(
         self,

@@ -85,7 +85,7 @@ class Filler:
             for n, same in groupby(wanted, lambda at: rooms[at][0]):
                 positions = list(same)
                 blocks = [(rooms[at][1], batch[at]) for at in positions]
-                planned.append((n, positions, files[n].plan(self._gatherer, blocks)))
+                planned.append((n, positions, files[n].plan(self._gatherer, blocks, job.by_calls)))
             stopped = stop_of(wanted, stop)
             made: list[tuple[int, list[int], list[int]]] = []
             for n, positions, copies in planned:

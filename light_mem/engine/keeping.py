@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from light_mem.engine.copy import new_checksum
+from light_mem.engine.removing import WRONG_SUM
+from light_mem.engine.slot_calls import problem_of
 from light_mem.errors import (
     LeaseLimitError,
     LockTimeoutError,
@@ -137,13 +139,15 @@ class Leased(NamedTuple):
 
 
 def lease(engine: OpenStore, low: int, high: int) -> Leased | None:
-    """Lease the stored block of a key, and verify its bytes; None: not stored, or damaged.
+    """Lease the stored block of a key, and verify its bytes; None: not stored, or damaged. Then its
+    pages were in the page cache a moment ago: whoever maps them meets none that are lost.
 
     Raises LeaseLimitError, LockTimeoutError, OSError; ServiceClosedError when the store was left
     meanwhile. Then nothing is leased. Any thread.
     """
     shard = keymath.shard_of(keymath.mix_one(low, high), engine.geometry.shards)
     taken = False
+    damage = "its runs of slots make no sense"
     try:
         with engine.change(shard) as (index, _):
             found = _stored(index, [(low, high)])
@@ -166,18 +170,19 @@ def lease(engine: OpenStore, low: int, high: int) -> Leased | None:
         if problem is not None:
             raise problem
         if runs is not None:
-            sound = not engine.verify
-            sound = sound or _checksum(engine, shard, runs, nbytes, low, high) == checksum
-            if sound:
+            leased = Leased(shard, slot, nbytes, runs)
+            found_damage = _damage(engine, leased, low, high, checksum)
+            if found_damage is None:
                 engine.lookup.find_one(low, high)  # a use
-                return Leased(shard, slot, nbytes, runs)
+                return leased
+            damage = found_damage
     except BaseException:  # no descriptors or memory left: nobody else knows of the lease
         if taken:
             end_lease(engine, shard, slot)
         raise
     if taken:
         end_lease(engine, shard, slot)
-    engine.drop_damaged(shard, slot, tag, low, high)
+    engine.drop_damaged(shard, slot, tag, low, high, damage)
     return None
 
 
@@ -211,14 +216,25 @@ def _take(
     return None
 
 
-def _checksum(
-    engine: OpenStore, shard: int, runs: list[Run], nbytes: int, low: int, high: int
-) -> int:
-    digest = new_checksum(low, high)
-    file = engine.file(shard)
-    for (slot, slots), start, end in cut_at_runs(runs, nbytes, engine.geometry.page_bytes):
-        digest.update(file.read_only(slot, slots)[: end - start].data)
-    return digest.intdigest()
+def _damage(engine: OpenStore, leased: Leased, low: int, high: int, checksum: int) -> str | None:
+    """What is wrong with the bytes of a leased block, in words; None: nothing. They are read by
+    calls, for this process is the server. Raises OSError, ServiceClosedError."""
+    digest = new_checksum(low, high) if engine.verify else None
+    file = engine.file(leased.shard)
+    parts = cut_at_runs(leased.runs, leased.nbytes, engine.geometry.page_bytes)
+    try:
+        for run, start, end in parts:
+            if digest is None and file.is_cached(run, end - start):
+                continue
+            for piece in file.pieces(run, end - start):
+                if digest is not None:
+                    digest.update(piece)
+    except OSError as error:
+        problem = problem_of(error)
+        if problem is None:
+            raise
+        return problem
+    return WRONG_SUM if digest is not None and digest.intdigest() != checksum else None
 
 
 def end_lease(engine: OpenStore, shard: int, slot: int) -> None:

@@ -30,6 +30,7 @@ from light_mem.engine.publishing import Publisher
 from light_mem.engine.reading import Reader
 from light_mem.engine.scatter import Scatterer
 from light_mem.engine.settings import DEFAULTS, EngineSettings
+from light_mem.engine.write_job import WriteJob
 from light_mem.engine.write_now import WriteNow
 from light_mem.engine.writing import Writer
 from light_mem.errors import LockTimeoutError, StoreFormatError
@@ -145,14 +146,16 @@ class LocalStorageEngine(Member, StorageEngine):
         report: Report,
         stop: Stop = never,
         mixed: Sequence[int] | None = None,
+        by_calls: bool = False,
     ) -> None:
         """`write` for who has more to write: with `page_cache="drop"` it may return before the last
         blocks are on the device. Their outcomes are told by the next call, or `finish_writes`.
 
-        `mixed`: the keys' `keys.mix`, where that is known.
+        `mixed`: the keys' `keys.mix`, where that is known. `by_calls`: touch no mapped slot, which
+        may be SIGBUS.
         """
         check_places(batch, self.geometry.page_bytes)
-        self._writer.begin(batch, report, stop, mixed)
+        self._writer.begin(WriteJob(batch, self.geometry, report, stop, mixed, by_calls))
         if self._dropper is not None:
             self._drop(self._dropper.keep_up)
 
@@ -192,14 +195,17 @@ class LocalStorageEngine(Member, StorageEngine):
         report: Report,
         stop: Stop = never,
         entries: list[int] | None = None,
+        by_calls: bool = False,
     ) -> None:
         """`read` for who has more to read: a batch that waits for a device may be read, and its
         outcomes told, by the next call, or by `finish_reads`.
 
         `entries`: where the blocks were found a moment ago, see `find_entries`; any number does.
+        `by_calls`: touch no mapped slot, which takes longer: for blocks over which a process may
+        have died. What the device does not give is SIGBUS there, and damage by calls.
         """
         check_places(batch, self.geometry.page_bytes)
-        self._reader.begin(batch, report, stop, entries)
+        self._reader.begin(batch, report, stop, entries, by_calls)
 
     def finish_reads(self) -> bool:
         """End what `begin_read` has left; whether there was any."""

@@ -75,9 +75,10 @@ class OpenShards:
     def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
     ) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
-        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (files that
-        are too short), OSError, and ServiceClosedError once the store was left. What is taken out
-        of the index must be cleared from the records before this ends."""
+        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (a file that is
+        a symlink), StoreFullError (one that was cut short, and no room to lengthen it), OSError,
+        and ServiceClosedError once the store was left. What is taken out of the index must be
+        cleared from the records before this ends."""
         return _Change(self, shard, timeout)
 
     def index(self, shard: int) -> ShardIndex:

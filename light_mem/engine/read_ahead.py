@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from light_mem.engine.device_threads import DeviceThreads, give_up
 from light_mem.engine.maps import private_buffers
 from light_mem.engine.places import Bytes1D
+from light_mem.engine.slot_calls import cut_short
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -203,7 +204,7 @@ def _load(span: Span, buffer: Bytes1D) -> Bytes1D:
         if done + count < wanted:  # go on at a place that O_DIRECT can read from
             whole = count - count % ALIGN
             if not whole:
-                raise OSError(f"the file ends {wanted - done - count} bytes too early")
+                raise cut_short(wanted - done - count)
             count = whole
         done += count
     return buffer[skipped:wanted]

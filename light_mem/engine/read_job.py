@@ -24,6 +24,7 @@ class ReadJob:
     order     positions in the batch, in the order of the files: how a device reads ahead
     ahead     the blocks to read, in the order in which they are read: position, and where
     ways      how those are read that wait for a device
+    by_calls  whether the others are not to be read through the mapping either
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ReadJob:
         self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
         self.ahead: list[tuple[int, Location]] = []
         self.ways: Ways = {}
+        self.by_calls = False
 
     def there(self) -> list[tuple[int, Location]]:
         """The blocks that are there, in the order of the files: position, and where."""

@@ -10,7 +10,6 @@ again and told of some at a time (`groups.py`).
 
 from __future__ import annotations
 
-import errno
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from light_mem.engine.places import Place
 from light_mem.engine.read_job import Copied, ReadJob
 from light_mem.engine.removing import WRONG_SUM
 from light_mem.engine.scatter import Scatter, Scatterer
+from light_mem.engine.slot_calls import problem_of
 from light_mem.errors import StoreFormatError
 from light_mem.index import keys as keymath
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from light_mem.engine.shard_file import ShardFile
 
 log = logging.getLogger("light_mem")
-
-# What reading a file fails with when the device has lost the bytes: a bad sector, for a read past
-# the page cache, and one whose protection information does not fit.
-_UNREADABLE = (errno.EIO, errno.ENODATA, errno.EILSEQ)
 
 
 class Reader:
@@ -77,11 +73,15 @@ class Reader:
         report: Report,
         stop: Stop,
         entries: list[int] | None = None,
+        by_calls: bool = False,
     ) -> None:
         """`StorageEngine.read`, but if any block waits for a device, the outcomes of the batch may
-        be told only by the next call, or by `finish`. `entries`: see
+        be told only by the next call, or by `finish`. `entries`, `by_calls`: see
         `LocalStorageEngine.begin_read`."""
         job = ReadJob(batch, self._lookup, report, stop, entries)
+        job.by_calls = by_calls and self._device.can_read
+        if job.by_calls and self._last is not None:
+            self._last.by_calls = True  # a death over it would be one more of these blocks
         job.ahead = self._wanted(job)
         job.ways = self._device.begin(job.ahead, stop, more=self.has_begun)
         self.finish()
@@ -102,6 +102,8 @@ class Reader:
         for group in groups([at for at, _ in job.ahead], job.nbytes, least):
             waiting = [at for at in group if at in job.ways] if job.ways else []
             here = [at for at in group if at not in job.ways] if waiting else group
+            if job.by_calls:
+                waiting, here = list(group), []
             late = [at for at in here if job.where(at).shard in to_open] if to_open else []
             if late:
                 here = [at for at in here if at not in late]
@@ -171,11 +173,10 @@ class Reader:
             outcome = self._failed(error)
         job.report((at,), outcome)
 
-    def _settle_unreadable(self, job: ReadJob, at: int, where: Location, error: Exception) -> None:
-        """The device has lost a block's bytes: kept, it would be found and never read, and never be
-        written again."""
+    def _settle_unreadable(self, job: ReadJob, at: int, where: Location, problem: str) -> None:
+        """The device or the file has lost a block's bytes: kept, it would be found and never read,
+        and never be written again."""
         if self._lookup.is_unchanged(where):
-            problem = f"the device does not give its bytes ({error})"
             self._settle_damaged(job, at, problem)
         else:
             job.report((at,), Outcome.LOST)
@@ -235,21 +236,23 @@ class Reader:
         return moves, begun
 
     def _load_waiting(self, job: ReadJob, at: int) -> list[Copied]:
-        """The same of a block for which a device is waited."""
+        """The same of a block that is read by calls, as all are for which a device is waited."""
         (low, high, place), where = job.batch[at], job.where(at)
         checksum = new_checksum(low, high) if self._verify else None
         parts = self._parts(where, place)
         stopped = partial(job.stop, at)
         try:
-            for way, (_, _, part) in zip(job.ways[at], parts, strict=True):
+            ways = job.ways.get(at) or self._device.through_cache(where)
+            for way, (_, _, part) in zip(ways, parts, strict=True):
                 self._device.read(way, self._scatterer, part, checksum, stopped)
         except Stopped:
             job.report((at,), Outcome.STOPPED)
         except (OSError, StoreFormatError) as error:
-            if getattr(error, "errno", None) in _UNREADABLE:
-                self._settle_unreadable(job, at, where, error)
-            else:
+            problem = problem_of(error)
+            if problem is None:
                 job.report((at,), self._failed(error))
+            else:
+                self._settle_unreadable(job, at, where, problem)
         else:
             return [(at, where, checksum)]
         return []

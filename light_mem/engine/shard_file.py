@@ -9,13 +9,13 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from light_mem.engine import page_cache
+from light_mem.engine import page_cache, slot_calls
 from light_mem.engine.base import BlockIO
 from light_mem.engine.copy import Stopping, new_checksum
 from light_mem.engine.direct_writes import Cut
@@ -24,8 +24,8 @@ from light_mem.engine.gather import Gather, Gatherer, Gathering
 from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
-from light_mem.engine.shard_header import data_path, map_whole
-from light_mem.engine.sinks import Sink
+from light_mem.engine.shard_header import data_path, make_whole, map_whole
+from light_mem.engine.sinks import FileSink, OpenFile, Sink
 from light_mem.engine.slot_records import SlotRecords
 from light_mem.errors import ServiceClosedError
 from light_mem.index import format as fmt
@@ -175,15 +175,30 @@ class ShardFile(SlotRecords):
         """Whether the first `nbytes` of a run of slots lie in the page cache now."""
         return page_cache.holds(self.address(run[0]), nbytes)
 
-    def read_only(self, start: int, length: int) -> Bytes1D:
-        """`bytes` through a mapping that cannot be written through: a store is SIGSEGV.
+    def pieces(self, run: Run, nbytes: int) -> Iterator[bytes]:
+        """The first `nbytes` of a run of slots, by system calls; see `slot_calls.pieces`. Raises
+        OSError, and ServiceClosedError after `close`. Any thread."""
+        self._require_open()
+        return slot_calls.pieces(*self.span(run, nbytes))
 
-        Raises ServiceClosedError after `close`.
+    def copy_slot(self, slot: int, to: int) -> None:
+        """Copy a slot into another one, by system calls; raises OSError. Any thread."""
+        target = FileSink(OpenFile(self._data_fd), self.span((to, 1), 0).at)
+        at = 0
+        for piece in self.pieces((slot, 1), self.page_bytes):
+            target.put(at, piece)
+            at += len(piece)
+
+    def read_only(self, start: int, length: int) -> Bytes1D:
+        """`bytes` through a mapping that cannot be written through: a store is SIGSEGV. Whoever
+        loads from it has read it by calls before, which bytes that are lost do not kill.
+
+        Raises OSError, and ServiceClosedError after `close`.
         """
-        if self._data_fd < 0:  # no file: the mapping would be zeros that are nobody's
-            raise ServiceClosedError(f"shard {self.shard} is closed", shard=self.shard)
+        self._require_open()
         if self._read_only is None:
             size = fmt.data_file_bytes(self._geometry.slots, self.page_bytes)
+            make_whole(self._data_fd, self._path, size)
             mapped = mmap.mmap(self._data_fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             self._read_only = np.frombuffer(mapped, np.uint8, offset=fmt.SHARD_HEADER_BYTES)
         return self._read_only[start * self.page_bytes : (start + length) * self.page_bytes]
@@ -196,6 +211,10 @@ class ShardFile(SlotRecords):
         """The mapped bytes from a slot on, uint8 [nbytes]."""
         at = slot * self.page_bytes
         return self._bytes[at : at + nbytes]
+
+    def _require_open(self) -> None:
+        if self._data_fd < 0:  # no file: a mapping would be zeros that are nobody's
+            raise ServiceClosedError(f"shard {self.shard} is closed", shard=self.shard)
 
     def sync(self) -> None:
         """Put pages and records on the device; raises OSError."""

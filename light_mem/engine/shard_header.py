@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 from pathlib import Path
@@ -13,6 +14,9 @@ from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import store_files
 from light_mem.index.description import Geometry
+from light_mem.index.room import allocate
+
+log = logging.getLogger("light_mem")
 
 
 def data_path(directory: Path, shard: int) -> Path:
@@ -87,21 +91,29 @@ def holds_data(path: Path) -> bool:
 
 
 def map_whole(path: Path, size: int) -> tuple[mmap.mmap, int]:
-    """Map a shard's file; with its descriptor. Raises OSError; StoreFormatError when it is shorter
-    than its description says, or a symlink."""
+    """Map a shard's file, once it is whole; with its descriptor. Raises OSError; StoreFullError
+    when it was cut short and there is no room for what it lacks; StoreFormatError for a symlink."""
     descriptor = store_files.open_file(path, os.O_RDWR)
     try:
-        found = os.fstat(descriptor).st_size
-        if found < size:
-            # Mapped all the same, the missing part would be SIGBUS at the first touch.
-            raise StoreFormatError(
-                f"{path} has {found} bytes, its description says {size}",
-                path=str(path),
-                field="size",
-                found=found,
-                expected=size,
-            )
+        make_whole(descriptor, path, size)
         return mmap.mmap(descriptor, size), descriptor
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def make_whole(descriptor: int, path: Path, size: int) -> None:
+    """Before a shard's file is mapped: lengthen it where somebody has cut it short since the store
+    was opened. Its blocks there are found damaged as they are read, as after an opening that finds
+    it short, and the shard is of use to who maps it now. Raises StoreFullError, OSError."""
+    found = os.fstat(descriptor).st_size
+    if found < size:
+        # Mapped all the same, the missing part would be SIGBUS at the first touch.
+        allocate(descriptor, path, size)
+        log.warning(
+            "%s was cut short, from %d to %d bytes, while the store was open: it is lengthened "
+            "again, and what it lost is a miss",
+            path,
+            size,
+            found,
+        )

@@ -122,17 +122,21 @@ class Worker:
             engine.finish_writes()
         else:
             report = BatchReport(table, self._number, cells, records, self._stopwatch)
-            stop = Aborted(table, records.row, partial(self._read_between, report))
-            engine.begin_write(self._blocks(records), report, stop, records.mixed)
+            again = any(records.attempts)
+            stop = Aborted(table, records.row, partial(self._read_between, report, again))
+            engine.begin_write(self._blocks(records), report, stop, records.mixed, again)
 
-    def _begin_read(self, cells: Sequence[int], records: Cells) -> None:
+    def _begin_read(self, cells: Sequence[int], records: Cells, by_calls: bool = False) -> None:
         table = self._table
         report = BatchReport(table, self._number, cells, records, self._stopwatch)
         stop = Aborted(table, records.row)
         entries = [listed - 1 for listed in records.listed]
-        self._engine.begin_read(self._blocks(records), report, stop, entries)
+        # Of blocks that a dead worker had in hand any may have killed it: an unreadable page that
+        # is mapped does. By calls it is damage, and the others do not die with it once more.
+        by_calls = by_calls or any(records.attempts)
+        self._engine.begin_read(self._blocks(records), report, stop, entries, by_calls)
 
-    def _read_between(self, writes: BatchReport) -> None:
+    def _read_between(self, writes: BatchReport, by_calls: bool) -> None:
         """In the middle of a batch of writes: do the reads that wait, up to two full batches, since
         a user waits for them and for no write. What waits for a device is only begun: nobody waits
         here, with slots in hand (but for a moment, to take a damaged block out); it is read once
@@ -152,7 +156,7 @@ class Worker:
             if not cells:
                 return
             writes.count()
-            self._begin_read(cells, self._table.read(cells))
+            self._begin_read(cells, self._table.read(cells), by_calls)
 
     def _blocks(self, records: Cells) -> list[BlockIO]:
         """What to move for the cells of a batch."""

@@ -24,6 +24,7 @@ class WriteJob:
     nbytes    their lengths in bytes
     slots     ... and in slots
     by_shard  positions in the batch of each shard's blocks
+    by_calls  whether no mapped slot is to be touched
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class WriteJob:
         report: Report,
         stop: Stop,
         mixed: Sequence[int] | None = None,
+        by_calls: bool = False,
     ) -> None:
         """`mixed`: the keys' `keys.mix`, where that is known."""
         self.batch = batch
         self.report = report
         self.stop = stop
+        self.by_calls = by_calls
         self.keys = MixedKeys.of((block[:2] for block in batch), mixed)
         self.nbytes = [block.place.nbytes for block in batch]
         slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}

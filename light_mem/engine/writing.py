@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from light_mem.engine import no_room
-from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.engine.base import Outcome
 from light_mem.engine.filling import Filler
 from light_mem.engine.intents import MOST_BLOCKS, Intents
 from light_mem.engine.publishing import Publisher, is_present
@@ -79,16 +79,9 @@ class Writer:
         """Whether slots are announced: to be copied to, copied, or of parts that failed."""
         return bool(self._intents.shards)
 
-    def begin(
-        self,
-        batch: Sequence[BlockIO],
-        report: Report,
-        stop: Stop,
-        mixed: Sequence[int] | None = None,
-    ) -> None:
+    def begin(self, job: WriteJob) -> None:
         """`StorageEngine.write`, but of some of the blocks the outcome may be told by the next
-        call, or by `finish`. `mixed`: see `LocalStorageEngine.begin_write`."""
-        job = WriteJob(batch, self._geometry, report, stop, mixed)
+        call, or by `finish`."""
         wanted = job.by_shard
         deadline: float | None = None  # of those that wait for room, with nothing of ours in hand
         while wanted:

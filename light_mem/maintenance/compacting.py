@@ -3,11 +3,13 @@
 The most recently used block behind the new end moves first, before it the pinned ones: into free
 slots in front, else into those of blocks there that were used longer ago. A block is listed at its
 new place before it leaves the old one, its bytes and record before it is listed; so at every moment
-it is stored at least once, and whoever is killed leaves at most the same block twice.
+it is stored at least once, and whoever is killed leaves at most the same block twice. One that the
+device does not give any more is dropped as damaged.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,10 +19,11 @@ import numpy.typing as npt
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.slot_calls import problem_of
 from light_mem.errors import StoreBusyError
 from light_mem.index import format as fmt
 from light_mem.index import retention
-from light_mem.index.keys import mix_one
+from light_mem.index.keys import key_text, mix_one
 from light_mem.index.owners import Owner, Owners
 from light_mem.index.replica import free_runs
 from light_mem.index.runs import Run
@@ -31,6 +34,8 @@ from light_mem.maintenance.store import blocks_in
 
 BATCH_BYTES = 256 << 20  # moved in one hold of the shard's lock
 BATCH_BLOCKS = 1024
+
+log = logging.getLogger("light_mem")
 
 
 class _Block(NamedTuple):
@@ -124,7 +129,8 @@ class _Compaction:
                 return moved, True
             runs = None if block.slot in self._evicted else self._room(block)
             if runs is not None:
-                self._move(block, runs)
+                if not self._move(block, runs):
+                    continue
                 if block.slot not in self._leased:  # else they are HELD, for who looks at them
                     for start, length in _before(block.runs, self._slots):
                         self._free.add(start, length)
@@ -154,7 +160,8 @@ class _Compaction:
         place = self._free.take(block.pages)
         return self._free.take_pieces(block.pages) if place is None else [(place, block.pages)]
 
-    def _move(self, block: _Block, runs: list[Run]) -> None:
+    def _move(self, block: _Block, runs: list[Run]) -> bool:
+        """Move a block; False: it was lost, and is dropped. Raises OSError."""
         index, file = self._index, self._file
         entry = index.entries[block.slot].copy()
         names = ("low", "high", "checksum", "nbytes", "keep")
@@ -165,8 +172,15 @@ class _Compaction:
         index.mark(runs, self._owner.number)
         source = np.concatenate([np.arange(a, a + n) for a, n in block.runs])
         target = np.concatenate([np.arange(a, a + n) for a, n in runs])
-        for a, b in zip(source.tolist(), target.tolist(), strict=True):
-            file.bytes(b, 1)[:] = file.bytes(a, 1)
+        try:
+            for a, b in zip(source.tolist(), target.tolist(), strict=True):
+                file.copy_slot(a, b)
+        except OSError as error:
+            problem = problem_of(error)
+            if problem is None:
+                raise
+            self._drop(block, runs, low, high, problem)
+            return False
         moved = Written(low, high, checksum, nbytes, runs, written, keep)
         file.write_records([moved])
         index.publish([moved], [mix_one(low, high)], block.used)
@@ -174,6 +188,20 @@ class _Compaction:
         file.clear_records([block.slot])
         self._owner.withdraw(0)
         index.control["inserts"] -= 1  # it was stored before
+        return True
+
+    def _drop(self, block: _Block, runs: list[Run], low: int, high: int, problem: str) -> None:
+        """Drop a damaged block, and give back the slots that it was to be moved to."""
+        index = self._index
+        log.warning("block %s is damaged: %s; it is dropped", key_text(low, high), problem)
+        index.give_back(runs[0][0])
+        for start, length in runs:
+            self._free.add(start, length)
+        index.remove(block.slot)
+        self._file.clear_records([block.slot])
+        self._owner.withdraw(0)
+        index.control["removals"] += 1
+        index.control["damaged"] += 1
 
 
 def _before(runs: list[Run], end: int) -> list[Run]:
