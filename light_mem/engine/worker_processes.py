@@ -11,10 +11,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from light_mem import descriptors
-from light_mem.engine import program, worker
+from light_mem.engine import child_start, program, worker
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.settings import EngineSettings
 from light_mem.engine.task_table import TaskTable
@@ -43,6 +43,18 @@ def how_it_ended(status: int) -> str:
     return f"was killed by {name}{why}"
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A process that is started here does not hear SIGINT until it says so: a Ctrl-C in the
+    terminal goes to the whole group, and a worker ignores it only from its first line on. What this
+    process does with it is no matter: its other threads go on to hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class WorkerProcesses:
     """Workers by number, and what one thread sleeps on to hear of them: their pidfds, the pipe of
     their log lines, and a pipe of its own. One thread at a time; `end` and `close` also where a
@@ -61,6 +73,7 @@ class WorkerProcesses:
         self._memory = memory
         self._settings = settings
         self._cpus = cpus
+        self._path = child_start.search_path()  # now: a later current directory is not to matter
         self._processes: dict[int, Process] = {}
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
@@ -102,14 +115,18 @@ class WorkerProcesses:
         if self._memory.kind == "fd":
             passed.append(self._memory.fd)
         descriptors.keep_standard_numbers()  # closed since? its pidfd lives as long as it does
-        process = subprocess.Popen(
-            program.command(worker.__name__, config),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.log.write,
-            pass_fds=passed,
-            env=program.environment(_ENVIRONMENT),
-        )
+        with (
+            child_start.command(worker.__name__, config, self._path) as (command, told),
+            _no_interrupts(),
+        ):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.log.write,
+                pass_fds=[*passed, told],
+                env=child_start.environment(program.environment(_ENVIRONMENT)),
+            )
         try:
             pidfd = descriptors.pidfd(process.pid)
             if pidfd >= 0:
