@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 from light_mem import descriptors
 from light_mem.engine import child_start, program, worker
+from light_mem.engine.child_end import how_it_ended
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.settings import EngineSettings
 from light_mem.engine.task_table import TaskTable
@@ -28,19 +29,6 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_TH
 _LOOK_SECONDS = 0.5  # between two looks at one that is waited for; 0.01 where there are no pidfds
 
 Process = subprocess.Popen[bytes]
-
-
-def how_it_ended(status: int) -> str:
-    """A process's return code, in words."""
-    if status >= 0:
-        return f"died with status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:  # a real-time signal
-        name = f"signal {-status}"
-    # The kernel's killer sends it where memory is short, of the machine or of the container.
-    why = " (out of memory? see the kernel's log)" if -status == signal.SIGKILL else ""
-    return f"was killed by {name}{why}"
 
 
 @contextmanager
@@ -75,6 +63,7 @@ class WorkerProcesses:
         self._cpus = cpus
         self._path = child_start.search_path()  # now: a later current directory is not to matter
         self._processes: dict[int, Process] = {}
+        self._ended: dict[int, str] = {}  # how, of the dead that are not forgotten
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
         self._wakes: list[int] = []  # a pipe
@@ -152,11 +141,15 @@ class WorkerProcesses:
         if self._wakes:
             os.write(self._wakes[1], b"x")
 
-    def dead(self) -> Iterator[tuple[int, Process]]:
-        """Those that have died and are not forgotten."""
+    def dead(self) -> Iterator[tuple[int, int, str]]:
+        """Those that have died and are not forgotten: number, process id, and how it ended."""
         for number, process in list(self._processes.items()):
-            if process.poll() is not None:
-                yield number, process
+            if number not in self._ended:
+                how = how_it_ended(process, self._pidfds.get(number, -1))
+                if how is None:
+                    continue
+                self._ended[number] = how
+            yield number, process.pid, self._ended[number]
 
     def forget(self, number: int) -> None:
         """A worker has died; what it still had to say is logged."""
@@ -172,6 +165,7 @@ class WorkerProcesses:
             with suppress(KeyError):  # closed meanwhile, further in
                 self._selector.unregister(pidfd)
             os.close(pidfd)
+        self._ended.pop(number, None)
         self._processes.pop(number, None)  # last: one that is not forgotten is met again
 
     @property
