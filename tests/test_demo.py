@@ -19,6 +19,7 @@ from light_mem.demo.prefix import identity, page_hashes
 from light_mem.demo.proof import difference, read_logits, write_logits
 from light_mem.demo.report import Report
 from light_mem.demo.request import answer, prefill, store
+from tests.strange_files import StrangeFiles
 
 TINY = ModelConfig(
     layers=2, heads=4, kv_heads=2, head_dim=16, hidden=64, tokens_per_page=8, tokens_per_chunk=16
@@ -272,6 +273,8 @@ def test_where_the_store_was_is_told_with_what_became_of_it(
 def test_the_demo_runs_and_notices_a_wrong_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    strange = StrangeFiles(tmp_path)  # what happens to lie in the current directory is not run
+    monkeypatch.chdir(strange.directory)
     command = ["demo", "--tokens", "300", "--next", "3", "--threads", "1"]
     command += ["--store", str(tmp_path / "store")]
     assert cli.main([*command, "--json"]) == 0
@@ -286,6 +289,7 @@ def test_the_demo_runs_and_notices_a_wrong_bit(
     assert first["stored"]["already"] == 0
     assert first["files"]
     assert not first["removed"]
+    assert strange.that_ran == []
 
     # The store was kept: the next run loads in its first request. Its second process is told
     # logits with one wrong bit, and must say so.

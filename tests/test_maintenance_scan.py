@@ -246,9 +246,7 @@ def test_where_no_process_can_be_started_threads_read(
 def test_a_process_that_cannot_run_its_program_costs_nothing(
     many: Path, processes: list[ScanProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        scan_process.program, "command", lambda *_: [sys.executable, "-S", "-c", "import nothing_"]
-    )
+    monkeypatch.setattr(scan_process.child_start, "search_path", list)  # it finds no module
     assert damaged(many) == {key_of(block) for block in SPOILT}
     assert processes
 

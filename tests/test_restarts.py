@@ -10,7 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from light_mem.engine.restarts import FIRST_SECONDS, FREE, LONG_SECONDS, MOST_SECONDS, Restarts
+from light_mem.engine.restarts import (
+    FIRST_SECONDS,
+    FREE,
+    LONG_SECONDS,
+    MOST_SECONDS,
+    WANT_SECONDS,
+    Restarts,
+)
+from light_mem.engine.worker_processes import WorkerProcesses
 from tests.conftest import wait_until
 from tests.service_rig import rig
 
@@ -146,7 +154,6 @@ def test_a_worker_that_nobody_could_watch_is_not_left_running(
 def test_want_of_descriptors_ends_no_service_that_has_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("light_mem.engine.pool._SPAWN_PAUSES", (0.0,))
     with rig(tmp_path, workers=2, small_write_bytes=0) as r:
         opened, refused = os.pidfd_open, []
 
@@ -164,3 +171,91 @@ def test_want_of_descriptors_ends_no_service_that_has_a_worker(
         r.write(["b"], [1])
         assert before[1] in r.service.worker_pids
     assert "the service stops" not in caplog.text
+
+
+def test_where_no_worker_is_well_want_may_last_a_while_and_no_longer() -> None:
+    clock = Clock()
+    restarts = Restarts(clock)
+
+    def lasts(alone: bool) -> float:
+        """For how long it is tried, at most ten minutes."""
+        begun = clock.now
+        while clock.now - begun < 600:
+            pause = restarts.failed(1, alone)
+            if pause is None:
+                break
+            assert restarts.failed_last(1)
+            clock.now += pause
+        return clock.now - begun
+
+    assert lasts(alone=False) >= 600
+    assert WANT_SECONDS <= lasts(alone=True) <= WANT_SECONDS + MOST_SECONDS
+    restarts.started(1)
+    assert not restarts.failed_last(1)
+    assert restarts.failed(1, alone=True) is not None
+
+
+class Refusals:
+    """Starts of a worker that fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.numbers: set[int] = set()
+        self.left = 1_000_000
+        self.made: list[int] = []
+        start = WorkerProcesses.start
+
+        def refuse(workers: WorkerProcesses, number: int) -> None:
+            if number in self.numbers and self.left:
+                self.left -= 1
+                self.made.append(number)
+                raise OSError(12, "Cannot allocate memory")
+            start(workers, number)
+
+        monkeypatch.setattr(WorkerProcesses, "start", refuse)
+
+
+def test_no_place_waits_for_one_that_cannot_be_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, workers=2) as r:
+        refusals = Refusals(monkeypatch)
+        refusals.numbers.add(1)
+        first, second = r.service.worker_pids
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: refusals.made)
+        os.kill(second, signal.SIGKILL)
+        r.write(["a"], [0])  # by the second's successor
+        assert refusals.left
+        refusals.left = 0
+        wait_until(lambda: r.service.stats()["workers"] == 2)
+        assert r.service.stats()["restarts"] == 2
+
+
+def test_a_passing_want_of_memory_ends_no_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("light_mem.engine.restarts.FIRST_SECONDS", 0.0)
+    with rig(tmp_path) as r:
+        refusals = Refusals(monkeypatch)
+        refusals.numbers, refusals.left = {1}, 8
+        os.kill(r.service.worker_pids[0], signal.SIGKILL)
+        r.write(["a"], [0])
+        assert len(refusals.made) == 8
+        assert r.service.stats()["restarts"] == 1
+    assert "worker 1 cannot be started: [Errno 12] Cannot allocate memory; next try in" in (
+        caplog.text
+    )
+
+
+def test_a_lasting_want_of_memory_ends_a_service_without_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("light_mem.engine.restarts.WANT_SECONDS", 0.0)
+    with rig(tmp_path) as r:
+        Refusals(monkeypatch).numbers.add(1)
+        task = r.service.create("w", ["a"], [0])
+        assert task.wait(20)
+        os.kill(r.service.worker_pids[0], signal.SIGKILL)
+        wait_until(lambda: r.service._pool.failure)
+        assert "Cannot allocate memory" in r.service._pool.failure
+    caplog.clear()  # the traceback in it keeps what the service had open

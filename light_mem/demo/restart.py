@@ -1,4 +1,4 @@
-"""The second process: `python -m light_mem.demo.restart PLAN LOGITS SHA256`.
+"""The second process: `main` runs in it.
 
 It knows the plan, the store's directory and the logits of the first process, nothing else. It
 opens the store with page tensor, pages and workers of its own, continues from what it finds,
@@ -73,11 +73,7 @@ def report_progress(request: str) -> Progress:
     return progress
 
 
-def main(arguments: list[str]) -> int:
-    plan, logits_file, sha256 = arguments
-    emit("result", restart(Plan.from_json(plan), Path(logits_file), sha256))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def main(config: dict[str, str]) -> None:
+    """`config` is what `run.py` wrote."""
+    plan = Plan.from_json(config["plan"])
+    emit("result", restart(plan, Path(config["logits_file"]), config["sha256"]))

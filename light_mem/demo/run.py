@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-import light_mem
 from light_mem import allocate_kvcache
+from light_mem.demo import restart
 from light_mem.demo.plan import Engine, Plan, Progress, prompt_text
 from light_mem.demo.proof import difference, write_logits
 from light_mem.demo.report import Report, Row, drop_page_cache, store_files
 from light_mem.demo.request import answer, store
+from light_mem.engine import child_start
 
 
 def run_demo(plan: Plan, console: Console, *, drop_cache: bool = False) -> Report:
@@ -106,17 +106,20 @@ def first_process(plan: Plan, report: Report, logits_file: Path, show: Bars) -> 
 
 def second_process(plan: Plan, report: Report, logits_file: Path, sha256: str, show: Bars) -> None:
     """Start `light_mem.demo.restart`, follow its progress and add its result to the report."""
-    command = [sys.executable, "-m", "light_mem.demo.restart"]
-    command += [plan.to_json(), str(logits_file), sha256]
-    # The child must find the same light_mem, wherever this process was started.
-    paths = [str(Path(light_mem.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    config = {"plan": plan.to_json(), "logits_file": str(logits_file), "sha256": sha256}
+    path = child_start.search_path()
     result: dict[str, Any] | None = None
     # What the child says on standard error must neither tear the progress bars nor fill a pipe.
     with (
         tempfile.TemporaryFile("w+") as complaints,
+        child_start.command(restart.__name__, config, path) as (command, told),
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            pass_fds=[told],
+            env=child_start.environment(os.environ),
         ) as child,
     ):
         assert child.stdout is not None

@@ -45,7 +45,8 @@ workers
   pool.py          watches and replaces workers; restarts.py: when; one_thread.py: its thread
   worker_processes.py  starts them, and hears of them; worker_log.py: what they say
   map_ahead.py     a worker without work maps the KV memory
-  program.py       processes of our own: started, and ending with their parent
+  child_start.py   processes of our own: what they run and are told; child_end.py: how one ended;
+                   program.py: their environment, and their end with their parent
   affinity.py      which CPUs they run on
   process.py       who a process is, whether it lives, whether it was forked
   futex.py         waiting on a word of shared memory

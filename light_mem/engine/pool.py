@@ -21,7 +21,7 @@ from light_mem.engine.restarts import Restarts
 from light_mem.engine.settings import EngineSettings
 from light_mem.engine.table_layout import WORKER_COUNTERS, WRITE
 from light_mem.engine.task_table import TaskTable
-from light_mem.engine.worker_processes import Process, WorkerProcesses, how_it_ended
+from light_mem.engine.worker_processes import WorkerProcesses
 from light_mem.errors import (
     LockTimeoutError,
     ServiceClosedError,
@@ -35,7 +35,6 @@ log = logging.getLogger("light_mem")
 START_SECONDS = 60.0
 # A worker has at most two batches in hand when it is told to leave; then it is killed.
 STOP_SECONDS = 10.0
-_SPAWN_PAUSES = (0.1, 0.5, 2.0)
 MAX_EARLY_DEATHS = 3  # in a row, none was ever ready: where no other is, a try more will not help
 _POLL_SECONDS = 0.5  # only where there are no pidfds
 _ROUND_SECONDS = 30.0  # between two looks for what was dropped and waits to be ended
@@ -146,8 +145,8 @@ class WorkerPool:
         while not self._stopping:
             workers.listen(self._restarts.wait(round_seconds))
             self._look_round()
-            for number, process in workers.dead():
-                self._attempt(number, partial(self._replace, number, process))
+            for number, pid, how in workers.dead():
+                self._attempt(number, partial(self._replace, number, pid, how))
             for number in self._restarts.take():
                 self._attempt(number, partial(self._fill_place, number))
 
@@ -175,7 +174,7 @@ class WorkerPool:
         except Exception:  # dead workers are replaced all the same
             log.exception("what waits to be ended waits for longer")
 
-    def _replace(self, number: int, process: Process) -> None:
+    def _replace(self, number: int, pid: int, how: str) -> None:
         ready = bool(self._table.workers["ready"][number])
         early_deaths = 0 if ready else self._early_deaths + 1
         # Where the service ends nobody is left to do its blocks again, and it may leave in order.
@@ -190,14 +189,13 @@ class WorkerPool:
             return
         self._tidy_up()
         pause = self._restarts.died(number, self._has_done(number) or lost > 0)
-        how = how_it_ended(process.returncode)
         then = "it is replaced"
         if not again:
             then = "no other one is started"
         elif pause:
             then = f"it did nothing, as those before it: the next one starts in {pause:g} s"
         held = f" with {lost} blocks in its hands" if lost else ""
-        log.warning("worker %d (pid %d) %s%s; %s", number, process.pid, how, held, then)
+        log.warning("worker %d (pid %d) %s%s; %s", number, pid, how, held, then)
         if not again:
             row = f"{MAX_EARLY_DEATHS} workers in a row died before they were ready"
             self._give_up(f"{row}, the last one {how}")
@@ -221,23 +219,21 @@ class WorkerPool:
             log.warning("slots that dead processes were filling stay taken: %s", str(error))
 
     def _fill_place(self, number: int) -> None:
-        """Start a worker in the place of a dead one; want of descriptors or memory may pass."""
+        """Start a worker in the place of a dead one. Want of descriptors or memory may pass, and
+        the other places do not wait for it."""
         if self.failure or self._table.shutdown:
             return
-        self._table.header["restarts"] += 1
-        for pause in (*_SPAWN_PAUSES, None):
-            try:
-                if not self._stopping:
-                    self._spawn(number)
-                return
-            except OSError as error:
-                if pause is None and not self._others_are_well(number):
-                    raise
-                log.warning("worker %d cannot be started: %s", number, str(error))
-                if pause is None:
-                    self._restarts.died(number, was_of_use=False)
-                    return
-                time.sleep(pause)
+        if not self._restarts.failed_last(number):
+            self._table.header["restarts"] += 1
+        try:
+            if not self._stopping:
+                self._spawn(number)
+        except OSError as error:
+            pause = self._restarts.failed(number, not self._others_are_well(number))
+            if pause is None:
+                raise
+            why = str(error)
+            log.warning("worker %d cannot be started: %s; next try in %g s", number, why, pause)
 
     def _give_up(self, reason: str) -> None:
         """Workers that live finish what they have in hand and leave; the rest is aborted."""

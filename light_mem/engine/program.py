@@ -1,4 +1,4 @@
-"""Processes of our own: how one is started, and how it ends with its parent.
+"""Processes of our own: their environment and name, and how one ends with its parent.
 
 Each is its own program: `multiprocessing` would run the server's `__main__` again, and a fork of a
 process with threads may hang. Imports next to nothing of the library: a child costs what it needs.
@@ -6,14 +6,11 @@ process with threads may hang. Imports next to nothing of the library: a child c
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import sys
 import threading
 import time
-from pathlib import Path
-from typing import Any
 
 from light_mem import descriptors
 
@@ -37,24 +34,6 @@ def environment(added: dict[str, str]) -> dict[str, str]:
     """The environment of a child that copies: ours, `added`, and COPY_TUNABLES unless the user
     has tunables of his own (GLIBC_TUNABLES set, be it empty)."""
     return {"GLIBC_TUNABLES": COPY_TUNABLES, **os.environ, **added}
-
-
-def command(module: str, config: dict[str, Any]) -> list[str]:
-    """The command that runs `main(config)` of a module; `config` goes through JSON.
-
-    The child finds what this process finds: `sys.path` is handed over.
-    """
-    from multiprocessing import spawn  # the child does without it
-
-    root = str(Path(__file__).resolve().parents[2])
-    path = [p or os.getcwd() for p in sys.path] + [root]
-    program = (
-        "import sys, json; c = json.loads(sys.argv[1]); sys.path[:] = c.pop('path'); "
-        f"from {module} import main; main(c)"
-    )
-    executable = os.fsdecode(spawn.get_executable() or sys.executable)
-    # -S: what `site` would do is in the path that is handed over; it saves start time.
-    return [executable, "-S", "-c", program, json.dumps({**config, "path": path})]
 
 
 def name_process(name: str) -> None:

@@ -7,6 +7,7 @@ second for ever: such ones are replaced later and later.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ FREE = 2  # so many in a row are replaced at once: the kernel's choice when memo
 FIRST_SECONDS = 0.2  # then so much later, and twice as much each time
 MOST_SECONDS = 10.0  # ... up to this: what was wrong may be mended, and a server waits for it
 LONG_SECONDS = 60.0  # a worker that lived for so long was not broken
+WANT_SECONDS = 5.0  # where no worker is well, want of memory or descriptors may last so long
 
 
 class Restarts:
@@ -24,14 +26,30 @@ class Restarts:
         self._born: dict[int, float] = {}
         self._useless: dict[int, int] = {}  # deaths in a row without having done anything
         self._due: dict[int, float] = {}
+        # Those whose last start failed: since when no other was well, inf: one was.
+        self._wanting: dict[int, float] = {}
 
     def started(self, number: int) -> None:
         """A worker was started."""
         self._born[number] = self._now()
+        self._wanting.pop(number, None)
+
+    def failed(self, number: int, alone: bool) -> float | None:
+        """A worker could not be started; returns in how many seconds it is tried again, None: no
+        more. `alone`: no other one is well."""
+        now = self._now()
+        since = min(self._wanting.get(number, now), now) if alone else math.inf
+        if now - since >= WANT_SECONDS:
+            return None
+        self._wanting[number] = since
+        return self.died(number, was_of_use=False)
+
+    def failed_last(self, number: int) -> bool:
+        """Whether the last try to start it was in vain."""
+        return number in self._wanting
 
     def died(self, number: int, was_of_use: bool) -> float:
-        """A worker died, or could not be started, and is to be replaced; returns in how many
-        seconds.
+        """A worker died and is to be replaced; returns in how many seconds.
 
         `was_of_use`: it did blocks, or died over one.
         """

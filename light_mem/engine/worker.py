@@ -223,6 +223,7 @@ def main(config: dict[str, Any]) -> None:
     """Run one worker; `config` is what `worker_processes.py` wrote."""
     # A Ctrl-C in the terminal goes to the whole group; the server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was started deaf to it
     name_process(PROCESS_NAME)
     try:
         die_with(config["parent"])

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from light_mem import descriptors
-from light_mem.engine import program, worker
+from light_mem.engine import child_start, program, worker
+from light_mem.engine.child_end import how_it_ended
 from light_mem.engine.kvmemory import MemorySource
 from light_mem.engine.settings import EngineSettings
 from light_mem.engine.task_table import TaskTable
@@ -30,17 +31,16 @@ _LOOK_SECONDS = 0.5  # between two looks at one that is waited for; 0.01 where t
 Process = subprocess.Popen[bytes]
 
 
-def how_it_ended(status: int) -> str:
-    """A process's return code, in words."""
-    if status >= 0:
-        return f"died with status {status}"
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A process that is started here does not hear SIGINT until it says so: a Ctrl-C in the
+    terminal goes to the whole group, and a worker ignores it only from its first line on. What this
+    process does with it is no matter: its other threads go on to hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        name = signal.Signals(-status).name
-    except ValueError:  # a real-time signal
-        name = f"signal {-status}"
-    # The kernel's killer sends it where memory is short, of the machine or of the container.
-    why = " (out of memory? see the kernel's log)" if -status == signal.SIGKILL else ""
-    return f"was killed by {name}{why}"
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerProcesses:
@@ -61,7 +61,9 @@ class WorkerProcesses:
         self._memory = memory
         self._settings = settings
         self._cpus = cpus
+        self._path = child_start.search_path()  # now: a later current directory is not to matter
         self._processes: dict[int, Process] = {}
+        self._ended: dict[int, str] = {}  # how, of the dead that are not forgotten
         self._pidfds: dict[int, int] = {}
         self._selector = selectors.DefaultSelector()
         self._wakes: list[int] = []  # a pipe
@@ -102,14 +104,18 @@ class WorkerProcesses:
         if self._memory.kind == "fd":
             passed.append(self._memory.fd)
         descriptors.keep_standard_numbers()  # closed since? its pidfd lives as long as it does
-        process = subprocess.Popen(
-            program.command(worker.__name__, config),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.log.write,
-            pass_fds=passed,
-            env=program.environment(_ENVIRONMENT),
-        )
+        with (
+            child_start.command(worker.__name__, config, self._path) as (command, told),
+            _no_interrupts(),
+        ):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.log.write,
+                pass_fds=[*passed, told],
+                env=child_start.environment(program.environment(_ENVIRONMENT)),
+            )
         try:
             pidfd = descriptors.pidfd(process.pid)
             if pidfd >= 0:
@@ -135,11 +141,15 @@ class WorkerProcesses:
         if self._wakes:
             os.write(self._wakes[1], b"x")
 
-    def dead(self) -> Iterator[tuple[int, Process]]:
-        """Those that have died and are not forgotten."""
+    def dead(self) -> Iterator[tuple[int, int, str]]:
+        """Those that have died and are not forgotten: number, process id, and how it ended."""
         for number, process in list(self._processes.items()):
-            if process.poll() is not None:
-                yield number, process
+            if number not in self._ended:
+                how = how_it_ended(process, self._pidfds.get(number, -1))
+                if how is None:
+                    continue
+                self._ended[number] = how
+            yield number, process.pid, self._ended[number]
 
     def forget(self, number: int) -> None:
         """A worker has died; what it still had to say is logged."""
@@ -155,6 +165,7 @@ class WorkerProcesses:
             with suppress(KeyError):  # closed meanwhile, further in
                 self._selector.unregister(pidfd)
             os.close(pidfd)
+        self._ended.pop(number, None)
         self._processes.pop(number, None)  # last: one that is not forgotten is met again
 
     @property

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
-from light_mem.descriptors import keep_standard_numbers, memory_object
-from light_mem.engine import program
+from light_mem.descriptors import keep_standard_numbers
+from light_mem.engine import child_start
 from light_mem.maintenance import scan_child
 from light_mem.maintenance.scan_child import ANSWER, DONE_BYTES, END, FAILED_BLOCK, HEADER
 from light_mem.maintenance.scanning import Batch, Told
@@ -24,20 +23,22 @@ class ScanProcess:
     def __init__(self) -> None:
         """Raises OSError when it cannot be started."""
         keep_standard_numbers()
-        self._memory = _memory_file()
+        self._memory = child_start.memory_file("light-mem-verify")
         try:
-            # A session of its own: a Ctrl-C in the terminal is for the parent to answer.
-            self._process = subprocess.Popen(
-                program.command(
-                    scan_child.__name__, {"parent": os.getpid(), "memory": self._memory}
-                ),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[self._memory],
-                start_new_session=True,
-                bufsize=0,
-            )
+            config = {"parent": os.getpid(), "memory": self._memory}
+            path = child_start.search_path()
+            with child_start.command(scan_child.__name__, config, path) as (command, told):
+                # A session of its own: a Ctrl-C in the terminal is for the parent to answer.
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[self._memory, told],
+                    env=child_start.environment(os.environ),
+                    start_new_session=True,
+                    bufsize=0,
+                )
         except BaseException:
             os.close(self._memory)
             raise
@@ -91,11 +92,3 @@ class ScanProcess:
         self._answers.close()
         os.close(self._memory)
         self._process.wait()
-
-
-def _memory_file() -> int:
-    memory = memory_object("light-mem-verify")
-    if memory >= 0:
-        return memory
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
