@@ -28,10 +28,10 @@ class Closing:
 class Ending:
     """The steps of an end, in their order; each may be made again. Call it to reach the end.
 
-    Where a step fails the others are made all the same, and then that is raised. What a Ctrl-C
-    breaks off the next call takes up, from the step that was broken off. Another thread's call
-    waits. One in the middle of a step, in a signal's handler or a finalizer of the same thread,
-    makes that step and those after it.
+    All steps run even if one fails; then the last error is raised, with those before it as its
+    context. An end interrupted by Ctrl-C is resumed by the next call, at the step it was in. A call
+    from another thread waits. A call from within a step (a signal handler or finalizer of the same
+    thread) runs that step and those after it.
     """
 
     def __init__(self, *steps: Callable[[], object]) -> None:

@@ -8,8 +8,8 @@ tokens=      one token a page. A block's hash is the xxh3-128 hex digest of its 
 hash_128s=   one cumulative 128-bit int a page. A block's hash is the last one in it.
 
 The first argument may come without a name, and then the values decide: a list that holds anything
-of 2**64 or more cannot be tokens and is hash_128s; any other list is tokens. That cannot go wrong
-harmfully. A real 128-bit hash below 2**64 comes once in 2**64, and hash_128s that are taken for
+of 2**64 or more cannot be tokens and is hash_128s; any other list is tokens. A wrong guess does no
+harm. A real 128-bit hash below 2**64 comes once in 2**64, and hash_128s that are taken for
 tokens are stored under the digest of *all* hashes of a block, which two prompts share no sooner
 than the hashes themselves. (A lower bound would: tokens taken for hash_128s put every block that
 ends in the same token under one key.) A list of both kinds is no sound list of either, so `create`

@@ -26,9 +26,9 @@ class LaneRoom:
     """What of a lane is free. Not thread-safe, but for `release`: any thread, at any moment.
 
     An exception may come between any two instructions (a signal whose handler raises, no memory),
-    also in the sorted containers, and would leave room free twice, or lost for good. So a `take`
-    says that all this is in pieces before it touches it and that it is whole when it is through;
-    one that finds it in pieces makes it anew from `_given`, which changes in single steps.
+    also in the sorted containers, and would leave room free twice, or lost for good. So `take`
+    marks the containers invalid first and valid last; a `take` that finds them invalid rebuilds
+    them from `_given`, which changes in single steps.
     """
 
     def __init__(self, table: TaskTable, lane: int) -> None:

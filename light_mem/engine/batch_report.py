@@ -42,8 +42,8 @@ for _outcome, _counter in _COUNTERS.items():
 
 
 class Stopwatch:
-    """The time that a worker is at work, which its batches share: the last blocks of one may be
-    told after the next has begun, and no time is to count twice."""
+    """Busy time of a worker, shared by its batches. Batches overlap (the last blocks of one are
+    reported after the next began); each moment counts once."""
 
     def __init__(self) -> None:
         self.start()

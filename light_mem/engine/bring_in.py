@@ -16,12 +16,13 @@ import numpy as np
 from light_mem.engine.places import Bytes1D
 from light_mem.engine.read_ahead import Span
 
-# At a time, for new work waits until it is done: more while that takes less than PIECE_SECONDS.
+# Bytes loaded per step; new work waits for a step, so the size grows only while a step takes less
+# than PIECE_SECONDS.
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 128 << 10, 1 << 20
 PIECE_SECONDS = 0.001
 # A device that needs longer for the shortest piece has other things to do, and is left alone.
 TOO_LONG_SECONDS = 0.02
-# Of what a worker had no time for, what was read longer ago is let go.
+# Limits of the backlog; beyond them the oldest reads are forgotten.
 LIMIT_BYTES, LIMIT_SPANS = 1 << 30, 16384
 
 

@@ -18,11 +18,11 @@ from light_mem.engine.task_table import TaskTable
 # little beside its copies. Nobody waits for longer because of that: what comes later is behind all
 # that waits, and the last batches are small; and reads are done in the middle of a batch of writes.
 BATCH_BYTES = {READ: 32 << 20, WRITE: 64 << 20}
-# A few more to write would be two holds of the shard's lock for them alone. (Blocks of 246 KB:
-# twice as many are written no faster, half as many some 4% slower.)
+# At most this many blocks per claim: writes beyond it would need two more holds of the shard's lock
+# for a few blocks. (Blocks of 246 KB: twice as many are written no faster, half as many 4% slower.)
 BATCH_BLOCKS = MOST_BLOCKS
-# ... and at least this much, where it waits: half of a smaller batch would be its own cost (some
-# 300 us for a read, 700 for a write), more than what the other half would wait for.
+# If that much is waiting, claim at least this: a smaller batch costs more in overhead (300 us for a
+# read, 700 us for a write) than the rest gains by starting sooner.
 LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
 # A worker looks for blocks of its own among so many a worker, two batches. Those of a worker that
 # is stopped or slow are passed over until others find nothing else among so many, and do them.

@@ -4,9 +4,9 @@ of each other's way.
 A batch of one shard takes two holds of that shard's lock, whatever its length, and one file is
 written by one process at a time (the kernel holds the file's lock during a `pwrite`). So what a
 worker claims at a time should be of one shard, and what two workers claim in turn of two. And a
-shard should be written by the same worker again and again: what it has stored to a slot's pages
-before, and the kernel not yet written out, it stores to without a page fault (`dirty_pages`). So
-each shard has a *home*, a worker; others write to it only when they have nothing else to do.
+worker should write the same shard again and again: pages it wrote and the kernel has not yet
+flushed can be stored to without a page fault (`dirty_pages`). So each shard has a *home*, a worker;
+others write to it only when they have nothing else to do.
 """
 
 from __future__ import annotations

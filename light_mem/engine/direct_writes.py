@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # Two pieces of a copy, and what is left of a page from before.
 _BUFFER_BYTES = 2 * PIECE_BYTES + ALIGN
-# Less that follows each other goes through the page cache: a request costs the device some 100 us
-# whatever its length, and the kernel writes out many of them together.
+# Shorter spans go through the page cache: a request costs the device about 100 us whatever its
+# length, and the kernel writes out many of them together.
 LEAST_BYTES = 64 * 1024
 
 Edge = tuple[bytes, Span]  # what is written through the page cache, and where

@@ -46,8 +46,8 @@ class DirtyPages:
     def need_no_fault(
         self, descriptor: int, at: int, nbytes: int, written: float, now: float
     ) -> bool:
-        """Whether stores to a range of the file find it dirty, and unprotected if this process has
-        stored to it before.
+        """Whether a store to this range finds the pages dirty and, if this process stored to them
+        before, still writable.
 
         written   when this process last wrote it, s (monotonic), by a call where it is negative;
                   0: never

@@ -6,8 +6,8 @@ pages that are there already, and those of shared memory it maps for stores too 
 Linux's mm/memory.c). So rows are read at their ends before the first store to them: 245 MB of pages
 of 3,840 bytes that a new worker reads by `preadv` cost 8,400 faults instead of 92,900, and 0.10
 seconds of the kernel's time instead of 0.25 (Linux 6.18). A `pwrite` from pages that are not mapped
-is slow as well (`sinks.FileSink`). No page comes into being by that but those of the rows, and a
-process has no more mapped than what lies around rows that it used.
+is slow as well (`sinks.FileSink`). This creates no pages other than those of the rows, and maps
+only the surroundings of rows that the process used.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Memory:
             self.left -= len(set(around[new].tolist()))
 
 
-# Bytes such that whatever AROUND_BYTES something reaches into hold one of them.
+# Positions such that every AROUND_BYTES block that a row or region touches contains one of them.
 
 
 def _positions_of_rows(numbers: RowNumbers, row_bytes: int) -> Positions:
@@ -118,7 +118,7 @@ def _positions_of_regions(lists: list[list[tuple[int, int]]]) -> Positions:
 
 
 def _stretches(offsets: Positions, lengths: Positions) -> Positions:
-    """Of regions: their ends, and all AROUND_BYTES what lies between."""
+    """Positions for regions: both ends of each, and one every AROUND_BYTES between them."""
     ends = offsets + lengths - 1
     counts = -(-lengths // AROUND_BYTES)
     if (counts <= 1).all():

@@ -94,7 +94,7 @@ def _is_index(path: Path) -> bool:
 
 
 def _is_description(path: Path) -> bool:
-    """Also a damaged one: it is no news that this library wrote it."""
+    """True for a damaged description as well: the directory is still ours."""
     return b'"format": "lightmem"' in _begins(path, _DESCRIPTION_BYTES)
 
 

@@ -33,8 +33,8 @@ class InServer:
         self._blocks_word = _WORDS["blocks_read" if reading else "blocks_written"]
         self._bytes_word = _WORDS["bytes_read" if reading else "bytes_written"]
         self._time_word = _WORDS["read_ns" if reading else "write_ns"]
-        # Reentrant: a signal's handler or a finalizer may close in the middle of a block. One that
-        # moves another block there is refused as other threads are.
+        # Reentrant: a signal handler or finalizer may call `close` in the middle of a block. If it
+        # tries to move another block, it is refused like another thread.
         self._guard: Any = threading.RLock()
         self._busy = False
         self._closed = False

@@ -103,8 +103,8 @@ class NewIndex:
 def put_in_place(
     new: NewIndex, directory: Path, geometry: Geometry, before: Geometry, problem: str
 ) -> None:
-    """Publish an index that was filled, and say in the log why there is a new one. `before`: what
-    the one that is there was made for."""
+    """Publish an index that was filled, and log why there is a new one. `before`: geometry of the
+    existing index."""
     listed = counts(directory, before, "blocks")
     new.publish()
     if geometry.slots == before.slots:

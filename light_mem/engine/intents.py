@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
 
 
-# Blocks that are written at a time at most. The other intents are for what follows
-# when these have failed: it has to do with fewer until they are given back.
+# Blocks written at a time. The remaining 16 intents are reserved for retries while failed blocks
+# still hold theirs.
 MOST_BLOCKS = MAX_INTENTS - 16
 
 

@@ -163,8 +163,9 @@ def lease(engine: OpenStore, low: int, high: int) -> Leased | None:
                 problem = None if runs is None else _take(engine, index, slot)
                 taken = runs is not None and problem is None
             except BaseException:
-                # Of a signal handler, perhaps, after the lease was noted. One that comes between
-                # the end of this call and the first step of who gets the lease leaves it.
+                # An exception (a signal handler's, perhaps) may come after the lease was counted.
+                # One that comes between our return and the caller's first step leaks the lease
+                # until the process ends.
                 taken = engine.leases.count(shard, slot) > before
                 raise
         if problem is not None:
@@ -176,7 +177,7 @@ def lease(engine: OpenStore, low: int, high: int) -> Leased | None:
                 engine.lookup.find_one(low, high)  # a use
                 return leased
             damage = found_damage
-    except BaseException:  # no descriptors or memory left: nobody else knows of the lease
+    except BaseException:  # e.g. no descriptors or memory left: only this call knows of the lease
         if taken:
             end_lease(engine, shard, slot)
         raise

@@ -103,8 +103,8 @@ def require_shm(needed: int) -> None:
 
 
 def require_memory(needed: int) -> None:
-    """Raise SharedMemoryFullError unless the system has so many bytes available, or does not say:
-    it is asked only so that want of memory is an error early."""
+    """Raise SharedMemoryFullError if less memory is available; no check where the system does not
+    tell. It only makes the error come early."""
     import psutil
 
     try:

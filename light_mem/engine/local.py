@@ -182,7 +182,7 @@ class LocalStorageEngine(Member, StorageEngine):
         """Write one block without waiting for a lock; see `WriteNow.write`. From the one thread
         that writes."""
         check_places([block], self.geometry.page_bytes)
-        # What was begun shares its intents, and would be given back.
+        # Blocks begun earlier share the intents, and this call would give their slots back.
         return None if self._writer.has_begun else self._write_now.write(block)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
@@ -240,7 +240,8 @@ class LocalStorageEngine(Member, StorageEngine):
         return self._device.bring_in()
 
     def _drop(self, step: Callable[[], bool | None]) -> bool | None:
-        """The blocks are stored: what fails here costs page cache, and is said."""
+        """Finish dropping pages. The blocks are stored, so an error only costs page cache; it is
+        logged."""
         try:
             return step()
         except OSError as error:
@@ -252,7 +253,7 @@ class LocalStorageEngine(Member, StorageEngine):
         try:
             self._writer.close()
         except (LockTimeoutError, OSError, StoreFormatError) as error:
-            # Our record stays, without its lock: whoever opens the store next gives them back.
+            # Our record stays, unlocked: the next process to open the store gives the slots back.
             log.warning(
                 "store %s is left with slots of failed writes: %s", self.directory, str(error)
             )

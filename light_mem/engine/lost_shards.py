@@ -135,14 +135,14 @@ def _changed(
     if not file.trustworthy:
         yield None
         return
-    # One of another size than is wanted has kept the holes of a restored file until now.
+    # An index of another size, restored from backup, still has holes here: fill them.
     fill_holes(file.path, fmt.index_layout(geometry.shards, geometry.slots).size)
     lookup = Lookup(file)
-    # Nobody is there who could have leased anything.
+    # No other process has the store open, so there are no leases.
     index = open_shard(directory, file, shard, lookup, set)
     was_clean = bool(file.header["clean"][0])
     file.mark_open()
     with index.change():
         yield index, lookup
-    if was_clean:  # else what the owners file says of the dead may not be on the device
+    if was_clean:  # else records of dead owners may not have reached the device
         file.mark_clean()

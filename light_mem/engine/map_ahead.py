@@ -13,10 +13,10 @@ from light_mem.engine import page_cache
 from light_mem.engine.first_touch import AROUND_BYTES
 from light_mem.engine.places import Bytes2D
 
-# At a time, 0.5 ms: work that comes meanwhile waits so long.
+# Mapped per step, which takes 0.5 ms: new work may have to wait for it.
 _STEP_BYTES = 2 << 20
-# A mapping costs page tables, 2 MiB a GiB in each worker, and who has hundreds of GiB may never use
-# all of it.
+# A limit, since a mapping costs page tables (2 MiB per GiB in each worker) and a KV memory of
+# hundreds of GiB may never be used in full.
 MOST_BYTES = 16 << 30
 
 

@@ -50,10 +50,10 @@ class MappedWrites:
         self._base, self._slot_bytes = base, slot_bytes
         self._bytes = np.frombuffer(mapping, np.uint8)
         self._dirty = DirtyPages()
-        # When this process last wrote a slot that was an end of a run, s (monotonic), negative
-        # where it was by a call; 0: never. And how many calls there were in a row, each soon after
-        # the other, where a run begins. Zeros take no memory until they are written over: who only
-        # reads does not pay 9 bytes a slot.
+        # Per slot that began or ended a run: when this process last wrote it (s, monotonic;
+        # negative: by pwrite; 0: never). Per slot that began one: how many pwrites came in quick
+        # succession. Zeros take no memory until they are overwritten, so readers do not pay 9 bytes
+        # a slot.
         self._written_at = np.zeros(slots)
         self._written = cast("memoryview[float]", self._written_at.data)
         self._calls = np.zeros(slots, np.uint8).data
@@ -94,14 +94,13 @@ class MappedWrites:
         return MappedSink(self._bytes[at : at + nbytes])
 
     def start(self) -> None:
-        """The runs are put from now on. Between `begin` and this call runs of other files may have
-        been put, whose faults are not these runs'."""
+        """Begin counting faults: those between `begin` and here belong to other files."""
         if sys.platform == "linux" and self._taken_out:
             self._faults = _faults()
 
     def leaving_out(self, stopped: Stopping) -> Stopping:
-        """What is asked between two puts, after `start`: its faults are not these runs'. (A worker
-        reads other blocks there.)"""
+        """`stopped`, with the page faults it causes left out of the count: a worker reads other
+        blocks in it, between two puts. To be called after `start`."""
         if sys.platform != "linux" or not self._taken_out or stopped is None:
             return stopped
         ask = stopped

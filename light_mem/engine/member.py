@@ -24,7 +24,7 @@ class Member(OpenStore):
     """An open store until it is left. Any thread."""
 
     _closed = False
-    _broken_off = False  # `close` was
+    _broken_off = False  # `close` was interrupted
     _leaving: Ending | None = None  # from `close` on
     _in_order = True  # nothing of ours was left behind
 

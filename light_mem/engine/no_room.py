@@ -1,4 +1,4 @@
-"""Why a write finds no room, for the log, or cannot be announced. Only where it has failed."""
+"""Log messages for a write that got no space or could not be announced."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Refused(NamedTuple):
 
 
 def late(engine: LocalStorageEngine, shard: int, slots: int) -> None:
-    """Say what keeps a block out of a shard that has waited in vain, with nothing in hand."""
+    """Log why a block got no space after its wait, although this worker holds none."""
     try:
         with engine.change(shard, SHORT_SECONDS) as (index, _):
             refused = Refused(slots, index.most_slots(), index.retention.pinned_slots)
     except (LockTimeoutError, OSError, StoreFormatError, ServiceClosedError):
-        return  # who fails for that as well says so
+        return  # the next writer that fails for this reason reports it
     warn(engine, shard, refused)
 
 

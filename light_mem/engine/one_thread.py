@@ -15,8 +15,7 @@ class OneThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        # Under "it": the thread, or None for `end`. Who comes first stores it, and both learn who
-        # that was, in one step (`setdefault`).
+        # `_first["it"]`: the thread, or None if `end` came first; `setdefault` decides atomically.
         self._first: dict[str, threading.Thread | None] = {}
         self._over = False
 
@@ -36,10 +35,10 @@ class OneThread:
             self._over = True
 
     def end(self, wake: Callable[[], None], seconds: float = math.inf) -> bool:
-        """Whether the thread has ended within `seconds`, or never begins; in the thread itself it
-        returns at once. It may wait for what this thread holds, further out (a log handler's lock,
-        a shard that is being opened), and then would never. `wake`: called before it is waited
-        for."""
+        """End the thread; True if it ended within `seconds` or never started. Called from the
+        thread itself it returns at once. `wake` is called before the wait. Pass `seconds` where the
+        thread may need something that the caller holds further up its stack (a log handler's lock,
+        a shard that is being opened): it cannot end before the caller goes on."""
         thread = self._first.setdefault("it", None)
         if thread is None or thread is threading.current_thread():
             return True

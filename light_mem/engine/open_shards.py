@@ -50,8 +50,8 @@ class OpenShards:
         self._closing = False
 
     def prepare_next(self) -> bool:
-        """Open one shard more, ready to be read and changed, before it is needed; whether there
-        was one. Of what fails nothing is said: its first use says it. One thread."""
+        """Open the next shard ahead of use; False when all are open. Failures are reported at first
+        use. Single-threaded."""
         shard = self._prepared
         if shard >= self._geometry.shards:
             return False

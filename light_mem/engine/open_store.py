@@ -70,7 +70,7 @@ class OpenStore:
         try:
             self._index = _index_of(self.directory, geometry)
             self.lookup = Lookup(self._index)
-            # Before joining, which may reclaim: that changes shards. Of owner 0, who is nobody.
+            # Set before joining, which may reclaim and so change shards. Owner 0 means nobody.
             self.leases = Leases(self._owners, 0)
             self._open = OpenShards(
                 self.directory, geometry, self._index, self.lookup, self.leases, dropper
@@ -214,7 +214,8 @@ class OpenStore:
             self._index.uses[entry] = self._index.entries["used"][entry] = used
 
     def mark_open(self) -> None:
-        """Say, before it is so, that the index may be newer in memory than on the device."""
+        """Record that the index in memory may be newer than on the device; call it before that is
+        so."""
         self._index.mark_open()
 
     def count(self, lookups: int, hits: int) -> None:

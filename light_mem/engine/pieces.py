@@ -8,11 +8,11 @@ from typing import TypeGuard
 from light_mem.engine.places import Extent, Place, Regions, Rows
 
 PIECE_BYTES = 512 * 1024  # about the second-level cache of current server cores
-# Pages below this, and regions of less in the mean, go to the slots by way of a scratch piece:
-# together they are long enough for copies around the cache (from here on: the threshold of
-# `program.COPY_TUNABLES`), and one call stores them all. Not those that follow each other. (64
-# pages of 20 and 28 KB: read 1.35 and 1.39, written 1.06 and 1.17 times as fast as with 32 KiB for
-# both; to slots that the kernel has written out no difference.)
+# Smaller pages (or regions smaller on average) are gathered in a scratch piece, which is long
+# enough for non-temporal copies (the threshold of `program.COPY_TUNABLES`) and is stored with one
+# call. Pages adjacent in memory are not. (64 pages of 20 and 28 KB: read 1.35 and 1.39, written
+# 1.06 and 1.17 times as fast as with 32 KiB for both; no difference for slots the kernel has
+# flushed.)
 SMALL_PAGE_BYTES = 0x4080
 
 

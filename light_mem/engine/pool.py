@@ -71,7 +71,7 @@ class WorkerPool:
         self._life = threading.RLock()
         self._stopping = False
         self._stopped = False  # ... and nothing is left
-        self._not_waited_for = False  # the thread was not, any longer
+        self._not_waited_for = False  # `stop` gave up waiting for the thread
         self._thread = OneThread("lightmem-pool")
         self._early_deaths = 0
         self._restarts = Restarts()

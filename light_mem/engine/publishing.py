@@ -53,7 +53,7 @@ class Publisher:
         from the list one by one. Returns what failed: its slots stay announced."""
         failures: Failures = []
         later: deque[tuple[Part, dict[int, Written]]] = deque()  # described; somebody has the lock
-        # None is to wait for the stopped holder of another's lock.
+        # Do not wait for a lock whose holder is stopped while others are free.
         alone = len(parts) == 1
         while True:
             written: dict[int, Written] | None = None
@@ -176,9 +176,9 @@ class Publisher:
         slots: int,
         more: int,
     ) -> int:
-        """What is about to be published replaces a pinned block of so many slots: it has the pin
-        from the first moment on, for whoever does this may die before the next. Returns the slots
-        that it will have pinned; `more`: those of others that are published with it."""
+        """Pin the block at `at`, which replaces a pinned one of `slots` slots, before it is
+        published: this process may die in between. `more`: slots pinned by other blocks of the same
+        publication. Returns the slots pinned; 0 where there is no room for a longer pinned one."""
         block = written[at]
         wanted = self._slots_of(block)
         if wanted > slots and not index.retention.has_room(more + wanted):

@@ -38,8 +38,8 @@ from light_mem.errors import InvalidArgumentError, LockTimeoutError, ServiceClos
 from light_mem.index.locks import RangeLock
 
 LANE_BYTE = QUEUE_BYTE + 1  # the first of the lanes' locks, in the same memory object
-# Reads make a user wait, writes do not: writes go first at one claim of this many. In the middle of
-# a batch of writes a worker does as many full ones of reads, less one.
+# Reads make a user wait, writes do not. At every WRITE_TURN-th claim writes go first; during a
+# batch of writes a worker does up to WRITE_TURN - 1 full batches of reads.
 WRITE_TURN = 3
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 

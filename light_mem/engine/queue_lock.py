@@ -104,9 +104,9 @@ class QueueLock:
             except ServiceClosedError:
                 pass
             return
-        # What this thread is in the middle of may undo it.
+        # The interrupted code may undo the step, so it is repeated.
         self._again.append(step)
-        # It may be waiting for the byte still, that a worker has, in the middle of a claim.
+        # It may also still be waiting for the byte, which a worker holds during a claim.
         self._lock.lock(QUEUE_BYTE)
         step()
         if self._table.shutdown:

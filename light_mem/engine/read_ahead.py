@@ -52,7 +52,7 @@ class _Request:
         except Exception:
             if part == self.span:
                 raise
-            return _load(part, self.buffer)  # what ails one part is not the others' fault
+            return _load(part, self.buffer)  # an error in one part must not fail the others
         at = part.at - self.span.at
         return whole[at : at + part.nbytes]
 

@@ -96,8 +96,8 @@ class Reader:
             return False
         self._touch.before_copies([job.batch[at].place for at, _ in job.ahead])
         to_open = {where.shard for _, where in job.ahead}.difference(self._files)
-        # Of each group those that wait for nothing come first. The device reads ahead meanwhile,
-        # but not for long: where it is waited for, groups are small.
+        # In each group the blocks that need no device come first, and the device reads ahead
+        # meanwhile. Not for long: groups are small if any of the batch needs the device.
         least = ROUND_BYTES if job.ways else GROUP_BYTES
         for group in groups([at for at, _ in job.ahead], job.nbytes, least):
             waiting = [at for at in group if at in job.ways] if job.ways else []
@@ -174,8 +174,8 @@ class Reader:
         job.report((at,), outcome)
 
     def _settle_unreadable(self, job: ReadJob, at: int, where: Location, problem: str) -> None:
-        """The device or the file has lost a block's bytes: kept, it would be found and never read,
-        and never be written again."""
+        """Drop a block whose bytes the device or the file has lost. If it stayed, it would be
+        found, never read, and never written again."""
         if self._lookup.is_unchanged(where):
             self._settle_damaged(job, at, problem)
         else:
@@ -265,8 +265,8 @@ class Reader:
         return [(run, end - start, place.part(start, end)) for run, start, end in parts]
 
     def _drop_senseless(self, entry: int, block: BlockIO) -> Outcome:
-        """Drop a block that is listed with runs that make no sense: it would be found for good and
-        never be read. Usually it is only gone by now."""
+        """Drop a block that is listed with runs that make no sense; it would be found forever and
+        never be read. Usually it was just taken out meanwhile, and nothing is dropped."""
         if self._lookup.find_one(block.low, block.high, touch=False) != entry:
             return Outcome.LOST  # gone since it was looked up
         tag = self._lookup.tag(entry)

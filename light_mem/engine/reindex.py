@@ -25,7 +25,7 @@ from light_mem.index.file import IndexFile
 from light_mem.index.recovery import Table
 from light_mem.index.retention import pinned_among
 
-# A clock that was set back since: what an entry says lies in the future by more is garbage, and
+# A clock set back since explains a time in the future up to this far; one beyond it is garbage, and
 # would keep its block from eviction for good.
 _CLOCK_SLACK_NS = 24 * 3600 * 10**9
 _VERSIONS = (2, fmt.INDEX_VERSION)  # in 2 `used` of an entry was its last use, and nothing follows

@@ -54,7 +54,7 @@ class Restarts:
         `was_of_use`: it did blocks, or died over one.
         """
         now = self._now()
-        # A long life counts once: those that cannot be started in its place were never born.
+        # `pop`: a long life counts once, not again when starting a replacement fails.
         if was_of_use or now - self._born.pop(number, now) >= LONG_SECONDS:
             self._useless[number] = 0
         else:

@@ -124,5 +124,5 @@ class SmallReads(InServer):
 
     def close(self) -> None:
         super().close()
-        if not self._busy:  # nor by this very thread, which is in the middle of a block
+        if not self._busy:  # a finalizer may call this in the middle of a block of this thread
             self._scatterer.forget()

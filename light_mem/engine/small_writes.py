@@ -1,11 +1,10 @@
 """Small writes in the thread that asks for them.
 
 The counterpart of `small_reads.py`: one block of some 100 KB is written by `create` itself, in a
-part of the time that a worker needs to be woken. It waits for nothing: the shard's lock is only
-tried, and while blocks are queued the workers, who then are at the locks, get it as well. The one
-wait that cannot be seen beforehand is the kernel's, which slows down who writes while too much
-memory is dirty (balance_dirty_pages, up to 200 ms a call): after a write that took long there is
-none here for a while.
+part of the time that a worker needs to be woken. It never waits: the shard's lock is only tried,
+and while blocks are queued the workers, who are busy with the locks then, get this one as well. The
+one unavoidable wait is the kernel's dirty-page throttling (balance_dirty_pages, up to 200 ms a
+call), so after a slow write this path is off for a while.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from light_mem.engine.table_layout import WRITE
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LockTimeoutError, ServiceClosedError, StoreFormatError
 
-# Whoever finds room must now and then walk over all entries of a shard (the order of use, free
-# space after others' changes), and the caller waits for it: 1 ms for so many slots, 5 where every
-# second one is free (measured; 2 and 14 for four times as many).
+# Finding space may scan all entries of a shard while the caller waits (the order of use, free space
+# after others' changes): 1 ms for this many slots, 5 ms if every second one is free (measured; 2
+# and 14 ms for four times as many).
 MAX_SLOTS = 16384
 SLOW_NS = 5_000_000
 PAUSE_NS = 1_000_000_000  # after a slow one

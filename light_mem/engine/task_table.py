@@ -247,7 +247,7 @@ class TaskTable(TableMemory):
             return
         mode = self._active_bytes[row]
         if mode:  # else another worker, with the task's last block at the same time, was first
-            # Before it counts as told: whoever finds it not told counts it, and nobody else would.
+            # Count before marking it as reported: after that nobody would.
             created = self._row_words[row * _ROW_WORDS + _CREATED_WORD]
             self.latencies.add(latency_at(worker, mode), time.monotonic_ns() - created)
         self._active_bytes[row] = 0

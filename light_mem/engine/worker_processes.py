@@ -55,8 +55,8 @@ class WorkerProcesses:
         settings: EngineSettings,
         cpus: Sequence[Sequence[int]] | None,
     ) -> None:
-        """`settings`: of every worker; `cpus`: of each. Who takes the place of a dead one has its
-        CPUs."""
+        """`settings`: the same for every worker; `cpus`: one set per worker; a replacement inherits
+        them."""
         self._table = table
         self._memory = memory
         self._settings = settings

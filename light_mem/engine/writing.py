@@ -85,7 +85,8 @@ class Writer:
         wanted = job.by_shard
         deadline: float | None = None  # of those that wait for room, with nothing of ours in hand
         while wanted:
-            # Begun between the copies just made: not to wait for a lock or room that we wait for.
+            # Reads that began between the copies: do not leave them to wait while we wait for a
+            # lock or room.
             self._engine.finish_reads()
             self._give_back_failed()
             now, later = _first(wanted, self._most_at_a_time())
@@ -272,7 +273,7 @@ class Writer:
 
 
 def _first(wanted: ByShard, most: int) -> tuple[ByShard, ByShard]:
-    """As many blocks as may be written at a time, and the others."""
+    """Split into what may be written now (at most `most`) and the rest."""
     now: ByShard = {}
     later: ByShard = {}
     for shard, positions in wanted.items():

@@ -71,7 +71,8 @@ class Allocator:
         kept = self._control.pinned_slots
         for slot in self._leases.slots():
             if self._retention.is_kept_by_lease(slot):
-                kept += min(self._retention.slots_at(slot), limit)  # no longer one is leased
+                # A lease on a longer block is refused: a larger number is damage.
+                kept += min(self._retention.slots_at(slot), limit)
         return len(self._entries) - kept
 
     def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:

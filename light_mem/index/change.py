@@ -3,12 +3,13 @@
 A class and no generator: a change of a shard is in the way of each batch, twice, and of each short
 write, and a generator costs 1 us there, several after a copy.
 
-An exception may come from a signal handler between any two steps, so everything is taken within a
-`try`, and what is given up is told by what is held then, not by how far this came. What remains:
+A signal handler may raise between any two steps, so everything is acquired inside a `try`, and
+cleanup asks what is held now rather than how far the code got. Not covered:
 
-- one that comes as the outermost `__exit__` is entered, before its `try`, leaves all held until its
-  traceback is dropped (`__del__`), and the threads' lock for good where another thread drops it
-- a second one while the first is being dealt with
+- an exception raised as the outermost `__exit__` is entered, before its `try`: everything stays
+  held until the traceback is dropped (`__del__`), and if another thread drops it, the lock between
+  threads stays held for good
+- a second exception while the first is being handled
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class ShardChange(AbstractContextManager[bool]):
         self._me = 0  # last: what is cut short before is to be done again
 
     def give_up(self) -> None:
-        """End it as one that is not whole, if it has not ended: for whom its `__exit__` may have
-        been cut short, or its `__enter__` after it had begun."""
+        """End the change as incomplete if it is still open. For callers whose `__enter__` or
+        `__exit__` may have been interrupted."""
         if not self._me:
             return
         try:

@@ -16,7 +16,8 @@ import filelock
 
 from light_mem.index import store_files
 
-# Between the first tries, s: a shard is held for some 100 us, and the caller waits for 500 us then.
+# Pauses (s) before the first retries. A shard's lock is held for about 100 us; without them a
+# waiter would sleep for 500 us (`locks.POLL_SECONDS`).
 PAUSES = (0.00002, 0.00005, 0.0001)
 
 

@@ -37,7 +37,7 @@ class Leases:
             Counter()
         )  # several on one block are one word in the record
         self._guard = threading.RLock()  # a finalizer may close an engine while this thread has it
-        # Of views that were dropped, not closed: their finalizers take no lock.
+        # Leases of views that were dropped without `close`: finalizers may not take locks.
         self.dropped: deque[ShardSlot] = deque()
         self.ending = threading.Lock()  # only tried: of the thread that ends these, once closed
         self.closed = False
@@ -105,8 +105,8 @@ class Leases:
         return last
 
     def forget_own(self, shard: int, slot: int) -> None:
-        """Remove the lease from this process's record, after its slots, if HELD, were given back: a
-        kill in between leaves a lease too many, not slots that nobody gives back."""
+        """Remove the lease from this process's record. Call it after its slots, if HELD, were given
+        back: a kill in between then leaves an extra lease rather than slots lost for good."""
         with self._guard:
             self.forget(self.number, shard, slot)
 
@@ -124,9 +124,9 @@ class Leases:
 
 
 class ShardLeases:
-    """Which blocks of one shard are leased, as its evictors and removers see it in one hold.
+    """Which blocks of one shard are leased, as evictions and removals see it during one hold.
 
-    The shard's control page says whether any may be; where it says no, nothing is looked at.
+    If the shard's control page says that none can be, the records are not read.
     """
 
     def __init__(

@@ -7,9 +7,9 @@ Order, for the whole package: the open lock before a shard's lock; never two sha
 time; owner ranges are only ever tried, never waited for; the queue's range is never held
 together with a shard's lock.
 
-Signal handlers raise between any two steps, KeyboardInterrupt above all. A lock is taken within
-the `try` that gives it up, by whoever can then tell whether it was taken: of a PathLock by name
-(`by`), since a call that took it may be cut short before it returns.
+A signal handler may raise between any two bytecodes (KeyboardInterrupt, for one). So take the lock
+inside the `try` whose `finally` releases it, and let the `finally` ask whether it is held. A
+PathLock is released by owner name (`by`), because the call that took it may not have returned.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class _Held:
     def __init__(self, path: str) -> None:
         from light_mem.index.kept_lock import KeptFileLock  # 25 ms: ready before it is needed
 
-        # Knows its owner: it may be taken and the call that took it be cut short, which no mark set
-        # afterwards would tell. Nobody takes it twice.
+        # An RLock because it knows its owner: the call that takes it may be interrupted right
+        # afterwards, before any flag of ours is set. Nobody takes it twice.
         self.thread: Any = threading.RLock()
         self.by: object = _NOBODY  # who has it; set and reset with `thread` in hand
         self.waited = False  # whether who has it got it through filelock
         self.file = KeptFileLock(path)
 
     def give_up(self) -> None:
-        """Let go of what this thread may have taken so far."""
+        """Release whatever this thread has acquired so far."""
         if self.thread._is_owned():
-            self.file.abandon()  # whether it was locked cannot be told
+            self.file.abandon()  # closing releases the lock, if it was acquired at all
             self.by = _NOBODY
             self.thread.release()
 
@@ -148,7 +148,9 @@ class PathLock:
             return
         try:
             if held.waited:
-                held.file.release(force=True)  # filelock counts, and a call cut short too many
+                held.file.release(
+                    force=True
+                )  # filelock counts holds; an interrupted call miscounts
             else:
                 held.file.let_go()
         except BaseException:
@@ -159,7 +161,7 @@ class PathLock:
             held.thread.release()
 
     def _timeout(self, timeout: float) -> LockTimeoutError:
-        # Not after a try: the next one follows soon, and /proc/locks holds up all who lock files.
+        # Not after a mere try: many may follow, and reading /proc/locks blocks every file lock.
         holder, who = holder_of(self.path) if timeout > SHORT_SECONDS else (None, "")
         return LockTimeoutError(
             f"{self.path} was not free within {timeout:g} s: "

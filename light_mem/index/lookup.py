@@ -27,9 +27,9 @@ from light_mem.index.runs import Run
 
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
 RETRIES = 3
-# Up to here Python ints are faster than numpy calls: 1.5 us a key against 43 for any number of
-# them. Who has just copied a batch has few of either in the caches: then a loop over all of them is
-# faster up to some 60, and `find_each` and `locate_each` are for that.
+# Up to this many keys Python ints are faster than numpy calls: 1.5 us per key against 43 us for any
+# number of them. Right after a batch was copied the CPU cache is cold for both; then loops win up
+# to about 60 keys: use `find_each` and `locate_each` there.
 SCALAR_LIMIT = 24
 
 _NAMES = ("low", "high", "tag", "checksum", "nbytes", "used", "run")
@@ -97,8 +97,8 @@ class Lookup:
             if not todo.size:
                 break
         if not expired and self._expires.any():  # else no block has a time to live
-            # After the walk: of an entry that was taken out meanwhile the tag tells its reader.
-            # What was not found is looked up at the end, -1, and stays so whatever is there.
+            # After the walk: if an entry is taken out meanwhile, its reader sees the tag change.
+            # Keys that were not found index the last entry (-1) and stay -1 whatever it says.
             found[retention.expired(self._keep[found])] = -1
         if touch:
             self._uses[found[found >= 0]] = time.time_ns()

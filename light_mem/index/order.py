@@ -27,7 +27,8 @@ MIN_BATCH = 1024  # blocks sorted out at a time at least
 MAX_BATCH = 16384  # sorting more would hold the lock for longer than the scan itself
 BATCH_PART = 8  # ... and an eighth of all, so that the scan costs little a block
 _STATE = np.uint64(STATE_MASK)
-# A use between our look at the clock and at it is no sign of a clock that was ahead.
+# A use up to this far in the future is a race with our clock reading, not a clock that was set
+# ahead.
 _AHEAD_NS = 10**9
 
 
@@ -98,9 +99,8 @@ class EvictionOrder:
                 self._again.add((used, slot))
 
     def _not_ahead(self, live: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Times of use of these blocks. What a clock that was ahead has left is moved to now, its
-        order kept: else nothing that is stored from now on would be used later than it, and be
-        evicted before it."""
+        """Times of last use. Times in the future (a clock once set ahead) are moved to now, keeping
+        their order; otherwise every new block would look older and be evicted first."""
         uses = np.asarray(self._uses)
         used: npt.NDArray[np.uint64] = uses[live]
         now = time.time_ns()

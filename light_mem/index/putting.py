@@ -2,9 +2,8 @@
 
 publish  fields of the entry -> tag LIVE -> head of the chain: found only when whole
 
-In loops over words, not by numpy calls: what a batch does to its blocks follows upon copies, which
-push everything out of the processor's caches, and then each different call takes as long as a step
-of a loop takes for ten blocks.
+Loops over words instead of numpy calls: the copies before have emptied the CPU cache, and then each
+distinct numpy call costs as much as ten loop steps.
 """
 
 from __future__ import annotations

@@ -142,8 +142,8 @@ def record_crcs(records: Table) -> list[int]:
 
 def crc_fits(records: Table) -> npt.NDArray[np.bool_]:
     """Which records carry the crc that they must."""
-    # No line of Python a record: of a million records that is most of a rebuild or a check. They
-    # go through a buffer for which the views that the checksum wants are there already.
+    # No Python statement per record: with a million records those would be most of a rebuild or a
+    # check. The records pass through a buffer whose slices for the checksum are made once.
     size = fmt.RECORD.itemsize
     words = np.asarray(records).view("<u8").reshape(len(records), size // 8)
     raw = memoryview(bytearray(min(_CRC_ROWS, len(records)) * size))

@@ -44,7 +44,7 @@ class SpaceReplica:
 
     @property
     def runs(self) -> FreeRuns:
-        """The free runs; taking from them is told with `taken`."""
+        """The free runs. After taking from them, call `taken` to tell the other processes."""
         assert self._runs is not None
         return self._runs
 
@@ -54,7 +54,8 @@ class SpaceReplica:
         self._held_from = self._epoch
 
     def distrust(self) -> None:
-        """It may know of changes that nobody else does: the next hold reads the entries."""
+        """Forget the replica (it may contain changes nobody else saw); the next hold reads the
+        entries again."""
         self._runs = None
 
     def _catch_up(self) -> None:

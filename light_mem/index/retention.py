@@ -191,8 +191,8 @@ class Retention:
         return slots
 
     def expect_next(self) -> None:
-        """Say when the first of the listed blocks expires; not before those that have expired are
-        out: look-ups ask no block for its time where this says that none has one."""
+        """Set when the first of the listed blocks expires. Take expired blocks out before: look-ups
+        check no block's time if this says that no block has one."""
         live = (self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
         keeps = self._keeps[live]
         timed = keeps[(keeps > 0) & (keeps < fmt.KEEP_PINNED)]

@@ -121,7 +121,7 @@ class ShardIndex:
             self._space.distrust()
 
     def unlisted_slots(self) -> npt.NDArray[np.intp]:
-        """Slots whose records must not tell of a block: nothing starts there, or what was taken
+        """Slots whose records must not describe a block: no block starts there, or it was taken
         out while it was leased."""
         states = self._tags & np.uint64(fmt.STATE_MASK)
         return np.flatnonzero((states == fmt.FREE) | (states == fmt.HELD))
@@ -155,9 +155,10 @@ class ShardIndex:
         return [-1 if entry < 0 else entry - first for entry in entries]
 
     def stamp(self) -> tuple[int, int]:
-        """Another one when a block of this shard may have been stored since; asked in a hold."""
-        # A holder that died after a block was in its chain, and before it was counted, makes the
-        # next one put the shard in order, which counts as cuts of chains.
+        """A value that differs if a block of this shard may have been stored in between. Within
+        `change`."""
+        # If a holder dies after a block entered its chain but before it was counted, the next one
+        # puts the shard in order, and that counts as cutting chains.
         return self._control.inserts, self._control.unlinks
 
     # --- room ------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ _WARN_SECONDS = 30.0
 
 
 class Doubts:
-    """Hashes of which it is not known yet whether what is stored under them may stay. Each is in
-    doubt as often as it was added and not removed. Any thread; `in` takes no lock."""
+    """Hashes whose stored blocks may have to go. A counted set: a hash is in doubt while it was
+    added more often than removed. Any thread; `in` takes no lock."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
