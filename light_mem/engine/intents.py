@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from light_mem.engine import removing
 from light_mem.index.format import MAX_INTENTS
 from light_mem.index.owners import Owner
 
@@ -66,5 +67,4 @@ class Intents:
         its lock. The caller must then `announce` those in hand."""
         for slot in self._words.get(shard, ()):
             if slot not in but and index.is_marked(slot, self._owner.number):
-                file.clear_records([slot])
-                index.give_back(slot)
+                removing.give_back(index, file, slot)

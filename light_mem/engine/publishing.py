@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
+from light_mem.engine import removing
 from light_mem.engine.base import Outcome
 from light_mem.engine.intents import Intents
 from light_mem.engine.write_job import Failures, Part
@@ -114,11 +115,11 @@ class Publisher:
                 elif (other := fresh.setdefault(pairs[at], at)) != at:  # twice in one batch
                     if written[other].nbytes != block.nbytes:  # the later one replaces it
                         fresh[pairs[at]], at = at, other
-                    self._withdraw(index, file, written[at].runs[0][0])
+                    removing.give_back(index, file, written[at].slot)
                     outcomes.append((at, Outcome.PRESENT))
             if index.stamp() != before:  # damage was met, and the shard put in order
                 for key, at in list(fresh.items()):
-                    if not index.is_marked(written[at].runs[0][0], self._owner.number):
+                    if not index.is_marked(written[at].slot, self._owner.number):
                         del fresh[key]
                         outcomes.append((at, Outcome.FAILED))
             if fresh:
@@ -149,14 +150,13 @@ class Publisher:
             for at, slot in zip(fresh, stored, strict=True):
                 block = written[at]
                 if slot >= 0 and is_present(index, slot, block.nbytes):
-                    self._withdraw(index, file, block.runs[0][0])
+                    removing.give_back(index, file, block.slot)
                     continue
                 if slot >= 0:  # expired, or of another length: with other settings, by another
                     if index.retention.is_pinned(slot):
                         pinned[at] = index.retention.slots_at(slot)
+                    removing.take_out(index, file, slot)
                     index.control["removals"] += 1
-                    index.remove(slot)
-                    file.clear_records([slot])
                 left.append(at)
             fresh, keys = left, part.job.keys.at(left)
         more = 0  # slots that are pinned as these are published
@@ -195,9 +195,3 @@ class Publisher:
 
     def _slots_of(self, block: Written) -> int:
         return self._engine.geometry.slots_of(block.nbytes)
-
-    @staticmethod
-    def _withdraw(index: ShardIndex, file: ShardFile, slot: int) -> None:
-        """Give back the slots of a block that is stored already."""
-        file.clear_records([slot])
-        index.give_back(slot)

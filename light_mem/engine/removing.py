@@ -21,10 +21,26 @@ from light_mem.index.keys import KeyArray
 
 if TYPE_CHECKING:
     from light_mem.engine.open_store import OpenStore
+    from light_mem.engine.shard_file import ShardFile
+    from light_mem.index.shard import ShardIndex
 
 log = logging.getLogger("light_mem")
 
 WRONG_SUM = "its bytes do not fit its checksum"  # the usual `problem` of `drop_damaged`
+
+
+def take_out(index: ShardIndex, file: ShardFile, slot: int) -> None:
+    """Take out the stored block at `slot`, in a change of its shard; the caller counts why."""
+    # First the index: whoever dies in between leaves a record that the next holder clears.
+    index.remove(slot)
+    file.clear_records([slot])
+
+
+def give_back(index: ShardIndex, file: ShardFile, slot: int) -> None:
+    """Free the slots of a block that was not published, in a change of its shard."""
+    # First the record: whoever dies in between leaves slots that an owner's intents still name.
+    file.clear_records([slot])
+    index.give_back(slot)
 
 
 def delete(engine: OpenStore, keys: KeyArray) -> int:
@@ -37,8 +53,7 @@ def delete(engine: OpenStore, keys: KeyArray) -> int:
                 slot = index.find(low, high)
                 if slot is not None:
                     expired = index.retention.has_expired(slot)
-                    index.remove(slot)
-                    file.clear_records([slot])
+                    take_out(index, file, slot)
                     index.control["removals"] += 1
                     deleted += not expired
     return deleted
@@ -81,8 +96,7 @@ def drop_damaged(
     try:
         with engine.change(shard, timeout) as (index, file):
             if engine.lookup.tag(shard * engine.geometry.slots + slot) == tag:
-                index.remove(slot)
-                file.clear_records([slot])
+                take_out(index, file, slot)
                 index.control["removals"] += 1
                 index.control["damaged"] += 1
     except LockTimeoutError as error:
@@ -116,8 +130,7 @@ def take_back(
                     engine.leases.forget(owner, shard, slot)
                 for slot in filled:
                     if index.is_marked(slot, owner):
-                        file.clear_records([slot])
-                        index.give_back(slot)
+                        give_back(index, file, slot)
         except (OSError, StoreFormatError) as error:
             settled = False
             tell = engine.limited.warning if timeout else log.debug

@@ -16,6 +16,7 @@ import numpy as np
 from light_mem.blocks import seconds, whole_number
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.opening import pinned_beyond
+from light_mem.engine.removing import take_out
 from light_mem.engine.store_room import room_for_another_size
 from light_mem.index import format as fmt
 from light_mem.index import retention
@@ -94,8 +95,7 @@ def _evict(engine: LocalStorageEngine, shard: int, slots: Ints, before: int) -> 
             if old or index.retention.has_expired(slot):
                 nbytes += int(entry["nbytes"])
                 removed += 1
-                index.remove(slot)
-                file.clear_records([slot])
+                take_out(index, file, slot)
         index.control["evictions"] += removed
     return removed, nbytes
 

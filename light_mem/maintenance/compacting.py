@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.engine.removing import take_out
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.slot_calls import problem_of
 from light_mem.errors import StoreBusyError
@@ -151,8 +152,7 @@ class _Compaction:
             self._gone += 1
             if victim.slot in self._leased:  # its slots would stay taken
                 continue
-            self._index.remove(victim.slot)
-            self._file.clear_records([victim.slot])
+            take_out(self._index, self._file, victim.slot)
             self._index.control["evictions"] += 1
             self._evicted.add(victim.slot)
             for start, length in _before(victim.runs, self._slots):
@@ -184,8 +184,7 @@ class _Compaction:
         moved = Written(low, high, checksum, nbytes, runs, written, keep)
         file.write_records([moved])
         index.publish([moved], [mix_one(low, high)], block.used)
-        index.remove(block.slot)
-        file.clear_records([block.slot])
+        take_out(index, file, block.slot)
         self._owner.withdraw(0)
         index.control["inserts"] -= 1  # it was stored before
         return True
@@ -197,8 +196,7 @@ class _Compaction:
         index.give_back(runs[0][0])
         for start, length in runs:
             self._free.add(start, length)
-        index.remove(block.slot)
-        self._file.clear_records([block.slot])
+        take_out(index, self._file, block.slot)
         self._owner.withdraw(0)
         index.control["removals"] += 1
         index.control["damaged"] += 1

@@ -15,6 +15,7 @@ import numpy as np
 from light_mem.closing import Closing
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.reindex import plan_shard, same_block
+from light_mem.engine.removing import take_out
 from light_mem.engine.shard_file import ShardFile
 from light_mem.engine.shard_header import data_path
 from light_mem.errors import LightMemError
@@ -117,10 +118,10 @@ class Repair(Closing):
 
     def _remove(self, index: ShardIndex, file: ShardFile, slot: int) -> None:
         # A record of another block may be right, where the entry is not.
-        is_its_record = same_block(index.entries[[slot]], file.records[[slot]])[0]
-        index.remove(slot)
-        if is_its_record:
-            file.clear_records([slot])
+        if same_block(index.entries[[slot]], file.records[[slot]])[0]:
+            take_out(index, file, slot)
+        else:
+            index.remove(slot)
         index.control["removals"] += 1
 
     def _list_again(self, index: ShardIndex) -> None:
