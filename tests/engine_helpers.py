@@ -20,11 +20,11 @@ from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
-from light_mem.index.keys import MixedKeys
+from light_mem.index.keys import Key, MixedKeys
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.recovery import occupied_runs, states_of
-from light_mem.index.shard import Allocation, Key, ShardIndex
+from light_mem.index.shard import Allocation, ShardIndex
 from light_mem.index.written import Written
 from tests.payload import block_bytes_of
 

@@ -25,7 +25,7 @@ from light_mem.errors import (
 )
 from light_mem.index import keys as keymath
 from light_mem.index.format import MAX_LEASES
-from light_mem.index.keys import KeyArray
+from light_mem.index.keys import Key, KeyArray
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 from light_mem.index.runs import Run, cut_at_runs
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from light_mem.index.shard import ShardIndex
 
 log = logging.getLogger("light_mem")
-
-Key = tuple[int, int]  # low, high
 
 
 def pin(engine: OpenStore, keys: KeyArray, expired: bool = False) -> int:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from light_mem.engine.shard_header import map_whole, slots_path
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
-from light_mem.index.recovery import crc_of, record_crcs, states_of
+from light_mem.index.format import crc_of
+from light_mem.index.recovery import record_crcs, states_of
 from light_mem.index.written import Written
 
 _KEEP_WORD = fmt.RECORD.fields["keep"][1] // 8  # type: ignore[index]  # of a record: keep and crc

@@ -9,9 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.index.format import CONTROL
-
-_WORD = (1 << 64) - 1
+from light_mem.index.format import CONTROL, WORD_MASK
 
 
 class _Number:
@@ -23,7 +21,7 @@ class _Number:
 
     def __set__(self, control: Control, value: int) -> None:
         # A damaged page may say less than what is taken from it: a word is all that is stored.
-        control.words[self._at] = value & _WORD
+        control.words[self._at] = value & WORD_MASK
 
 
 class Control:

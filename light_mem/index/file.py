@@ -22,7 +22,6 @@ from light_mem.index.room import allocate
 
 NAME = "index"
 _LOOKUPS_WORD, _HITS_WORD = (fmt.INDEX_HEADER.fields[f][1] // 8 for f in ("lookups", "hits"))  # type: ignore[index]
-_WORD = 2**64 - 1
 
 
 def boot_id() -> bytes:
@@ -140,8 +139,8 @@ class IndexFile:
     def count(self, lookups: int, hits: int) -> None:
         """Add to the statistics of look-ups; two processes at once may lose an addition."""
         words = self.words64  # damage may have left any number there
-        words[_LOOKUPS_WORD] = words[_LOOKUPS_WORD] + lookups & _WORD
-        words[_HITS_WORD] = words[_HITS_WORD] + hits & _WORD
+        words[_LOOKUPS_WORD] = words[_LOOKUPS_WORD] + lookups & fmt.WORD_MASK
+        words[_HITS_WORD] = words[_HITS_WORD] + hits & fmt.WORD_MASK
 
     def close(self) -> None:
         """Let go of the mapping once nobody holds an array over it."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 FORMAT_VERSION = 2
 INDEX_VERSION = 3  # of the index file alone: one of another version is made anew
@@ -30,7 +32,7 @@ OWNER_MASK = 0xFFFF
 GENERATION_SHIFT = 32
 GENERATION_MASK = 0xFFFFFFFF
 _BELOW_GENERATION = (1 << GENERATION_SHIFT) - 1
-_TAG_MASK = (1 << 64) - 1
+WORD_MASK = (1 << 64) - 1  # all bits of one number
 
 
 def make_tag(state: int, owner: int, generation: int) -> int:
@@ -40,12 +42,22 @@ def make_tag(state: int, owner: int, generation: int) -> int:
 
 def next_tag(tag: int, state: int, owner: int = 0) -> int:
     """The tag that follows upon `tag`: of the next generation."""
-    return (tag | _BELOW_GENERATION) + 1 & _TAG_MASK | owner << OWNER_SHIFT | state
+    return (tag | _BELOW_GENERATION) + 1 & WORD_MASK | owner << OWNER_SHIFT | state
 
 
 def live_tag(tag: int) -> int:
     """The tag of what was WRITING, once it is stored: of the same generation."""
     return tag & ~_BELOW_GENERATION | LIVE
+
+
+def state_of(tag: int) -> int:
+    """The state in a tag, also in one of an array."""
+    return int(tag) & STATE_MASK
+
+
+def states_of(tags: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The states in tags, of the same shape."""
+    return np.asarray(tags & np.uint64(STATE_MASK))
 
 
 # --- entry (index) and record (slots file), 64 bytes each: one cache line ------------------------
@@ -204,8 +216,11 @@ def slots_file_bytes(slots: int) -> int:
     return SHARD_HEADER_BYTES + RECORD.itemsize * slots
 
 
-def header_crc(header: np.ndarray, fields: tuple[str, ...]) -> int:
-    """Low half of xxh3-64 over the named fields, in their order on disk."""
-    import xxhash
+def crc_of(raw: bytes) -> int:
+    """What every `crc` holds: the low half of xxh3-64 over these bytes."""
+    return xxhash.xxh3_64_intdigest(raw) & 0xFFFFFFFF
 
-    return xxhash.xxh3_64_intdigest(b"".join(header[f].tobytes() for f in fields)) & 0xFFFFFFFF
+
+def header_crc(header: np.ndarray, fields: tuple[str, ...]) -> int:
+    """The crc over the named fields, in their order on disk."""
+    return crc_of(b"".join(header[f].tobytes() for f in fields))

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from light_mem.errors import InvalidArgumentError
+from light_mem.index.format import WORD_MASK
 
 HashValue: TypeAlias = "str | bytes | int"
+Key = tuple[int, int]  # low, high
 KeyArray: TypeAlias = "npt.NDArray[np.uint64]"
 U64Array: TypeAlias = "npt.NDArray[np.uint64]"
 
-_MASK = (1 << 64) - 1
 _PAIR = struct.Struct("<QQ")
 KEY_BYTES = _PAIR.size  # of `key_bytes`
 # Odd multipliers of the splitmix64 / MurmurHash3 finalisers (public domain): full avalanche, so
@@ -130,11 +131,11 @@ def _of_words(values: Sequence[int]) -> KeyArray | None:
 class MixedKeys(NamedTuple):
     """Keys of a batch with their `mix`: shard and bucket of each are asked for several times."""
 
-    pairs: list[tuple[int, int]]  # (low, high)
+    pairs: list[Key]
     mixed: list[int]
 
     @classmethod
-    def of(cls, keys: Iterable[tuple[int, int]], mixed: Sequence[int] | None = None) -> MixedKeys:
+    def of(cls, keys: Iterable[Key], mixed: Sequence[int] | None = None) -> MixedKeys:
         """From (low, high) pairs; `mixed`: their `mix_one`, where it is known. Raises ValueError
         when its length or its first number does not fit the keys: a block would be stored where
         nobody finds it."""
@@ -157,10 +158,10 @@ class MixedKeys(NamedTuple):
         return MixedKeys([self.pairs[at] for at in positions], [self.mixed[at] for at in positions])
 
 
-def as_key(value: HashValue) -> tuple[int, int]:
+def as_key(value: HashValue) -> Key:
     """(low, high) of one hash; raises InvalidArgumentError."""
     if type(value) is int and 0 <= value < 1 << 128:
-        return value & _MASK, value >> 64
+        return value & WORD_MASK, value >> 64
     raw = _one(value)
     return int.from_bytes(raw[8:], "big"), int.from_bytes(raw[:8], "big")
 
@@ -191,11 +192,11 @@ def mix(keys: KeyArray) -> U64Array:
 
 def mix_one(low: int, high: int) -> int:
     """`mix` for one key, in Python ints."""
-    x = low ^ (high * _M1 & _MASK)
+    x = low ^ (high * _M1 & WORD_MASK)
     x ^= x >> 30
-    x = x * _M2 & _MASK
+    x = x * _M2 & WORD_MASK
     x ^= x >> 27
-    x = x * _M3 & _MASK
+    x = x * _M3 & WORD_MASK
     return x ^ x >> 31
 
 

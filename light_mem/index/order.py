@@ -21,12 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from sortedcontainers import SortedList
 
-from light_mem.index.format import KEEP_PINNED, LIVE, STATE_MASK
+from light_mem.index.format import KEEP_PINNED, LIVE, STATE_MASK, states_of
 
 MIN_BATCH = 1024  # blocks sorted out at a time at least
 MAX_BATCH = 16384  # sorting more would hold the lock for longer than the scan itself
 BATCH_PART = 8  # ... and an eighth of all, so that the scan costs little a block
-_STATE = np.uint64(STATE_MASK)
 # A use up to this far in the future is a race with our clock reading, not a clock that was set
 # ahead.
 _AHEAD_NS = 10**9
@@ -112,7 +111,7 @@ class EvictionOrder:
         return used
 
     def _refill(self) -> bool:
-        states = np.asarray(self._tags) & _STATE
+        states = states_of(np.asarray(self._tags))
         live = np.flatnonzero((states == LIVE) & (np.asarray(self._keeps) < KEEP_PINNED))
         leased = self._leased()
         if leased:

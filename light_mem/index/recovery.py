@@ -27,7 +27,7 @@ _CRC_ROWS = 1024  # records at a time: what stays in a core's cache
 
 def states_of(table: Table) -> npt.NDArray[np.uint64]:
     """The state of each slot."""
-    return np.asarray(table["tag"] & np.uint64(fmt.STATE_MASK))
+    return fmt.states_of(table["tag"])
 
 
 def occupied_runs(table: Table) -> tuple[Ints, Ints]:
@@ -128,16 +128,11 @@ def link_chains(entries: Table, heads: npt.NDArray[np.uint32], buckets: int) -> 
     heads[:] = new_heads
 
 
-def crc_of(raw: bytes) -> int:
-    """The crc of a record whose bytes up to the crc these are."""
-    return xxhash.xxh3_64_intdigest(raw) & 0xFFFFFFFF
-
-
 def record_crcs(records: Table) -> list[int]:
     """The crc that each of a few records, RECORD [n], must carry."""
     raw = records.tobytes()
     size, end = fmt.RECORD.itemsize, fmt.RECORD_CRC_BYTES
-    return [crc_of(raw[at : at + end]) for at in range(0, len(raw), size)]
+    return [fmt.crc_of(raw[at : at + end]) for at in range(0, len(raw), size)]
 
 
 def crc_fits(records: Table) -> npt.NDArray[np.bool_]:

@@ -58,7 +58,7 @@ def expired(keeps: Keeps) -> npt.NDArray[np.bool_]:
 
 def pinned_among(entries: npt.NDArray[np.void], page_bytes: int) -> tuple[int, int]:
     """How many of the stored blocks among entries, ENTRY [n], are pinned, and their slots."""
-    live = (entries["tag"] & np.uint64(fmt.STATE_MASK)) == fmt.LIVE
+    live = fmt.states_of(entries["tag"]) == fmt.LIVE
     nbytes = entries["nbytes"][live & (entries["keep"] >= fmt.KEEP_PINNED)]
     return len(nbytes), int(slots_needed(nbytes.astype(np.int64), page_bytes).sum())
 
@@ -101,7 +101,7 @@ class Retention:
 
     def is_kept_by_lease(self, slot: int) -> bool:
         """Whether a leased block at `slot` keeps its slots, and is not among the `pinned`."""
-        state = int(self._tags[slot]) & fmt.STATE_MASK
+        state = fmt.state_of(self._tags[slot])
         return state == fmt.HELD or (state == fmt.LIVE and not self.is_pinned(slot))
 
     def has_expired(self, slot: int) -> bool:
@@ -140,7 +140,7 @@ class Retention:
 
     def uses(self, slot: int) -> None:
         """Count the listed block at `slot`, if there is one, as used now."""
-        if int(self._tags[slot]) & fmt.STATE_MASK == fmt.LIVE:
+        if fmt.state_of(self._tags[slot]) == fmt.LIVE:
             self._uses[slot] = time.time_ns()
 
     def arrives(self, slot: int) -> None:

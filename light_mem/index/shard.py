@@ -22,7 +22,7 @@ from light_mem.index.chains import Chains
 from light_mem.index.change import ShardChange, Within
 from light_mem.index.control import Control
 from light_mem.index.file import IndexFile
-from light_mem.index.keys import MixedKeys
+from light_mem.index.keys import Key, MixedKeys
 from light_mem.index.leases import ShardLeases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
@@ -33,8 +33,6 @@ from light_mem.index.retention import Retention
 from light_mem.index.runs import Run
 from light_mem.index.taking import Taking
 from light_mem.index.written import Written
-
-Key = tuple[int, int]  # low, high
 
 
 class ShardIndex:
@@ -123,7 +121,7 @@ class ShardIndex:
     def unlisted_slots(self) -> npt.NDArray[np.intp]:
         """Slots whose records must not describe a block: no block starts there, or it was taken
         out while it was leased."""
-        states = self._tags & np.uint64(fmt.STATE_MASK)
+        states = fmt.states_of(self._tags)
         return np.flatnonzero((states == fmt.FREE) | (states == fmt.HELD))
 
     def find(self, low: int, high: int) -> int | None:

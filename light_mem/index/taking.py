@@ -85,7 +85,7 @@ class Taking:
         """A lease on the block at `slot` ends; `leased` are those that go on. The slots are free
         when it has been taken out and that was the last one."""
         self._leases.forget()
-        if int(self._tags[slot]) & fmt.STATE_MASK == fmt.HELD and slot not in leased:
+        if fmt.state_of(self._tags[slot]) == fmt.HELD and slot not in leased:
             self.give_back(slot)
 
     def give_back(self, slot: int) -> None:
@@ -110,7 +110,7 @@ class Taking:
 
     def clear(self) -> list[int]:
         """Take out all stored blocks; returns their first slots. Blocks being written stay so."""
-        live = np.flatnonzero((self._tags & np.uint64(fmt.STATE_MASK)) == fmt.LIVE)
+        live = np.flatnonzero(fmt.states_of(self._tags) == fmt.LIVE)
         self._control.removals += int(live.size)
         slots: list[int] = live.tolist()
         self._unlist(slots)
@@ -130,13 +130,13 @@ class Taking:
         """Chains, counts and free space anew from the entries; what makes no sense is freed."""
         self._control.dirty = fmt.RELINKING  # before the first chain is touched
         sound = sound_blocks(self._entries, self._page_bytes)
-        wrong = (self._tags & np.uint64(fmt.STATE_MASK)) != fmt.FREE
+        wrong = fmt.states_of(self._tags) != fmt.FREE
         wrong[sound] = False
         self.free_tags(np.flatnonzero(wrong).tolist())
         self._leases.announce()  # a control page made anew does not know
         self._unlist(older_twins(self._entries))
         link_chains(self._entries, self._heads, len(self._heads))
-        states = self._tags & np.uint64(fmt.STATE_MASK)
+        states = fmt.states_of(self._tags)
         self._control.blocks = int(np.count_nonzero(states == fmt.LIVE))
         used = int(self._entries["run"][states != fmt.FREE].sum())
         used += sum(length for _, length in self._space.unmarked)

@@ -88,7 +88,7 @@ def _evict(engine: LocalStorageEngine, shard: int, slots: Ints, before: int) -> 
     with engine.change(shard) as (index, file):
         for slot in slots.tolist():
             entry = index.entries[slot]
-            if int(entry["tag"]) & fmt.STATE_MASK != fmt.LIVE or slot in index.leases.slots():
+            if fmt.state_of(entry["tag"]) != fmt.LIVE or slot in index.leases.slots():
                 continue
             # Whatever is stored there now: what counts is that nobody has used it for so long.
             old = int(index.uses[slot]) < before and not index.retention.is_pinned(slot)

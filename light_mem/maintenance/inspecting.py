@@ -148,7 +148,7 @@ def _report(part: Listed, records: Table, n: int) -> BlockReport:
     slot, entry = int(part.heads[n]), part.rows[n]
     record, runs = records[slot], part.runs(n)
     mine = all(int(record[n]) == int(entry[n]) for n in ("low", "high", "checksum"))
-    recorded = mine and int(record["tag"]) & fmt.STATE_MASK == fmt.LIVE
+    recorded = mine and fmt.state_of(record["tag"]) == fmt.LIVE
     expires = retention.expires_at(int(entry["keep"]))
     return BlockReport(
         key=keymath.key_text(int(entry["low"]), int(entry["high"])),

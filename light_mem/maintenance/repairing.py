@@ -94,8 +94,7 @@ class Repair(Closing):
         """Drop a block if it is still the one that was found damaged, and still is."""
         entry = index.entries[block.slot]
         key = keymath.key_text(int(entry["low"]), int(entry["high"]))
-        state = int(entry["tag"]) & fmt.STATE_MASK
-        if state != fmt.LIVE or key != block.key:
+        if fmt.state_of(entry["tag"]) != fmt.LIVE or key != block.key:
             return
         runs = self._engine.lookup.runs(index.shard, block.slot, int(entry["nbytes"]))
         if runs is not None:
@@ -166,7 +165,7 @@ class Repair(Closing):
             f for f in self._check(index, file).findings() if f.kind not in ("record", "stale")
         ]
         for finding in wrong:
-            state = int(index.entries["tag"][finding.slot]) & fmt.STATE_MASK
+            state = fmt.state_of(index.entries["tag"][finding.slot])
             if finding.kind == "leak" and state in (fmt.WRITING, fmt.HELD):
                 index.give_back(finding.slot)
             elif finding.kind in ("twin", "place") and state == fmt.LIVE:

@@ -210,7 +210,7 @@ class StructureCheck:
     def _part_fits(self, slots: Ints, heads: Ints, state: int) -> Bools:
         records, entries = as_words(self._s.records)[slots], as_words(self._entries)
         told = entries[heads]
-        fits = records[:, _TAG] & np.uint64(fmt.STATE_MASK) == state
+        fits = fmt.states_of(records[:, _TAG]) == state
         for word in _BLOCK:
             fits &= records[:, word] == told[:, word]
         fits &= records[:, _RUNS] == entries[slots, _RUNS]

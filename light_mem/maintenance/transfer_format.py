@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
+
+from light_mem.index.format import crc_of
 
 EXPORT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # the first has no `keep`: there its bytes are zeros
@@ -69,7 +70,7 @@ def padding(nbytes: int) -> int:
 def sealed(part: npt.NDArray[np.void]) -> bytes:
     """The bytes of one part, its crc filled in."""
     part["crc"] = 0
-    part["crc"] = _crc(part.tobytes())
+    part["crc"] = crc_of(part.tobytes())
     return part.tobytes()
 
 
@@ -80,8 +81,4 @@ def is_sealed(raw: bytes, dtype: np.dtype[np.void]) -> bool:
     part = np.frombuffer(raw[: dtype.itemsize], dtype).copy()
     found = int(part["crc"][0])
     part["crc"] = 0
-    return found == _crc(part.tobytes())
-
-
-def _crc(raw: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(raw) & 0xFFFFFFFF
+    return found == crc_of(part.tobytes())
