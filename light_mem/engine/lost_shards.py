@@ -108,15 +108,12 @@ def _describe(directory: Path, geometry: Geometry, shard: int, into: Geometry) -
             return None
         index, lookup = changed
         live = np.flatnonzero(states_of(index.entries) == fmt.LIVE)
-        names = ("low", "high", "checksum", "nbytes", "used", "keep")
-        columns = [index.entries[name][live].tolist() for name in names]
         blocks = []
-        for slot, low, high, checksum, nbytes, used, keep in zip(
-            live.tolist(), *columns, strict=True
-        ):
-            runs = lookup.runs(shard, slot, nbytes)
+        for slot in live.tolist():
+            entry = index.entries[slot]
+            runs = lookup.runs(shard, slot, int(entry["nbytes"]))
             if runs is not None and all(start + n <= into.slots for start, n in runs):
-                blocks.append(Written(low, high, checksum, nbytes, runs, used, keep))
+                blocks.append(Written.of(entry, runs))
         SlotRecords(directory, into, shard).write_records(blocks)
         return len(blocks)
 

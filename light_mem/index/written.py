@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from light_mem.index.runs import Run
+
+_FIELDS = ("low", "high", "checksum", "nbytes", "used", "keep")
 
 
 class Written(NamedTuple):
@@ -17,6 +21,12 @@ class Written(NamedTuple):
     runs: list[Run]
     used: int  # when it was stored, ns since 1970
     keep: int = 0  # time to live and pin, see `format.KEEP_PINNED`
+
+    @classmethod
+    def of(cls, entry: np.void, runs: list[Run]) -> Written:
+        """The block that an entry or a record describes, in these slots."""
+        low, high, checksum, nbytes, used, keep = (int(entry[name]) for name in _FIELDS)
+        return cls(low, high, checksum, nbytes, runs, used, keep)
 
     @property
     def slot(self) -> int:

@@ -31,7 +31,7 @@ from light_mem.index.runs import Run
 from light_mem.index.shard import ShardIndex
 from light_mem.index.written import Written
 from light_mem.maintenance.owners import Ownership, opened_meanwhile
-from light_mem.maintenance.store import blocks_in
+from light_mem.maintenance.store import blocks_in, runs_of
 
 BATCH_BYTES = 256 << 20  # moved in one hold of the shard's lock
 BATCH_BLOCKS = 1024
@@ -105,7 +105,7 @@ class _Compaction:
         run = index.entries["run"][heads].tolist()
         worth = worth_of(index.entries["keep"][heads]).tolist()
         blocks = [
-            _Block(much, when, slot, several.get(slot) or [(slot, length)])
+            _Block(much, when, slot, runs_of(several, slot, length))
             for much, when, slot, length in zip(worth, used, heads.tolist(), run, strict=True)
         ]
         behind = {b.slot for b in blocks if any(a + n > slots for a, n in b.runs)}
@@ -163,10 +163,8 @@ class _Compaction:
     def _move(self, block: _Block, runs: list[Run]) -> bool:
         """Move a block; False: it was lost, and is dropped. Raises OSError."""
         index, file = self._index, self._file
-        entry = index.entries[block.slot].copy()
-        names = ("low", "high", "checksum", "nbytes", "keep")
-        low, high, checksum, nbytes, keep = (int(entry[name]) for name in names)
-        written = int(file.records["used"][block.slot])
+        moved = Written.of(index.entries[block.slot], runs)
+        moved = moved._replace(used=int(file.records["used"][block.slot]))
         index.take(runs)
         self._owner.announce(0, (index.shard, runs[0][0]))
         index.mark(runs, self._owner.number)
@@ -179,22 +177,22 @@ class _Compaction:
             problem = problem_of(error)
             if problem is None:
                 raise
-            self._drop(block, runs, low, high, problem)
+            self._drop(block, moved, problem)
             return False
-        moved = Written(low, high, checksum, nbytes, runs, written, keep)
         file.write_records([moved])
-        index.publish([moved], [mix_one(low, high)], block.used)
+        index.publish([moved], [mix_one(moved.low, moved.high)], block.used)
         take_out(index, file, block.slot)
         self._owner.withdraw(0)
         index.control["inserts"] -= 1  # it was stored before
         return True
 
-    def _drop(self, block: _Block, runs: list[Run], low: int, high: int, problem: str) -> None:
+    def _drop(self, block: _Block, moved: Written, problem: str) -> None:
         """Drop a damaged block, and give back the slots that it was to be moved to."""
         index = self._index
-        log.warning("block %s is damaged: %s; it is dropped", key_text(low, high), problem)
-        index.give_back(runs[0][0])
-        for start, length in runs:
+        key = key_text(moved.low, moved.high)
+        log.warning("block %s is damaged: %s; it is dropped", key, problem)
+        index.give_back(moved.slot)
+        for start, length in moved.runs:
             self._free.add(start, length)
         take_out(index, self._file, block.slot)
         self._owner.withdraw(0)

@@ -29,7 +29,7 @@ from light_mem.index.shard import ShardIndex
 from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, listing, maps_index
 from light_mem.maintenance.report import OwnerReport, RebuildReport
-from light_mem.maintenance.store import Store, blocks_in
+from light_mem.maintenance.store import Store, blocks_in, runs_of
 
 log = logging.getLogger("light_mem")
 
@@ -127,7 +127,7 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
     new: list[list[Run]] = []
     wanted = np.zeros(len(entries), bool)
     for head in heads[~same].tolist():
-        runs = several.get(head) or [(head, int(plan["run"][head]))]
+        runs = runs_of(several, head, plan["run"][head])
         # A record may be there before its block is published: that is its writer's to do.
         if not any(writing[start : start + length].any() for start, length in runs):
             new.append(runs)
@@ -136,7 +136,7 @@ def _correct(store: Store, index: ShardIndex, file: ShardFile) -> tuple[int, int
     listed, theirs = blocks_in(entries, store.geometry.page_bytes)
     removed = 0
     for slot in listed.tolist():
-        runs = theirs.get(slot) or [(slot, int(entries["run"][slot]))]
+        runs = runs_of(theirs, slot, entries["run"][slot])
         if any(wanted[start : start + length].any() for start, length in runs):
             index.remove(slot)
             removed += 1

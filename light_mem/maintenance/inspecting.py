@@ -22,7 +22,7 @@ from light_mem.index.recovery import Table
 from light_mem.index.runs import Run
 from light_mem.maintenance.owners import Ownership
 from light_mem.maintenance.report import BlockReport, ShardReport, StoreReport
-from light_mem.maintenance.store import Store, as_words, blocks_in
+from light_mem.maintenance.store import Store, as_words, blocks_in, runs_of
 from light_mem.maintenance.verifying import unfinished_of
 
 COUNTERS = ("inserts", "evictions", "removals", "damaged")
@@ -108,7 +108,7 @@ class Listed(NamedTuple):
     def runs(self, n: int) -> list[Run]:
         """The runs of the n-th block."""
         slot = int(self.heads[n])
-        return self.several.get(slot) or [(slot, int(self.rows["run"][n]))]
+        return runs_of(self.several, slot, self.rows["run"][n])
 
 
 def listed(store: Store, keys: KeyArray | None = None) -> Iterator[Listed]:

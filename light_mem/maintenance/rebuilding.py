@@ -39,7 +39,7 @@ from light_mem.maintenance.in_place import rebuild_in_place
 from light_mem.maintenance.opening import OPEN_SECONDS
 from light_mem.maintenance.owners import Ownership, require_alone
 from light_mem.maintenance.report import RebuildReport
-from light_mem.maintenance.store import Store, blocks_in
+from light_mem.maintenance.store import Store, blocks_in, runs_of
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _keep_unrecorded(
             key = int(before["low"][head]), int(before["high"][head])
             if key in known:
                 continue  # the same key, elsewhere: nothing is lost
-            runs = several.get(head) or [(head, int(before["run"][head]))]
+            runs = runs_of(several, head, before["run"][head])
             free = all(a + n <= size and not taken[a : a + n].any() for a, n in runs)
             if not free or data.problem(block_at(before[head], head, runs, page_bytes)):
                 sums.lost += old.sound  # an index that is not is perhaps another store's
@@ -185,9 +185,7 @@ def _complete(store: Store, sums: _Sums) -> None:
         file = shard_file.ShardFile(store.directory, geometry, shard)
         try:
             for _, entry, runs in rows:
-                names = ("low", "high", "checksum", "nbytes", "used", "keep")
-                low, high, checksum, nbytes, used, keep = (int(entry[n][0]) for n in names)
-                file.write_records([Written(low, high, checksum, nbytes, runs, used, keep)])
+                file.write_records([Written.of(entry[0], runs)])
             file.sync()
         finally:
             file.close()

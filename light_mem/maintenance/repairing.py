@@ -31,7 +31,7 @@ from light_mem.maintenance.opening import open_tool
 from light_mem.maintenance.owners import named_by_owners
 from light_mem.maintenance.rebuilding import rebuild
 from light_mem.maintenance.report import DamagedBlock, Finding
-from light_mem.maintenance.store import Snapshot, Store, blocks_in
+from light_mem.maintenance.store import Snapshot, Store, blocks_in, runs_of
 from light_mem.maintenance.structure import StructureCheck
 
 log = logging.getLogger("light_mem")
@@ -140,7 +140,7 @@ class Repair(Closing):
         try:
             for slot in lost:
                 key = int(plan["low"][slot]), int(plan["high"][slot])
-                runs = several.get(slot) or [(slot, int(plan["run"][slot]))]
+                runs = runs_of(several, slot, plan["run"][slot])
                 if key in listed or index.find(*key) is not None:
                     continue
                 if any(taken[start : start + length].any() for start, length in runs):
@@ -175,9 +175,6 @@ class Repair(Closing):
 
     def _write_record(self, index: ShardIndex, file: ShardFile, slot: int) -> None:
         entry = index.entries[slot]
-        low, high, nbytes = int(entry["low"]), int(entry["high"]), int(entry["nbytes"])
-        runs = self._engine.lookup.runs(index.shard, slot, nbytes)
+        runs = self._engine.lookup.runs(index.shard, slot, int(entry["nbytes"]))
         if runs is not None:
-            used = int(entry["used"])
-            checksum, keep = int(entry["checksum"]), int(entry["keep"])
-            file.write_records([Written(low, high, checksum, nbytes, runs, used, keep)])
+            file.write_records([Written.of(entry, runs)])

@@ -251,3 +251,8 @@ def blocks_in(table: Table, page_bytes: int) -> tuple[recovery.Ints, dict[int, l
             several[head] = runs
     good = np.concatenate([heads[single], np.array(list(several), np.int64)])
     return np.sort(good), several
+
+
+def runs_of(several: dict[int, list[Run]], slot: int, run: int) -> list[Run]:
+    """The runs of a block at `slot` that `blocks_in` found; `run`: the length of its first one."""
+    return several.get(slot) or [(slot, int(run))]
