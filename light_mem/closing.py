@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -11,12 +12,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Closing:
+class Closing(ABC):
     """Closes itself at the end of a `with` block, however that is left."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what is held."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
