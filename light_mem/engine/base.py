@@ -63,6 +63,21 @@ def never(_: int) -> bool:
     return False
 
 
+class Job:
+    """A batch of blocks to move, their lengths in bytes (`nbytes`), and who is told of them."""
+
+    def __init__(self, batch: Sequence[BlockIO], report: Report, stop: Stop) -> None:
+        self.batch = batch
+        self.report = report
+        self.stop = stop
+        self.nbytes = [block.place.nbytes for block in batch]
+
+    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
+        """Tell the final outcome of blocks, if there are any."""
+        if positions:
+            self.report(positions, outcome)
+
+
 class StorageEngine(ABC):
     """A store of blocks by key. Several processes may each hold an engine on one store.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import xxhash
 
-from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.engine.base import BlockIO, Job, Report, Stop
 from light_mem.engine.device_reads import Ways
 from light_mem.index.lookup import Location, Lookup
 
@@ -15,11 +15,10 @@ from light_mem.index.lookup import Location, Lookup
 Copied = tuple[int, Location, "xxhash.xxh3_64 | None"]
 
 
-class ReadJob:
-    """A batch, and who is told of it.
+class ReadJob(Job):
+    """A batch to read.
 
-    nbytes    lengths of the blocks in bytes
-    entries   where the index lists them, -1: it does not
+    entries   where the index lists the blocks, -1: it does not
     located   where they lie; None: not listed, or listed with runs that make no sense
     order     positions in the batch, in the order of the files: how a device reads ahead
     ahead     the blocks to read, in the order in which they are read: position, and where
@@ -35,11 +34,8 @@ class ReadJob:
         stop: Stop,
         entries: list[int] | None = None,
     ) -> None:
-        self.batch = batch
-        self.report = report
-        self.stop = stop
+        super().__init__(batch, report, stop)
         keys = [block[:2] for block in batch]
-        self.nbytes = [block.place.nbytes for block in batch]
         self.entries, self.located = _look_up(lookup, keys, entries)
         self.order = sorted(range(len(batch)), key=self.entries.__getitem__)
         self.ahead: list[tuple[int, Location]] = []
@@ -55,11 +51,6 @@ class ReadJob:
         where = self.located[at]
         assert where is not None
         return where
-
-    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
-        """Tell the outcome of blocks, if there are any."""
-        if positions:
-            self.report(positions, outcome)
 
 
 def _look_up(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from light_mem.engine.base import BlockIO, Outcome, Report, Stop
+from light_mem.engine.base import BlockIO, Job, Outcome, Report, Stop
 from light_mem.index.description import Geometry
 from light_mem.index.keys import MixedKeys
 
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
     from light_mem.index.runs import Run
 
 
-class WriteJob:
-    """A batch, and who is told of it.
+class WriteJob(Job):
+    """A batch to write.
 
     keys      of the blocks
-    nbytes    their lengths in bytes
-    slots     ... and in slots
+    slots     their lengths in slots
     by_shard  positions in the batch of each shard's blocks
     by_calls  whether no mapped slot is to be touched
     """
@@ -37,20 +36,12 @@ class WriteJob:
         by_calls: bool = False,
     ) -> None:
         """`mixed`: the keys' `keys.mix`, where that is known."""
-        self.batch = batch
-        self.report = report
-        self.stop = stop
+        super().__init__(batch, report, stop)
         self.by_calls = by_calls
         self.keys = MixedKeys.of((block[:2] for block in batch), mixed)
-        self.nbytes = [block.place.nbytes for block in batch]
         slots_of = {nbytes: geometry.slots_of(nbytes) for nbytes in set(self.nbytes)}
         self.slots = [slots_of[nbytes] for nbytes in self.nbytes]
         self.by_shard = self.keys.by_shard(geometry.shards)
-
-    def settle(self, positions: Sequence[int], outcome: Outcome) -> None:
-        """Tell the final outcome of blocks, if there are any."""
-        if positions:
-            self.report(positions, outcome)
 
     def settle_each(self, outcomes: list[tuple[int, Outcome]]) -> None:
         """Tell the final outcomes of blocks, by position."""
