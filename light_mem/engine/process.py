@@ -12,6 +12,7 @@ from collections.abc import Callable
 from light_mem import descriptors
 from light_mem.errors import ForkedProcessError
 from light_mem.index.owners import process_start, start_in_proc
+from light_mem.index.proc_stat import stat_fields
 
 _LOOK_SECONDS = 0.5  # only where there are no pidfds
 
@@ -68,11 +69,9 @@ def is_shown(pid: int, started: float) -> bool:
     """Whether /proc shows this process running. It does so, and `is_alive` is false, for a process
     that is in no PID namespace of ours, below a /proc of another one."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
+        state = stat_fields(pid)[0]
     except OSError:
         return False
-    state = stat[stat.rindex(b")") + 2 :][:1]
     return state not in b"ZX" and process_start(pid) == started
 
 

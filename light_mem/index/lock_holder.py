@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from light_mem.index.proc_stat import stat_fields
+
 # States in /proc/<pid>/stat (proc(5)) in which a process lets go of nothing.
 _STATES = {
     b"T": ", which is stopped (SIGCONT lets it go on)",
@@ -36,13 +38,10 @@ def holder_of(path: str) -> tuple[int | None, str]:
 
 def _described(pid: int) -> tuple[int | None, str]:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
+        state = stat_fields(pid)[0]
     except OSError:
         # Another container's number, or of one who died and left its descriptor to a child.
         return None, ""
     if pid == os.getpid():
         return pid, f"held by pid {pid}, this process"
-    # The name before the state may hold spaces and parentheses.
-    state = stat[stat.rindex(b")") + 2 :][:1]
     return pid, f"held by pid {pid}" + _STATES.get(state, ", which is very slow")

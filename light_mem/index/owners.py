@@ -25,6 +25,7 @@ from light_mem.errors import StoreBusyError
 from light_mem.index import store_files
 from light_mem.index.format import MAX_OWNERS, OWNER, ShardSlot, named_slot, slot_word
 from light_mem.index.locks import RangeLock
+from light_mem.index.proc_stat import stat_fields
 from light_mem.index.room import allocate
 from light_mem.index.store_files import open_file
 
@@ -238,9 +239,7 @@ def process_start(pid: int) -> float:
 def start_in_proc(pid: int) -> float:
     """`process_start`, of a process that /proc shows; raises OSError for any other, and where no
     descriptors are left to look."""
-    stat = Path(f"/proc/{pid}/stat").read_bytes()
-    # starttime is field 22; the name before it may hold spaces and parentheses (proc(5)).
-    return int(stat[stat.rindex(b")") + 2 :].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return int(stat_fields(pid)[19]) / os.sysconf("SC_CLK_TCK")  # starttime, field 22
 
 
 def started_at(pid: int) -> float:
