@@ -14,9 +14,9 @@ from light_mem.engine.intents import MOST_BLOCKS
 from light_mem.engine.table_layout import INITIAL, READ, WRITE
 from light_mem.engine.task_table import TaskTable
 
-# Claimed at a time at most: enough to make what a batch costs (0.6 ms of a read, 1.3 of a write)
-# little beside its copies. Nobody waits for longer because of that: what comes later is behind all
-# that waits, and the last batches are small; and reads are done in the middle of a batch of writes.
+# Upper limit of a claim: large enough that the overhead of a batch (0.6 ms for reads, 1.3 ms for
+# writes) is small compared with its copies. It makes nobody wait longer: new blocks queue behind
+# all others anyway, the last batches are small, and reads are done in the middle of writes.
 BATCH_BYTES = {READ: 32 << 20, WRITE: 64 << 20}
 # At most this many blocks per claim: writes beyond it would need two more holds of the shard's lock
 # for a few blocks. (Blocks of 246 KB: twice as many are written no faster, half as many 4% slower.)
@@ -24,12 +24,12 @@ BATCH_BLOCKS = MOST_BLOCKS
 # If that much is waiting, claim at least this: a smaller batch costs more in overhead (300 us for a
 # read, 700 us for a write) than the rest gains by starting sooner.
 LEAST_BYTES = {READ: 1 << 20, WRITE: 4 << 20}
-# A worker looks for blocks of its own among so many a worker, two batches. Those of a worker that
-# is stopped or slow are passed over until others find nothing else among so many, and do them.
+# A worker looks for blocks of its own among the first AHEAD_BLOCKS x workers entries. Blocks of a
+# stopped or slow worker are skipped until others find nothing else there; then they do them.
 AHEAD_BLOCKS = 2 * BATCH_BLOCKS
-# ... but no more than these in all: 0.2 ms, with the queue's lock in hand.
+# ... but among no more than these: that takes 0.2 ms, with the queue's lock held.
 _MOST_AHEAD = 4096
-# From so many on numpy is faster: 0.2 to 0.3 us an entry in a loop.
+# Above this many entries numpy is faster than a loop, which takes 0.2 to 0.3 us per entry.
 _LOOP_ENTRIES = 1024
 
 

@@ -1,11 +1,11 @@
-"""Keeps the changes that one engine makes and its leaving apart.
+"""Makes sure that an engine changes nothing after it has left its store.
 
-Who leaves as the last one marks the index clean. A thread that waited for a shard's lock meanwhile
-must not change the shard after that, and a lease that it took would stand in a record that is not
-this process's any more. So a change is made between `enter` and `leave`, with the shard's lock in
-hand, and `shut` first refuses new ones, then waits for those that had begun.
+The last process to leave marks the index clean. A thread that was waiting for a shard's lock must
+not change the shard after that, nor take a lease: the owner's record may be another process's by
+then. So each change runs between `enter` and `leave`, with the shard's lock held; `shut` first
+refuses new changes, then waits for those that had begun.
 
-No lock in here: a finalizer may run in the middle of any step, in the thread that is at it.
+There is no lock in here, because a finalizer may run in the middle of any step, in the same thread.
 """
 
 from __future__ import annotations

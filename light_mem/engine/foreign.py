@@ -88,8 +88,8 @@ def _is_shard_file(path: Path) -> bool:
 
 
 def _is_index(path: Path) -> bool:
-    """An index gets its name whole, before there is a description: it is left by whoever could not
-    write that, or dies then. Which version it has does not matter."""
+    """True for an index of any version. It is renamed into place complete, before the description
+    is written, so it is what a process leaves that died or failed in between."""
     return _begins(path, len(fmt.INDEX_MAGIC)) == fmt.INDEX_MAGIC
 
 

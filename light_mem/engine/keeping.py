@@ -128,7 +128,7 @@ def _stored(index: ShardIndex, keys: list[Key], expired: bool = False) -> list[t
 
 
 class Leased(NamedTuple):
-    """A block whose slots nobody gets before `end_lease`."""
+    """A block whose slots are not reused before `end_lease`."""
 
     shard: int
     slot: int

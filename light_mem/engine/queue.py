@@ -52,8 +52,8 @@ class TaskQueue(QueueLock):
         self._turn = 0
         self._between = 0.0  # full batches of reads since the last one of writes was claimed
         self._chooser = Chooser(table)
-        # Where there are no more cores than workers the kernel has one of those that are woken run
-        # on this core at once, and whoever queues waits until it sleeps again: 3 ms of `create`.
+        # With no more cores than workers, the kernel runs a woken worker on this core at once, and
+        # the thread that queues is stopped until that worker sleeps again: 3 ms of `create`.
         self._has_cores = _cores() > int(table.header["workers"][0])
         self._states, self._workers = table.states.data, table.cells["worker"].data
 
@@ -70,7 +70,8 @@ class TaskQueue(QueueLock):
             self._append(cells, mode)
             publish()
             if bool(self._table.header["shutdown"][0]):
-                # Who shut down has not waited for this hold any longer: nobody does these blocks.
+                # The service was shut down without waiting for this hold to end: no worker will do
+                # these blocks.
                 self._abort_waiting(None)
             count = len(cells)
             if not self._has_cores:
@@ -263,8 +264,8 @@ class TaskQueue(QueueLock):
         return begun
 
     def tell_ready(self) -> None:
-        """Tell of, and count, the ready tasks that no worker has told of yet: none will, or one has
-        stored the last state and not come to telling."""
+        """Report and count ready tasks that no worker has reported: because there are no workers,
+        or because one has stored the last state but not reported it yet."""
         for row in self._table.active_rows():
             self._table.finish(row, 0)
 

@@ -1,8 +1,8 @@
 """When a dead worker's place is filled again.
 
-Who did something is replaced at once. A worker that dies again and again before it has done
+A worker that did something is replaced at once. One that dies again and again before it has done
 anything (a broken disk, no memory left, a library that crashes) would be started ten times a
-second for ever: such ones are replaced later and later.
+second forever, so the pause before its replacement grows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Callable
 
-FREE = 2  # so many in a row are replaced at once: the kernel's choice when memory is short
-FIRST_SECONDS = 0.2  # then so much later, and twice as much each time
-MOST_SECONDS = 10.0  # ... up to this: what was wrong may be mended, and a server waits for it
-LONG_SECONDS = 60.0  # a worker that lived for so long was not broken
-WANT_SECONDS = 5.0  # where no worker is well, want of memory or descriptors may last so long
+FREE = 2  # useless deaths in a row without a pause: the kernel may have killed for want of memory
+FIRST_SECONDS = 0.2  # the first pause; each further one is twice as long
+MOST_SECONDS = 10.0  # ... up to this: the cause may be repaired while a server waits
+LONG_SECONDS = 60.0  # a worker that lived this long was not broken
+WANT_SECONDS = 5.0  # how long a lack of memory or descriptors may last while no worker is well
 
 
 class Restarts:

@@ -90,8 +90,8 @@ class ShardMaking:
         """Give back the room that `make` has taken, for an opening that cannot go on. Nobody else
         has the files mapped, and nothing says yet that they have grown."""
         for path, size in self._grown:
-            with suppress(OSError):  # what it gives way to is said
-                if size is None:  # it is lost still, and mended as such by the next opening
+            with suppress(OSError):  # the error that ends the opening is the one to report
+                if size is None:  # still a lost file; the next opening repairs it as such
                     path.unlink()
                 else:
                     os.truncate(path, size)

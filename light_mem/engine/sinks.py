@@ -62,10 +62,10 @@ class FileSink:
     For slots that this process has not mapped yet: there a store to the mapping costs a page fault
     every 4 KiB, four times the copy on a fresh file.
 
-    What is put had better be mapped: a page of the KV memory that this process has not touched yet
-    stops the kernel's copy, which then fills what it had meant to write with zeros and starts again
-    there: half of the time of a first fill (Linux 6.18; perf: zero_user_segments). Whoever writes
-    many blocks touches them before (`first_touch`, `is_put_straight`).
+    The source should be mapped: at a page of the KV memory that this process has not touched yet
+    the kernel's copy stops, fills the rest of its target with zeros, and starts again there. That
+    took half the time of a first fill (Linux 6.18; perf: zero_user_segments). So the pages of a
+    batch are touched before (`first_touch`, `is_put_straight`).
     """
 
     by_calls = True

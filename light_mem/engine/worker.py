@@ -102,8 +102,8 @@ class Worker:
                 self._queue.wake_others()
 
     def _nobody_reads(self) -> bool:
-        """Whether no worker of the service has told of a read for QUIET_SECONDS, and none waits:
-        what is brought in is not to take the device from them."""
+        """Whether no worker of the service has reported a read for QUIET_SECONDS, and no read
+        waits: bringing in must not compete with reads for the device."""
         now, read = time.monotonic(), int(self._table.workers["read_ns"].sum())
         if read != self._read or self._table.depth(READ):
             self._read, self._read_at = read, now
@@ -131,17 +131,17 @@ class Worker:
         report = BatchReport(table, self._number, cells, records, self._stopwatch)
         stop = Aborted(table, records.row)
         entries = [listed - 1 for listed in records.listed]
-        # Of blocks that a dead worker had in hand any may have killed it: an unreadable page that
-        # is mapped does. By calls it is damage, and the others do not die with it once more.
+        # Any block that a dead worker was reading may have killed it, by an unreadable mapped page.
+        # Read by calls, such a page is an error of that block alone, and nothing dies again.
         by_calls = by_calls or any(records.attempts)
         self._engine.begin_read(self._blocks(records), report, stop, entries, by_calls)
 
     def _read_between(self, writes: BatchReport, by_calls: bool) -> None:
-        """In the middle of a batch of writes: do the reads that wait, up to two full batches, since
-        a user waits for them and for no write. What waits for a device is only begun: nobody waits
-        here, with slots in hand (but for a moment, to take a damaged block out); it is read once
-        the device has given it, or when the writes have ended, or before the rest of them waits for
-        a lock or for room."""
+        """In the middle of a batch of writes: do waiting reads, up to two full batches, since users
+        wait for reads but not for writes. Reads that need a device are only begun, because this
+        worker holds slots and must not wait (except briefly, to take out a damaged block). They are
+        completed when the device has delivered, when the writes have ended, or before the rest of
+        the writes waits for a lock or for room."""
         engine = self._engine
         if engine.has_begun_reads:
             if not engine.reads_have_landed:

@@ -131,7 +131,7 @@ class IndexFile:
             self.map.flush(0, fmt.BLOCK_ALIGN)
 
     def mark_clean(self) -> None:
-        """The last owner leaves: sync the file, then say so."""
+        """The last owner leaves: sync the file, then mark it clean."""
         self.map.flush()
         self.header["clean"][0] = 1
         self.map.flush(0, fmt.BLOCK_ALIGN)

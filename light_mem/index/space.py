@@ -16,8 +16,8 @@ from light_mem.index.runs import Run
 class FreeRuns:
     """Half-open runs `[start, start + length)` that do not touch each other.
 
-    A call that an exception ends (a signal's, no memory) leaves them in pieces: whoever goes on
-    makes them anew.
+    An exception in the middle of a call (a signal handler's, no memory) leaves them inconsistent:
+    the caller must then build them again.
     """
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
