@@ -12,7 +12,7 @@ import numpy as np
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
 
-MAGIC = b"LMTABLE6"
+MAGIC = b"LMTABLE7"
 NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
@@ -46,6 +46,9 @@ HEADER = np.dtype(
         ("restarts", "<u8"),  # workers replaced
         ("to_wake", "<u8"),  # workers that whoever queued has left to the one that it woke
         ("store", f"S{MAX_PATH_BYTES + 1}"),  # the store's directory
+        ("store_id", "S32"),
+        ("store_device", "<u8"),  # which directory that was when the server opened it
+        ("store_inode", "<u8"),
     ]
 )
 LANE = np.dtype(

@@ -31,6 +31,7 @@ from light_mem.engine.places import Bytes2D, Regions, Rows
 from light_mem.engine.program import die_with, name_process
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.settings import EngineSettings
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.engine.table_layout import READ, WORDS_PER_REGION, Cells
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LightMemError, LockTimeoutError
@@ -243,6 +244,7 @@ def main(config: dict[str, Any]) -> None:
             os.fsdecode(bytes(table.header["store"][0])),
             kind="worker",
             settings=EngineSettings(**config["engine"]),
+            expected=StoreIdentity.in_table(table.header),
         )
     except (LightMemError, OSError) as error:  # of the machine or the store, not of the program
         log.error("worker %d cannot %s: %s", number, doing, str(error))
