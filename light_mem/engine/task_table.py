@@ -34,6 +34,7 @@ from light_mem.engine.table_layout import (
     NAME,
     READ,
     ROW,
+    SERVER_GONE,
     WORKER,
     Cells,
     is_final,
@@ -177,8 +178,9 @@ class TaskTable(TableMemory):
 
     @property
     def orphaned(self) -> bool:
-        """Whether the server has died: nobody works on tasks any more. No system call."""
-        return self._server is not None and self._server.dead
+        """Whether the server is gone: nobody works on tasks any more. No system call."""
+        server = self._server
+        return server is not None and (server.dead or self._shutdown[0] == SERVER_GONE)
 
     @property
     def shutdown(self) -> bool:

@@ -221,8 +221,14 @@ def main(config: dict[str, Any]) -> None:
     # A Ctrl-C in the terminal goes to the whole group; the server decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     name_process(PROCESS_NAME)
+    table: TaskTable | None = None
+
+    def server_is_gone() -> None:
+        if table is not None:
+            table.tell_that_server_is_gone()
+
     try:
-        die_with(config["parent"])
+        die_with(config["parent"], sys.stderr.fileno(), server_is_gone)
     except ProcessLookupError:
         return
     _allow_descriptors()
