@@ -9,6 +9,7 @@ from typing import Any
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.engine.task_table import TableAddress, TaskTable
 from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout
@@ -93,7 +94,9 @@ class _Connection:
         self.session = Session.open(table, table.lock_path())
         try:
             self.engine = LocalStorageEngine(
-                os.fsdecode(bytes(table.header["store"][0])), kind="client"
+                os.fsdecode(bytes(table.header["store"][0])),
+                kind="client",
+                expected=StoreIdentity.in_table(table.header),
             )
         except BaseException:
             self.session.close()  # else its lane would be taken for as long as this process lives

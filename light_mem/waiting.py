@@ -31,8 +31,24 @@ def check_server(table: TaskTable) -> None:
     """Raise ServiceClosedError when the process that runs the workers is gone."""
     header = table.header
     pid, started = int(header["server_pid"][0]), float(header["server_started"][0])
-    if table.orphaned or (pid != os.getpid() and not is_alive(pid, started)):
+    if table.orphaned or (
+        pid != os.getpid() and (not is_alive(pid, started) or _has_let_go(table, pid))
+    ):
         raise server_is_gone(table)
+
+
+def _has_let_go(table: TaskTable, pid: int) -> bool:
+    """Whether a server that lives has its table open no longer: it has become another program,
+    which has its pid and start, or has closed the service."""
+    if table.path:
+        return False  # a file with a name, where there is no /proc
+    try:
+        there = os.stat(f"/proc/{pid}/fd/{int(table.header['server_fd'][0])}")
+        return not os.path.samestat(there, os.fstat(table.fd))
+    except FileNotFoundError:
+        return True
+    except OSError:  # nothing that this process could see
+        return False
 
 
 def server_is_gone(table: TaskTable) -> ServiceClosedError:

@@ -53,6 +53,25 @@ def read_header(path: Path) -> np.void | None:
             raw = file.read(fmt.SHARD_HEADER.itemsize)
     except FileNotFoundError:
         return None
+    return _header_in(raw, path)
+
+
+def require_header(path: Path, found: np.void | None, expected: bytes) -> None:
+    """Raise StoreFormatError where a file has the header of another store or shard. One that is
+    damaged (None) is nobody else's: a header is written whole, before its file grows."""
+    if found is None or found.tobytes() == expected:
+        return
+    raise StoreFormatError(
+        f"{path} belongs to another store or shard; nothing was changed",
+        path=str(path),
+        field="header",
+        found=bytes(found["store_id"]).hex(),
+        expected=bytes(np.frombuffer(expected, fmt.SHARD_HEADER)["store_id"][0]).hex(),
+    )
+
+
+def _header_in(raw: bytes, path: Path) -> np.void | None:
+    """The header that a file begins with; as `read_header`."""
     if len(raw) < fmt.SHARD_HEADER.itemsize:
         return None
     header = np.frombuffer(raw, fmt.SHARD_HEADER)
@@ -90,11 +109,15 @@ def holds_data(path: Path) -> bool:
         os.close(descriptor)
 
 
-def map_whole(path: Path, size: int) -> tuple[mmap.mmap, int]:
+def map_whole(path: Path, size: int, header: bytes) -> tuple[mmap.mmap, int]:
     """Map a shard's file, once it is whole; with its descriptor. Raises OSError; StoreFullError
-    when it was cut short and there is no room for what it lacks; StoreFormatError for a symlink."""
+    when it was cut short and there is no room for what it lacks; StoreFormatError for a symlink, or
+    the file of another store: a store may have been moved away, and another one been made in its
+    place, since this process opened it."""
     descriptor = store_files.open_file(path, os.O_RDWR)
     try:
+        # First: another store's file is not lengthened.
+        require_header(path, _header_in(os.pread(descriptor, len(header), 0), path), header)
         make_whole(descriptor, path, size)
         return mmap.mmap(descriptor, size), descriptor
     except BaseException:
