@@ -226,6 +226,17 @@ def test_an_exception_inside_a_change_leaves_a_shard_that_works(
     assert_consistent(local_of(rig)._index)
 
 
+def test_a_block_is_stored_in_its_own_length_alone(rig: Rig) -> None:
+    """What a dead worker has copied is Finished only if that very block is there."""
+    rig.write(Block(1, 2))
+    low, high = keymath.as_key(1)
+    engine = local_of(rig)
+    asked = [2 * PAGE + off for off in (-PAGE, -1, 0, 1, PAGE)]
+    assert [engine.is_stored(low, high, n) for n in asked] == [False, False, True, False, False]
+    assert not engine.is_stored(low + 1, high, 2 * PAGE)
+    assert not engine.is_stored(low, high + 1, 2 * PAGE)
+
+
 # --- several engines ------------------------------------------------------------------------------
 
 
