@@ -206,7 +206,10 @@ MAKE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", MAKE)
-def test_a_service_refuses_to_be_made(tmp_path: Path, case: str) -> None:
+def test_a_service_refuses_to_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     changes, error, text = MAKE[case]
     arguments: dict[str, Any] = {
         "file": tmp_path / "store",

@@ -232,8 +232,13 @@ def unread(store: Path, name: str, *arguments: str) -> int:
     ],
 )
 def test_wrong_arguments_are_exit_code_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # what would be the store where an empty path were none
     with pytest.raises(SystemExit) as error:
         cli.main(arguments)
     assert error.value.code == 2
