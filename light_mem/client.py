@@ -39,7 +39,7 @@ class CacheClient(CacheService):
     def __getattr__(self, name: str) -> Any:
         # Reached only while not connected: these come into being here.
         if name not in _CONNECTED:
-            raise AttributeError(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         with self._connect_guard:
             self._check_open()
             connection: _Connection | None = self.__dict__.get("_connection")
@@ -72,6 +72,10 @@ class CacheClient(CacheService):
         """Another client of the same service."""
         self._check_open()
         return CacheClient(self._address, self._create_timeout)
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""  # no look at the server: it may be gone
+        return f"<CacheClient of pid {self._address.pid}{state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheClient, (self._address, self._create_timeout)

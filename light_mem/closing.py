@@ -12,13 +12,18 @@ if TYPE_CHECKING:
 
 
 class Closing:
-    """Closes itself at the end of a `with` block, however that is left."""
+    """Closes itself at the end of a `with` block, however that is left; one that is closed enters
+    none."""
 
     def close(self) -> None:
         """Let go of what is held."""
         raise NotImplementedError
 
+    def _check_open(self) -> None:
+        """Raise ServiceClosedError when it is closed."""
+
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
