@@ -77,9 +77,7 @@ def import_store(
         elif storage_size is not None:
             check_new(directory, source.page_bytes, shards or 1, storage_size)
         elif not dry_run:
-            raise no_store(
-                Path(directory), "files of one", "; storage_size (--storage-size) makes one"
-            )
+            raise no_store(Path(directory), "files of one", "; --storage-size makes one")
         if dry_run:
             importing.check(directory)
         else:
