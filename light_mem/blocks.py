@@ -8,6 +8,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,12 @@ def store_path(value: object) -> Path:
         raise InvalidArgumentError(
             f"file is the path of a directory, not {reprlib.repr(value)}", file=value
         )
+    if os.fspath(value).startswith("~"):  # as `open`, nothing here expands it
+        raise InvalidArgumentError(
+            f"file begins with '~', which stands for nothing here: {reprlib.repr(value)}; expand "
+            "it with os.path.expanduser(), or name a directory of that name ./~",
+            file=os.fspath(value),
+        )
     path = Path(value).absolute()
     size = len(os.fsencode(path))
     if size > MAX_PATH_BYTES:
@@ -157,7 +164,13 @@ def parse_hashes(hash_values: Sequence[HashValue]) -> list[HashValue]:
 def array_of(name: str, pages: Any) -> npt.NDArray[Any]:
     """Page indices as an array of any shape and type; raises InvalidArgumentError."""
     try:
-        return np.asarray(pages.detach().cpu().numpy() if hasattr(pages, "detach") else pages)
+        found = np.asarray(pages.detach().cpu().numpy() if hasattr(pages, "detach") else pages)
+        if found.dtype.kind in "fO" and isinstance(pages, (list, tuple)):
+            # numpy makes floats of its ints of several widths, and objects of what is longer.
+            with suppress(TypeError):
+                if not any(map(is_bool, pages)):
+                    found = np.array([operator.index(page) for page in pages], np.int64)
+        return found
     except (ValueError, OverflowError, TypeError) as error:
         raise InvalidArgumentError(
             f"{name} are not page numbers: {error}", reason=str(error), **{name: pages}
@@ -176,9 +189,11 @@ def parse_pages(
     if pages.size == 0 and pages.ndim == 1:
         return np.empty(0, np.uint32)
     if pages.ndim != 1 or pages.dtype.kind not in "iu":
+        is_odd = pages.dtype.kind == "O"  # no array to numpy: a set, a generator, a list with None
+        found = reprlib.repr(page_indices) if is_odd else f"{pages.ndim}-dimensional {pages.dtype}"
         raise InvalidArgumentError(
             "page_indices is a one-dimensional list, array or tensor of whole numbers, not "
-            f"{pages.ndim}-dimensional {pages.dtype}",
+            f"{found}",
             dtype=str(pages.dtype),
             ndim=pages.ndim,
         )

@@ -20,6 +20,7 @@ from light_mem.commands import (
     transfer,
     verify,
 )
+from light_mem.commands.arguments import take_late_hashes
 from light_mem.commands.output import CLEAN, forget, guarded, speak_anyway
 from light_mem.index.format import FORMAT_VERSION
 
@@ -66,7 +67,13 @@ def run(
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in modules:
         module.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments, left = parser.parse_known_args(argv)
+    try:
+        left = take_late_hashes(arguments, left)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument HASH: {error}")
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     code = CLEAN  # of what goes on until nobody reads any more: `light-mem dump | head`
     try:
         code = guarded(arguments.name, lambda: arguments.command(arguments))

@@ -9,6 +9,7 @@ from typing import Any
 
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.process import fork_token
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.engine.task_table import TableAddress, TaskTable
 from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout
@@ -38,7 +39,7 @@ class CacheClient(CacheService):
     def __getattr__(self, name: str) -> Any:
         # Reached only while not connected: these come into being here.
         if name not in _CONNECTED:
-            raise AttributeError(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         with self._connect_guard:
             self._check_open()
             connection: _Connection | None = self.__dict__.get("_connection")
@@ -72,6 +73,10 @@ class CacheClient(CacheService):
         self._check_open()
         return CacheClient(self._address, self._create_timeout)
 
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""  # no look at the server: it may be gone
+        return f"<CacheClient of pid {self._address.pid}{state}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheClient, (self._address, self._create_timeout)
 
@@ -93,7 +98,9 @@ class _Connection:
         self.session = Session.open(table, table.lock_path())
         try:
             self.engine = LocalStorageEngine(
-                os.fsdecode(bytes(table.header["store"][0])), kind="client"
+                os.fsdecode(bytes(table.header["store"][0])),
+                kind="client",
+                expected=StoreIdentity.in_table(table.header),
             )
         except BaseException:
             self.session.close()  # else its lane would be taken for as long as this process lives

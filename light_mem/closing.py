@@ -13,13 +13,18 @@ if TYPE_CHECKING:
 
 
 class Closing(ABC):
-    """Closes itself at the end of a `with` block, however that is left."""
+    """Closes itself at the end of a `with` block, however that is left; one that is closed enters
+    none."""
 
     @abstractmethod
     def close(self) -> None:
         """Let go of what is held."""
 
+    def _check_open(self) -> None:  # noqa: B027 - tools that are used once need none
+        """Raise ServiceClosedError when it is closed."""
+
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

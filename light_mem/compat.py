@@ -155,6 +155,9 @@ class PyLocalCacheService(Closing):
             self._service.close()
             raise
 
+    def _check_open(self) -> None:
+        self._service.__enter__()
+
     @property
     def service(self) -> LocalCacheService:
         """The service behind this interface: `stats()`, `client()`, `delete()` and the rest."""

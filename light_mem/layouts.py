@@ -189,9 +189,10 @@ def parse_regions(regions: Any, hashes: int, memory_bytes: int, mode: int) -> Re
     wrong = (offsets < 0) | (lengths <= 0) | (lengths > memory_bytes - offsets)
     if wrong.any():
         offset, length = table[int(wrong.argmax())].tolist()
+        outside = f"is outside the KV tensor of {memory_bytes} bytes"
         raise PageIndexError(
-            f"the region of {length} bytes at {offset} is outside the KV tensor of "
-            f"{memory_bytes} bytes",
+            f"the region of {length} bytes at {offset} "
+            f"{outside if length > 0 else 'must have at least one byte'}",
             offset=offset,
             length=length,
             nbytes=memory_bytes,

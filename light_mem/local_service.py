@@ -163,6 +163,7 @@ class LocalCacheService(CacheService):
                 num_pages=s.num_pages,
                 pages_per_block=s.pages_per_block,
                 workers=s.num_workers,
+                identity=engine.identity,
             )
             undo.callback(table.close)
             self._session = Session.open(table, table.lock_path())

@@ -14,6 +14,7 @@ from light_mem.engine.opening import MAX_SHARDS, check_descriptors, check_sizes
 from light_mem.engine.settings import EngineSettings
 from light_mem.engine.table_layout import MAX_BLOCKS, MAX_WORKERS
 from light_mem.errors import InvalidArgumentError
+from light_mem.index.description import check_slots
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,7 @@ class ServiceSettings(NamedTuple):
         page_bytes, num_pages = blocks.tensor_sizes(kvcache)
         pages_per_block = blocks.pages_per_block(page_bytes)
         check_sizes(page_bytes, num_of_shard, storage_size, pages_per_block)
+        check_slots(storage_size, num_of_shard, page_bytes)
         check_descriptors(num_of_shard)
         # Where blocks are to leave the page cache, or to be on the device, workers see to that.
         keep = engine.page_cache == page_cache.KEEP

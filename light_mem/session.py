@@ -42,6 +42,7 @@ from light_mem.index.owners import process_start
 from light_mem.lane_room import LaneRoom, Room
 from light_mem.layouts import Layout
 from light_mem.task import CacheTask
+from light_mem.waiting import not_run
 
 _FULL_PAUSE = 0.001  # between two looks for room in a full table
 _LANE_SECONDS = 5.0  # for a worker to finish what a dead client had queued
@@ -204,10 +205,10 @@ class Session:
             if self.table.shutdown or self.table.orphaned:
                 raise ServiceClosedError("the service is closed or its server is gone")
             if is_late:
+                remedy = not_run(self.table) or "wait for tasks, or raise max_blocks"
                 raise TaskTableFullError(
                     f"no room for {count} blocks in the task table within {timeout:g} s: all "
-                    f"{sizes.cells} blocks or {sizes.rows} tasks are in use; wait for tasks, or "
-                    "raise max_blocks",
+                    f"{sizes.cells} blocks or {sizes.rows} tasks are in use; {remedy}",
                     blocks=count,
                     capacity=sizes.cells,
                     timeout=timeout,

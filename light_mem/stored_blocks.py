@@ -102,10 +102,10 @@ class StoredBlocks(Closing):
         self._count_lookups(len(keys), length)
         return length
 
-    def touch(self, hashes: Sequence[HashValue]) -> None:
+    def touch(self, hashes: HashValue | Sequence[HashValue]) -> None:
         """Count hashes as used for eviction, those that are stored; no look-up in `stats()`."""
         self._check()
-        self._engine.find(keymath.as_keys(blocks.parse_hashes(hashes)))
+        self._engine.find(_keys(hashes))
 
     def _lengths(self, pages: object, hashes: int) -> npt.NDArray[np.int64] | None:
         """Bytes of each block that has so many pages; None: of any length."""

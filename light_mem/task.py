@@ -206,7 +206,7 @@ class CacheTask:
                     return False
             table.futex.wait(table.row_word(self._row), seen, left)
             if not self.ready():
-                check_server(table)
+                check_server(table, int(table.rows["created"][self._row]))
 
     def __await__(self) -> Generator[Any, None, CacheTask]:
         """Wait without blocking the event loop; the result is the task itself."""

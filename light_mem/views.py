@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from light_mem.closing import Closing
 from light_mem.engine.process import fork_token
-from light_mem.errors import ServiceClosedError
+from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.runs import cut_at_runs
 
 if TYPE_CHECKING:
@@ -71,10 +71,23 @@ class BlockView(Closing):
         """
         import torch
 
-        if self._memory is None:
-            raise ServiceClosedError("the view is closed")
-        flat = torch.frombuffer(self._memory.buffer(), dtype=torch.uint8)
+        flat = torch.frombuffer(self._opened().buffer(), dtype=torch.uint8)
         return flat if self.nbytes % self._page_bytes else flat.view(-1, self._page_bytes)
+
+    def _opened(self) -> _Memory:
+        memory = self._memory
+        if memory is None:
+            raise ServiceClosedError("the view is closed")
+        return memory
+
+    def _check_open(self) -> None:
+        self._opened()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise InvalidArgumentError(
+            "a BlockView stays in its process, as its lease does: view the block there, through "
+            "service.client()"
+        )
 
     def close(self) -> None:
         """End the lease; calling it again, or in a forked child, does nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,11 @@ from light_mem.errors import ServiceClosedError, TaskExpiredError
 
 # How often a waiter looks whether the server still lives.
 LIVENESS_SECONDS = 0.5
+NO_RUN_SECONDS = 10.0  # so long a wait for workers that were never started is a mistake
+
+log = logging.getLogger("light_mem")
+
+_told: weakref.WeakSet[TaskTable] = weakref.WeakSet()  # the tables of services without run()
 
 
 class Task(Protocol):
@@ -27,12 +33,40 @@ class Task(Protocol):
         """Whether it is; raises TaskExpiredError, ServiceClosedError."""
 
 
-def check_server(table: TaskTable) -> None:
-    """Raise ServiceClosedError when the process that runs the workers is gone."""
+def check_server(table: TaskTable, since: int | None = None) -> None:
+    """Raise ServiceClosedError when the process that runs the workers is gone; warn, once a table,
+    when somebody has waited long `since` then (monotonic ns), and workers were never started."""
     header = table.header
     pid, started = int(header["server_pid"][0]), float(header["server_started"][0])
-    if table.orphaned or (pid != os.getpid() and not is_alive(pid, started)):
+    if table.orphaned or (
+        pid != os.getpid() and (not is_alive(pid, started) or _has_let_go(table, pid))
+    ):
         raise server_is_gone(table)
+    if since is None or time.monotonic_ns() - since < NO_RUN_SECONDS * 1e9 or table in _told:
+        return
+    if why := not_run(table):
+        _told.add(table)
+        log.warning("a task has waited for %g s: %s", NO_RUN_SECONDS, why)
+
+
+def not_run(table: TaskTable) -> str:
+    """Why nobody does any task, where no worker was ever ready; "": one was."""
+    pids = table.workers["pid"][1 : int(table.header["workers"][0]) + 1]
+    return "" if pids.any() else "run() has not been called, or has not returned"
+
+
+def _has_let_go(table: TaskTable, pid: int) -> bool:
+    """Whether a server that lives has its table open no longer: it has become another program,
+    which has its pid and start, or has closed the service."""
+    if table.path:
+        return False  # a file with a name, where there is no /proc
+    try:
+        there = os.stat(f"/proc/{pid}/fd/{int(table.header['server_fd'][0])}")
+        return not os.path.samestat(there, os.fstat(table.fd))
+    except FileNotFoundError:
+        return True
+    except OSError:  # nothing that this process could see
+        return False
 
 
 def server_is_gone(table: TaskTable) -> ServiceClosedError:
@@ -59,6 +93,7 @@ class Notifier:
         self._waiting: dict[int, Waiting] = {}
         self._running = False
         self._looked = 0.0  # when the server was last seen alive
+        self._began = 0  # when somebody began to wait, after nobody had
 
     def add(self, waiting: Waiting) -> None:
         """Tell this one too; raises RuntimeError when there is no thread to be had."""
@@ -71,7 +106,7 @@ class Notifier:
                 except RuntimeError:  # no more threads: the next one to wait tries again
                     del self._waiting[number]
                     raise
-                self._running = True
+                self._running, self._began = True, time.monotonic_ns()
         # The thread reads the word that it sleeps on before it looks who waits: a task that gets
         # ready after this line wakes it, one that is ready by now may have done so too early.
         outcome = outcome_of(waiting.task)
@@ -120,7 +155,7 @@ class Notifier:
             return None
         self._looked = now
         try:
-            check_server(table)
+            check_server(table, self._began)
         except ServiceClosedError as error:
             return error
         return None

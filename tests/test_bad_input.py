@@ -42,7 +42,17 @@ CREATE: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "page behind the end": ("w", ["a"], [PAGES], IndexError, f"page {PAGES}"),
     "page far behind the end": ("r", ["a", "b"], [0, 2**40], IndexError, str(2**40)),
     "page of uint64": ("r", ["a"], np.array([2**63], np.uint64), IndexError, str(2**63)),
-    "page beyond 64 bits": ("w", ["a"], [2**64], ValueError, "whole numbers"),
+    "page beyond 64 bits": ("w", ["a"], [2**64], ValueError, "not page numbers.*int"),
+    "pages are a set": ("w", ["a"], {1, 2}, ValueError, r"not \{1, 2\}"),
+    "pages are a generator": ("w", ["a"], (n for n in [1]), ValueError, "not <generator"),
+    "bools among pages": ("w", ["a"] * 2, [True, None], ValueError, r"not \[True, None\]"),
+    "mixed page behind the end": (
+        "w",
+        ["a"] * 2,
+        [np.int32(1), np.uint64(PAGES)],
+        IndexError,
+        f"page {PAGES}",
+    ),
     "float page": ("w", ["a"], [0.0], ValueError, "whole numbers"),
     "float array": ("w", ["a"], np.zeros(1), ValueError, "float64"),
     "float tensor": ("w", ["a"], torch.zeros(1), ValueError, "float32"),
@@ -54,7 +64,7 @@ CREATE: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "0-D tensor": ("w", ["a"], torch.tensor(0), ValueError, "0-dimensional"),
     "ragged pages": ("w", ["a"], [[0], [1, 2]], ValueError, "page"),
     "page is None": ("w", ["a"], [None], ValueError, "whole numbers"),
-    "pages are None": ("w", ["a"], None, ValueError, "0-dimensional"),
+    "pages are None": ("w", ["a"], None, ValueError, "not None"),
     "pages are a str": ("w", ["a"], "0", ValueError, "0-dimensional"),
     "pages are strs": ("w", ["a"], ["0"], ValueError, "whole numbers"),
     "a page read into twice": ("r", ["a", "b", "c"], [3, 4, 3], ValueError, "page 3"),
@@ -98,6 +108,14 @@ def test_the_service_works_after_all_of_it(running: Rig) -> None:
     assert running.holds("good", [8])
 
 
+def test_pages_may_be_ints_of_several_widths(running: Rig) -> None:
+    running.write(["wide", "wider"], [3, 4])
+    task = running.service.create("r", ["wide", "wider"], [np.int32(8), np.uint64(9)])
+    assert task.wait(20)  # floats, to numpy
+    assert [block.pages for block in task.blocks] == [(8,), (9,)]
+    assert running.holds("wider", [9])
+
+
 def test_a_page_may_be_written_twice(running: Rig) -> None:
     running.fill("same", [3])
     task = running.service.create("w", ["one", "two"], [3, 3])
@@ -123,6 +141,14 @@ def test_look_ups_refuse_what_is_no_hash(running: Rig, bad: Any) -> None:
         service.active_create_count("rw")
 
 
+def test_one_hash_is_as_a_list_of_it(running: Rig) -> None:
+    running.write(["one"], [0])
+    service = running.service
+    service.touch("one")
+    calls = (service.query, service.pin, service.unpin, service.delete)
+    assert [call("one") for call in calls] == [True, 1, 1, 1]
+
+
 def tensor(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.uint8)
 
@@ -144,6 +170,12 @@ MAKE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         str(2 * 64 * 4096),  # what is needed
     ),
+    "more slots than there are numbers": (
+        {"storage_size": 2**60, "num_of_shard": 2},
+        ValueError,
+        f"2 shards of pages of 4096 bytes hold at most {2 * (2**31 - 2) * 4096} bytes; use more",
+    ),
+    "a home that nobody expands": ({"file": "~/store"}, ValueError, "os.path.expanduser"),
     "unknown durability": ({"durability": "disk"}, ValueError, "durability"),
     "unknown page_cache": ({"page_cache": "drops"}, ValueError, "page_cache.*drops"),
     "page_cache is no bool": ({"page_cache": True}, ValueError, "page_cache"),
@@ -174,7 +206,10 @@ MAKE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", MAKE)
-def test_a_service_refuses_to_be_made(tmp_path: Path, case: str) -> None:
+def test_a_service_refuses_to_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     changes, error, text = MAKE[case]
     arguments: dict[str, Any] = {
         "file": tmp_path / "store",

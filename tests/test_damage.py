@@ -12,7 +12,7 @@ import pytest
 
 from light_mem.engine import local, writing
 from light_mem.engine.base import Outcome
-from light_mem.errors import LightMemError
+from light_mem.errors import LightMemError, StoreFormatError
 from light_mem.index import format as fmt
 from tests.engine_helpers import Block, Rig, open_local
 
@@ -181,3 +181,36 @@ def test_a_file_of_another_store_never_gives_wrong_bytes(
         look(store)
     except LightMemError:
         assert contents(store) == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("shard-000.data", "shard-001.data"),
+        ("shard-000.slots", "shard-001.slots"),
+        ("shard-001.data", "shard-001.slots"),
+    ],
+)
+def test_files_of_a_store_that_were_exchanged_are_an_error_that_changes_nothing(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    """They are of this store, and so of its size and version; but not of this shard, or kind."""
+    store = tmp_path / "store"
+    rig = Rig(open_local(store, PAGES, shards=2, block_pages=4))
+    assert all(o[-1] is Outcome.STORED for o in rig.write(*BLOCKS))
+    rig.engine.close()
+
+    def exchange() -> None:
+        (store / one).rename(tmp_path / "moved")
+        (store / other).rename(store / one)
+        (tmp_path / "moved").rename(store / other)
+
+    exchange()
+    before = contents(store)
+    with pytest.raises(StoreFormatError, match="belongs to another store or shard"):
+        open_local(store, PAGES, shards=2, block_pages=4)
+    assert contents(store) == before
+    exchange()
+    rig = Rig(open_local(store, PAGES, shards=2, block_pages=4))
+    assert rig.read(*BLOCKS) == [Outcome.LOADED] * len(BLOCKS)
+    rig.engine.close()

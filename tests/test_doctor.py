@@ -216,6 +216,8 @@ def test_a_failure_is_exit_code_1(
 
 def test_what_is_no_directory_is_exit_code_2(tmp_path: Path, command: Command) -> None:
     (tmp_path / "file").write_text("text")
-    assert command("doctor", tmp_path / "file") == 2
-    assert command.out == ""
-    assert "light-mem doctor: " in command.err
+    (tmp_path / "link").symlink_to("nothing")
+    for name in ("file", "link", "link/below"):
+        assert command("doctor", tmp_path / name) == 2
+        assert command.out == ""
+        assert f"{name.partition('/')[0]}'" in command.err

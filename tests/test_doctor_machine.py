@@ -102,6 +102,11 @@ def test_tensors_of_dead_processes_are_leftovers(machine: Machine) -> None:
     assert found.found == "2 torch_* of dead processes, 6.0 MiB"
 
 
+def test_a_kernel_that_does_not_say_is_not_believed_to_have_none(machine: Machine) -> None:
+    for check in (memory.memory, memory.swap, memory.huge_pages):
+        assert check(machine)[1:] == (OK, "the kernel does not say", "")
+
+
 def test_memory_and_swap(machine: Machine) -> None:
     meminfo(machine, MemTotal=64, MemAvailable=32, SwapTotal=0, SwapFree=0)
     assert status(memory.memory(machine)) == status(memory.swap(machine)) == OK

@@ -156,6 +156,39 @@ def test_one_failure_does_not_slow_what_is_written_to_other_shards(
     let_go(engine, rig)
 
 
+def test_slots_that_cannot_be_given_back_at_the_close_are_by_who_opens_the_store_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The record of who was filling them stays, as that of a dead process."""
+    engine = open_local(tmp_path / "store", 4)
+    other = open_local(tmp_path / "store", 4)
+    change = engine._open.change
+
+    def refuse(shard: int, timeout: float) -> AbstractContextManager[Any]:
+        if being_written(engine):
+            raise LockTimeoutError("stopped", path=str(shard), timeout=timeout)
+        return change(shard, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._open, "change", refuse)
+        told = Rig(engine).write(*map(Block, range(3)))
+        assert told == [(Outcome.COPIED, Outcome.FAILED)] * 3
+        left = announced(engine)
+        assert len(left) == 3
+        engine.close()
+    assert "is left with slots of failed writes" in caplog.text
+    assert other.owners() == []
+    assert being_written(other) == left
+    other.close()
+    let_go(engine, other)
+    engine = open_local(tmp_path / "store", 4)
+    assert not being_written(engine)
+    assert engine.stats()["used_slots"] == 0
+    assert Rig(engine).write(*map(Block, range(4))) == [COPIED_AND_STORED] * 4
+    engine.close()
+    let_go(engine)
+
+
 @pytest.mark.parametrize("drops", [False, True])
 def test_a_full_device_leaves_no_slot_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drops: bool

@@ -122,10 +122,14 @@ def test_a_tensor_over_two_objects_is_refused(shm_path: Path) -> None:
         share_tensor(over(memory))
 
 
-@pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (-1, 5), (1.5, 2), ("1", 2)])
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (-1, 5), (1.5, 2), ("1", 2), (True, 2)])
 def test_sizes_that_are_not_positive_integers_are_refused(sizes: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="positive integer"):
         allocate_kvcache(*sizes)
+
+
+def test_sizes_may_be_integers_of_numpy() -> None:
+    assert allocate_kvcache(np.int64(3), np.uint16(4096)).shape == (3, 4096)  # type: ignore[arg-type]
 
 
 # Room

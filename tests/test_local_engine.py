@@ -14,7 +14,7 @@ from light_mem.engine import writing
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.shard_file import ShardFile
-from light_mem.errors import InvalidArgumentError, LockTimeoutError
+from light_mem.errors import LockTimeoutError
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index.locks import PathLock, lock_path
@@ -22,7 +22,6 @@ from light_mem.index.recovery import states_of
 from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, assert_consistent, open_local
 from tests.local_rig import PAGES, another, local_of, rig, states
-from tests.memory_engine import MemoryStorageEngine
 
 __all__ = ["rig"]  # fixtures
 
@@ -227,6 +226,17 @@ def test_an_exception_inside_a_change_leaves_a_shard_that_works(
     assert_consistent(local_of(rig)._index)
 
 
+def test_a_block_is_stored_in_its_own_length_alone(rig: Rig) -> None:
+    """What a dead worker has copied is Finished only if that very block is there."""
+    rig.write(Block(1, 2))
+    low, high = keymath.as_key(1)
+    engine = local_of(rig)
+    asked = [2 * PAGE + off for off in (-PAGE, -1, 0, 1, PAGE)]
+    assert [engine.is_stored(low, high, n) for n in asked] == [False, False, True, False, False]
+    assert not engine.is_stored(low + 1, high, 2 * PAGE)
+    assert not engine.is_stored(low, high + 1, 2 * PAGE)
+
+
 # --- several engines ------------------------------------------------------------------------------
 
 
@@ -243,9 +253,3 @@ def test_two_engines_of_one_process_see_each_others_blocks(rig: Rig, tmp_path: P
         assert other.read(Block(3, 4)) == [Outcome.MISSING]
         assert [o.kind for o in engine.owners()] == ["server"]
     assert rig.read(Block(1, 2)) == [Outcome.LOADED]
-
-
-def test_an_engine_in_memory_needs_room_for_a_page() -> None:
-    for sizes in ((0, 1), (1, 0), (-1, 5)):
-        with pytest.raises(InvalidArgumentError):
-            MemoryStorageEngine(*sizes)

@@ -39,6 +39,13 @@ COMMANDS = {  # and what they need to run on a store
     "clear": [],
     "evict": ["--older-than", "1w"],
 }
+WRONG = {  # what is no store, and what is said of it
+    "nothing": "it does not exist",
+    "a file": "it is no directory",
+    "a link": "it is a symlink that leads to no directory",
+    "an empty directory": "it is empty",
+    "other files": "it lacks ",
+}
 OPERATORS = ["stats", "top", "metrics", "doctor"]  # tests of their own
 
 
@@ -128,7 +135,7 @@ def test_every_command_speaks_json(store: Path, command: Command, name: str) -> 
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("what", ["nothing", "a file", "an empty directory", "other files"])
+@pytest.mark.parametrize("what", WRONG)
 def test_what_is_no_store_is_exit_code_2_and_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, name: str, what: str
 ) -> None:
@@ -138,6 +145,8 @@ def test_what_is_no_store_is_exit_code_2_and_stays(
     target = tmp_path / "target"
     if what == "a file":
         target.write_text("text")
+    elif what == "a link":
+        target.symlink_to("nowhere")
     elif what != "nothing":
         target.mkdir()
     if what == "other files":
@@ -146,7 +155,8 @@ def test_what_is_no_store_is_exit_code_2_and_stays(
     before = files(tmp_path)
     more = ["--overwrite"] if name == "export" else []
     assert command(name, target, *COMMANDS[name], *more) == 2
-    assert f"light-mem {name}: " in command.err
+    assert f"light-mem {name}: {target} holds no store: {WRONG[what]}" in command.err
+    assert ("--storage-size" in command.err) == (name == "import")
     assert command.out == ""
     assert files(tmp_path) == before
 
@@ -197,12 +207,62 @@ def unread(store: Path, name: str, *arguments: str) -> int:
     return done.returncode
 
 
-def test_wrong_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["nonsense"], ["resize", "x"], ["verify", "x", "--jobs", "0"]):
-        with pytest.raises(SystemExit) as error:
-            cli.main(arguments)
-        assert error.value.code == 2
-    capsys.readouterr()
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["resize", "x"], "--storage-size"),
+        (["verify", "x", "--jobs", "0"], "above 0"),
+        (["dump", "x", "--json", "a", "b"], "unrecognized arguments: a b"),
+        (["dump", "x", "a", "--json", "b"], "unrecognized arguments: b"),
+        (["export", "x", "y", "--json", "a", "--jsn"], "unrecognized arguments: a --jsn"),
+        (["export", "x", "y", "--json", "int:z"], "argument HASH: no hash: 'int:z'"),
+        (["verify", "x", "--json", "a"], "unrecognized arguments: a"),
+        # Of a variable that is not set: the current directory may be a store.
+        *[([name, "", *COMMANDS[name]], "argument STORE: it is empty") for name in COMMANDS],
+        *[([name, ""], "argument STORE: it is empty") for name in ("stats", "top", "metrics")],
+        (["doctor", ""], "argument DIR: it is empty"),
+        (["demo", "--store", ""], "argument --store: it is empty"),
+        (["export", "x", ""], "argument FILE: it is empty"),
+        (["export", "x", "-"], "'-' does not stand for"),
+        (["export", "x", "y", "--hashes", "-"], "'-' does not stand for"),
+        (["import", "x", "-"], "'-' does not stand for"),
+        (["dump", "x", "a", "--output", "-"], "'-' does not stand for"),
+    ],
+)
+def test_wrong_arguments_are_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what would be the store where an empty path were none
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_hashes_may_stand_behind_options(store: Path, command: Command) -> None:
+    assert (
+        command("export", store, "x.lmx", "int:1", "--dry-run", "int:2", "--json", "--", "-") == 1
+    )
+    assert len(json.loads(command.out)["missing"]) == 3
+    one = f"int:{BLOCKS[0].key}"
+    assert command.json("dump", store, one)[0] == 0
+    shown = command.out
+    for words in (["--json", one], ["--json", "--", one]):
+        assert command("dump", store, *words) == 0
+        assert command.out == shown
+
+
+def test_no_line_ends_with_blanks(store: Path, command: Command) -> None:
+    for name in (*COMMANDS, "stats", "doctor"):
+        command(name, store, *COMMANDS.get(name, []))
+        assert command.out
+        assert not re.search(r" $", command.out, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("digits", [310, 400])

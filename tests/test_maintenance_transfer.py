@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from light_mem import BlockNotStoredError, ExportExistsError, StoreBusyError, maintenance
 from light_mem.index import keys as keymath
+from light_mem.index.keys import as_key, key_text
 from light_mem.index.shard import ShardIndex
 from light_mem.maintenance import export_store, import_store
 from tests.engine_helpers import Block, open_local
@@ -103,6 +105,9 @@ def test_a_file_of_hashes_is_utf8_in_any_locale(
     hashes.write_bytes(b"\xff\xfe\n")
     assert command("export", store, tmp_path / "x", "--hashes", hashes) == 2
     assert f"light-mem export: {hashes} is no UTF-8 text" in command.err
+    hashes.write_bytes(b"\n a b \r\na\rb\n")  # only the ends of lines are none of a hash
+    assert command("export", store, tmp_path / "y", "--hashes", hashes, "--json") == 1
+    assert json.loads(command.out)["missing"] == [key_text(*as_key(h)) for h in (" a b ", "a\rb")]
     hashes.write_bytes("größe\n".encode())
     # As for a program in the locale C.
     monkeypatch.setattr("io.text_encoding", lambda encoding, _=2: encoding or "ascii")

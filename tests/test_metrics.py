@@ -269,8 +269,12 @@ def test_a_port_that_is_taken_is_exit_code_2(tmp_path: Path, command: Command) -
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert command("metrics", store, "--port", taken.getsockname()[1]) == 2
+        port = taken.getsockname()[1]
+        assert command("metrics", store, "--port", port) == 2
     assert "light-mem metrics: " in command.err
+    assert f"'127.0.0.1:{port}'" in command.err
+    assert command("metrics", store, "--address", "127.0.0.1") == 2
+    assert "--address needs --port" in command.err
 
 
 def test_without_prometheus_client_it_says_what_to_install(

@@ -93,6 +93,51 @@ def test_a_process_killed_with_sigkill_is_reclaimed_once(pair: Pair, tmp_path: P
         assert reclaimed(one) == []
 
 
+def test_a_record_of_one_who_joins_and_dies_as_another_joins_is_not_overwritten(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between the look at the record and the lock of its byte."""
+    one, other = pair
+    third, try_lock = Owners(tmp_path), one.locks.try_lock
+
+    def late(number: int) -> bool:
+        if number == 1:
+            other.join("worker").announce(0, (2, 7))
+            other.locks.close()  # as when the process dies
+        return try_lock(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.locks, "try_lock", late)
+        assert one.join("server").number == 2
+    assert [o.owner for o in third.alive()] == [2]  # no lock of its byte is left
+    assert reclaimed(third) == [(1, [(2, 7)])]
+    third.close()
+    let_go(third)
+
+
+def test_what_another_process_reclaims_at_the_same_time_is_taken_back_once(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes between the look at the records and the lock of this one's byte."""
+    one, other = pair
+    one.join("worker").announce(0, (2, 7))
+    one.locks.close()
+    third, try_lock = Owners(tmp_path), other.locks.try_lock
+    taken: list[Reclaimed] = []
+
+    def late(number: int) -> bool:
+        taken.append(reclaimed(third))
+        return try_lock(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other.locks, "try_lock", late)
+        assert reclaimed(other) == []
+    assert taken == [[(1, [(2, 7)])]]
+    assert third.locks.try_lock(1)  # no lock of its byte is left
+    third.close()
+    let_go(third)
+
+
 def test_threads_that_reclaim_at_once_take_back_once(pair: Pair) -> None:
     one, other = pair
     for number in range(1, 9):

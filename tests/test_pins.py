@@ -18,7 +18,7 @@ from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.order import MIN_BATCH
 from tests.engine_helpers import Block, Rig, assert_consistent, open_local
-from tests.retention_helpers import START, A, B, C, Clock, D, Store, keys_of, pinned, store
+from tests.retention_helpers import START, A, B, C, Clock, D, Store, keys_of, lease, pinned, store
 from tests.service_rig import rig
 
 __all__ = ["store"]  # fixtures
@@ -113,6 +113,26 @@ def test_what_can_never_have_room_evicts_nothing_and_makes_nobody_wait(
     assert store.stored(A, B, C, D, small, Block(52)) == [1, 52]
     assert_consistent(store.engine._index)
     if leased is not None:
+        store.engine.end_lease(leased)
+
+
+@pytest.mark.parametrize("kept", ["pinned", "leased"])
+def test_room_that_a_shard_can_never_give_is_refused_before_anything_is_evicted(
+    store: Store, kept: str
+) -> None:
+    """By the shard itself, whoever asks."""
+    if kept == "pinned":
+        store.engine.pin(keys_of(A, B))
+    leases = [lease(store, block) for block in (A, B) if kept == "leased"]
+    evicted: list[int] = []
+    with store.engine.change(0) as (index, _):
+        assert index.most_slots() == 4
+        assert index.allocate(5, evicted) is None
+        assert index.allocate_many([5, 5], evicted) == []
+    assert evicted == []
+    assert store.stored(A, B, C, D) == [1, 2, 3, 4]
+    assert store.engine.stats()["evictions"] == 0
+    for leased in leases:
         store.engine.end_lease(leased)
 
 

@@ -18,12 +18,14 @@ from tests.engine_helpers import PAGE, assert_consistent, open_local
 PAGES = 20
 
 
-def describe(store: Path, runs: list[tuple[int, int]], key: int, nbytes: int, now: int) -> None:
+def describe(
+    store: Path, runs: list[tuple[int, int]], key: int, nbytes: int, now: int, checksum: int = 0
+) -> None:
     """Write the records of a block into shard 0, as a process that died later did."""
     geometry = description.load(store)
     assert geometry is not None
     file = ShardFile(store, geometry, 0)
-    file.write_records([Written(key, 0, 0, nbytes, runs, now)])
+    file.write_records([Written(key, 0, checksum, nbytes, runs, now)])
     file.close()
 
 
@@ -65,6 +67,17 @@ def test_a_block_whose_further_run_is_anothers_is_dropped(empty: Path) -> None:
     describe(empty, [(0, 2), (6, 2)], key=1, nbytes=4 * PAGE, now=10)
     describe(empty, [(3, 1), (6, 2)], key=2, nbytes=3 * PAGE, now=5)
     assert keys_found(empty) == {2}
+
+
+def test_a_block_whose_further_run_is_of_other_bytes_of_its_key_is_dropped(empty: Path) -> None:
+    """However late it was stored: it was taken out, and written again in part of its slots."""
+    describe(empty, [(0, 2), (6, 2)], key=1, nbytes=4 * PAGE, now=10, checksum=5)
+    describe(empty, [(3, 1), (6, 2)], key=1, nbytes=3 * PAGE, now=5, checksum=6)
+    assert keys_found(empty) == {1}
+    engine = open_local(empty, PAGES)
+    assert engine.lookup.find_one(1, 0) == 3
+    assert engine.stats()["used_slots"] == 3
+    engine.close()
 
 
 @pytest.mark.parametrize(

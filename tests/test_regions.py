@@ -184,8 +184,11 @@ def test_regions_may_be_given_as_pairs_lists_or_arrays(rig: Rig, regions: object
 def test_what_is_no_region_is_refused_before_anything_is_queued(
     rig: Rig, regions: list[object], error: type[Exception]
 ) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         rig.service.create_regions("read", ["a"], regions)  # type: ignore[arg-type]
+    if error is PageIndexError:
+        what = "at least one byte" if regions == [(0, 0)] else "outside the KV tensor"
+        assert what in str(caught.value)
     assert rig.service.stats()["read_tasks"] == 0
 
 

@@ -19,6 +19,7 @@ from light_mem import (
     CacheTask,
     InvalidArgumentError,
     LocalCacheService,
+    PyLocalCacheService,
     ServiceClosedError,
     State,
 )
@@ -86,6 +87,22 @@ def test_with_closes_also_when_its_body_fails(tmp_path: Path) -> None:
     assert not any(psutil.pid_exists(pid) for pid in workers)
     with pytest.raises(ServiceClosedError):
         service.query("a")
+
+
+def test_what_is_closed_enters_no_with_block(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        r.write(["a"], [0])
+        view, client = r.service.view("a"), r.service.client()
+        assert repr(client) == f"<CacheClient of pid {os.getpid()}>"
+        drop_in = PyLocalCacheService(r.kv, str(tmp_path / "other"), 1 << 20, 1, 1)
+        assert view is not None
+        for each in (view, client, drop_in, r.service):
+            each.close()
+            with pytest.raises(ServiceClosedError), each:
+                pytest.fail("entered")
+        assert repr(client).endswith(", closed>")
+        with pytest.raises(AttributeError, match="'CacheClient' object has no attribute 'run'"):
+            client.run()  # type: ignore[attr-defined]
 
 
 def test_a_service_that_is_dropped_closes_itself(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_what_lives_long_has_no_standard_number(tmp_path: Path, what: str) -> No
             pass
     elif what == "shard":
         (tmp_path / "data").write_bytes(bytes(4096))
-        _, descriptor = map_whole(tmp_path / "data", 4096)
+        _, descriptor = map_whole(tmp_path / "data", 4096, b"")
         os.close(descriptor)
     else:
         ScanProcess().close()

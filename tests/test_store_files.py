@@ -215,7 +215,7 @@ def test_the_directory_may_be_a_symlink_and_other_names_too(store: Path, diary: 
 USES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "map data": (
         "shard-000.data",
-        lambda path: shard_header.map_whole(shard_header.data_path(path, 0), 1),
+        lambda path: shard_header.map_whole(shard_header.data_path(path, 0), 1, b""),
     ),
     "clear records": ("shard-000.slots", lambda path: clear_records(path, 0, np.array([1]))),
     "map index": ("index", index_of),

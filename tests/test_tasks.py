@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from light_mem import CacheTask, State
+from light_mem import CacheTask, State, TaskTableFullError, waiting
 from light_mem.engine.table_layout import FINISHED
 from tests.conftest import wait_until
 from tests.service_child import Child
@@ -67,6 +68,31 @@ def test_wait_says_whether_the_task_is_ready(tmp_path: Path) -> None:
         assert task.wait(0) is True
         assert task.ready()
         assert task.data_safe()
+
+
+def test_who_waits_long_without_run_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def give_up(task: CacheTask) -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(_awaited(task), 0.2)
+
+    why = "run() has not been called, or has not returned"
+    with rig(tmp_path / "1", run=False, max_blocks=2, create_timeout=0) as r:
+        task = r.service.create("w", ["a", "b"], [0, 1])
+        with pytest.raises(TaskTableFullError, match=re.escape(f"in use; {why}")):
+            r.service.create("w", ["c"], [2])
+        assert task.wait(0.05) is False
+        assert caplog.messages == []
+        monkeypatch.setattr(waiting, "NO_RUN_SECONDS", 0.0)
+        for _ in range(3):
+            assert task.wait(0.05) is False
+        assert caplog.messages == [f"a task has waited for 0 s: {why}"]
+        r.service.run()
+        assert task.wait(WAIT)
+    with rig(tmp_path / "2", run=False) as r:
+        asyncio.run(give_up(r.service.create("w", ["a"], [0])))
+    assert caplog.messages[1:2] == caplog.messages[:1]
 
 
 def test_a_signal_interrupts_a_wait(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -186,6 +187,15 @@ def test_a_write_through_a_view_ends_the_process_and_harms_nobody(tmp_path: Path
         assert line(process) == "0"
         assert process.wait() == -signal.SIGSEGV
     assert maintenance.verify(tmp_path / "store").clean
+
+
+def test_a_view_stays_in_its_process(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        r.write(["a"], [0])
+        view = r.service.view("a")
+        assert view is not None
+        with view, pytest.raises(light_mem.InvalidArgumentError, match="stays in its process"):
+            pickle.dumps(view)
 
 
 def test_a_hash_that_is_none_raises(tmp_path: Path) -> None:

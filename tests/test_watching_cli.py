@@ -205,12 +205,16 @@ def test_what_is_no_store_is_exit_code_2(
 
 
 def test_intervals_and_ports_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["stats", "x", "--interval", "0"], ["top", "x", "--interval", "nan"],
-                      ["metrics", "x", "--port", "70000"]):  # fmt: skip
+    for arguments, said in (
+        (["stats", "x", "--interval", "0"], "seconds above 0"),
+        (["top", "x", "--interval", "nan"], "seconds above 0"),
+        (["top", "x", "--interval", "1e9"], "at most 86400"),
+        (["metrics", "x", "--port", "70000"], "0 to 65535"),
+    ):
         with pytest.raises(SystemExit) as error:
             cli.main(arguments)
         assert error.value.code == 2
-    capsys.readouterr()
+        assert said in capsys.readouterr().err
 
 
 def test_durations_have_fitting_units() -> None:

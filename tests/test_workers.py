@@ -181,7 +181,8 @@ def test_workers_that_cannot_open_the_store_say_why_in_a_line(
 ) -> None:
     with rig(tmp_path, run=False) as r:
         shutil.rmtree(tmp_path / "store")
-        why = f"worker 1 cannot open the store: {tmp_path / 'store'} holds no store"
+        no_store = f"{tmp_path / 'store'} holds no store: it does not exist"
+        why = f"worker 1 cannot open the store: {no_store}"
         with pytest.raises(WorkerStartError) as first:
             r.service.run()
         with pytest.raises(WorkerStartError) as then:

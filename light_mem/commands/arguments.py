@@ -40,7 +40,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if store:
-        parser.add_argument("store", metavar="STORE", help="directory of the store")
+        parser.add_argument("store", metavar="STORE", type=path, help="directory of the store")
     if json:
         parser.add_argument("--json", action="store_true", help="print the result as JSON only")
     parser.set_defaults(command=run, name=name)
@@ -61,8 +61,24 @@ def add_hashes(parser: argparse.ArgumentParser, what: str) -> None:
     """HASH ... and --hashes FILE."""
     parser.add_argument("hashes", metavar="HASH", nargs="*", type=hash_value, help=what)
     parser.add_argument(
-        "--hashes", metavar="FILE", dest="hash_file", type=Path, help="more hashes, one a line"
+        "--hashes", metavar="FILE", dest="hash_file", type=file, help="more hashes, one a line"
     )
+
+
+def take_late_hashes(arguments: argparse.Namespace, left: list[str]) -> list[str]:
+    """Put HASHes that stand behind an option where they belong: argparse of Python before 3.13 has
+    left them over. Returns what of `left` is none. Raises argparse.ArgumentTypeError."""
+    at = left.index("--") if "--" in left else len(left)
+    words = left[:at] + left[at + 1 :]
+    if any(re.match("-.", word) for word in left[:at]):  # an option that is unknown
+        return left
+    if hasattr(arguments, "hashes"):
+        arguments.hashes = [*arguments.hashes, *map(hash_value, words)]
+        return []
+    if len(words) == 1 and getattr(arguments, "hash", "none is taken") is None:
+        arguments.hash = hash_value(words[0])
+        return []
+    return left
 
 
 def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
@@ -75,15 +91,15 @@ def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
         return hashes or None
     try:
         # As tools write it, in any locale; some begin with a byte order mark.
-        text = arguments.hash_file.read_text(encoding="utf-8-sig")
+        text = arguments.hash_file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(
             f"{arguments.hash_file} is no UTF-8 text: {error}", path=str(arguments.hash_file)
         ) from None
-    for line in text.split("\n"):  # a hash may hold what else ends a line of text
-        if line.strip():
+    for line in text.split("\n"):  # a hash may hold what else ends a line of text, and blanks
+        if word := line.removesuffix("\r"):
             try:
-                hashes.append(hash_value(line.strip()))
+                hashes.append(hash_value(word))
             except argparse.ArgumentTypeError as error:
                 raise InvalidArgumentError(
                     f"{arguments.hash_file}: {error}",
@@ -91,6 +107,22 @@ def chosen_hashes(arguments: argparse.Namespace) -> list[HashValue] | None:
                     reason=str(error),
                 ) from None
     return hashes
+
+
+def path(text: str) -> str:
+    """A path. "" comes from a variable that is not set, and would mean the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; the current directory is .")
+    return text
+
+
+def file(text: str) -> Path:
+    """The path of a file. "-" is none: results for people may go to standard output as well."""
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "'-' does not stand for standard input or output; ./- is a file of that name"
+        )
+    return Path(path(text))
 
 
 def size(text: str) -> int:
@@ -151,13 +183,13 @@ def count(text: str) -> int:
 
 
 def interval(text: str) -> float:
-    """Seconds above zero."""
+    """Seconds above zero, a day at most."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"seconds above 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"seconds above 0, at most 86400 (a day), not {text!r}")
     return seconds
 
 

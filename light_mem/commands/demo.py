@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 
-from light_mem.commands.arguments import Commands, add_command
+from light_mem.commands.arguments import Commands, add_command, path
 from light_mem.commands.output import Screen
 from light_mem.errors import LightMemError
 
@@ -30,7 +30,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     summary = "show a KV cache that survives its process, and prove it bit for bit"
     demo = add_command(commands, "demo", run, summary, DEMO_HELP, store=False)
     demo.add_argument(
-        "--store", metavar="DIR", help="where to store; kept (default: a temporary directory)"
+        "--store",
+        metavar="DIR",
+        type=path,
+        help="where to store; kept (default: a temporary directory)",
     )
     demo.add_argument("--keep", action="store_true", help="keep the temporary directory too")
     demo.add_argument(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from light_mem.commands import output
-from light_mem.commands.arguments import Commands, add_command
+from light_mem.commands.arguments import Commands, add_command, path
 from light_mem.doctor import FAIL, OK, WARN, Check, examine
 
 DOCTOR = """\
@@ -34,7 +34,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     summary = "check the machine for what usually goes wrong"
     parser = add_command(commands, "doctor", run_doctor, summary, DOCTOR, store=False)
     parser.add_argument(
-        "directory", metavar="DIR", nargs="?", help="a store, or where one is to be"
+        "directory", metavar="DIR", nargs="?", type=path, help="a store, or where one is to be"
     )
 
 

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from light_mem.commands import output
-from light_mem.commands.arguments import HASH_HELP, Commands, add_command, count, hash_value
+from light_mem.commands.arguments import HASH_HELP, Commands, add_command, count, file, hash_value
 from light_mem.index import keys as keymath
 from light_mem.maintenance.inspecting import blocks, inspect, listed
 from light_mem.maintenance.reading import BlockReader
@@ -53,7 +53,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--shards", action="store_true", help="a line for each shard too")
     parser = add_command(commands, "dump", run_dump, "list stored blocks, or show one", DUMP)
     parser.add_argument("hash", metavar="HASH", nargs="?", type=hash_value, help="one block")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write its bytes to a new file")
+    parser.add_argument("--output", metavar="FILE", type=file, help="write its bytes to a new file")
     parser.add_argument("--limit", metavar="N", type=count, help="list at most N blocks")
 
 
@@ -134,7 +134,7 @@ def run_dump(arguments: argparse.Namespace) -> int:
         output.write_json({"blocks": plain(list(found))})
         return output.CLEAN
     # By hand: a table of rich is laid out as a whole, and there may be millions of blocks.
-    line = "{:32}  {:>5}  {:>9}  {:>5}  {:>4}  {:>13}  {:16}  {:19}  {:19}\n"
+    line = "{:32}  {:>5}  {:>9}  {:>5}  {:>4}  {:>13}  {:16}  {:19}  {}\n"
     names = ("key", "shard", "slot", "pages", "runs", "bytes", "checksum", "last used", "written")
     sys.stdout.write(line.format(*names))
     for block in found:

@@ -31,7 +31,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--port", metavar="PORT", type=port, help="serve http://ADDRESS:PORT/metrics; 0: a free one"
     )
     parser.add_argument(
-        "--address", metavar="ADDRESS", default="127.0.0.1", help="listen there (127.0.0.1)"
+        "--address", metavar="ADDRESS", help="with --port: listen there (127.0.0.1)"
     )
 
 
@@ -40,6 +40,9 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     from light_mem import metrics
     from light_mem.monitor import look
 
+    if arguments.address is not None and arguments.port is None:
+        output.complain("metrics", "--address needs --port")
+        return output.FAILED
     metrics.require_client()
     look(arguments.store, ages=False)  # no store: an error now, not a metric
     registry = metrics.registry(arguments.store)
@@ -48,7 +51,11 @@ def run_metrics(arguments: argparse.Namespace) -> int:
     if arguments.port is None:
         sys.stdout.write(exposition.generate_latest(registry).decode())
         return output.CLEAN
-    server, thread = exposition.start_http_server(arguments.port, arguments.address, registry)
+    address = arguments.address or "127.0.0.1"
+    try:
+        server, thread = exposition.start_http_server(arguments.port, address, registry)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{address}:{arguments.port}") from None
     try:
         host, number = server.server_address[:2]
         sys.stderr.write(f"light-mem metrics: http://{host!s}:{number}/metrics\n")

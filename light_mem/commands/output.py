@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from rich.text import Text
 from light_mem.descriptors import keep_standard_numbers
 from light_mem.errors import LightMemError
 from light_mem.maintenance.report import plain
+from light_mem.sizes import bytes_text as bytes_text
 
 CLEAN, FOUND, FAILED, INTERRUPTED = 0, 1, 2, 130  # exit codes
 MAX_LISTED = 20  # of each kind of finding; --json lists them all
@@ -82,8 +84,15 @@ class Screen(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
-            super().print(*objects, **options)
-        except BrokenPipeError:  # a rich that leaves that to others, before 13.8
+            if self.is_terminal:
+                super().print(*objects, **options)
+                return
+            with self.capture() as shown:
+                super().print(*objects, **options)
+            # Tables end each line with blanks, which tools that read it would have to take away.
+            self.file.write(re.sub(" +$", "", shown.get(), flags=re.MULTILINE))
+            self.file.flush()
+        except BrokenPipeError:  # also of a rich that leaves that to others, before 13.8
             self.on_broken_pipe()
 
 
@@ -182,16 +191,6 @@ def seconds_text(seconds: float | None) -> str:
 def share_text(share: float | None) -> str:
     """A share in percent."""
     return "-" if share is None else f"{share:.1%}"
-
-
-def bytes_text(count: float) -> str:
-    """A size in powers of 1024."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{count:,.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def age_text(when: int | None) -> str:

@@ -17,10 +17,11 @@ from rich.text import Text
 
 from light_mem.commands import output
 from light_mem.commands.arguments import Commands, add_command, add_interval
-from light_mem.commands.output import bytes_text, seconds_text, share_text
+from light_mem.commands.output import seconds_text, share_text
 from light_mem.engine.table_stats import MODES, summary
 from light_mem.monitor import Look, Rates, StoreLook, look, rates
 from light_mem.monitor.rates import as_json, hit_rate, together
+from light_mem.sizes import bytes_text
 
 STATS = """\
 Show hits, misses, bytes, queues, latencies, evictions, damage and the ages of the blocks: of the

@@ -15,10 +15,11 @@ from rich.text import Text
 
 from light_mem.commands import output
 from light_mem.commands.arguments import Commands, add_command, add_interval
-from light_mem.commands.output import bytes_text, seconds_text, share_text
+from light_mem.commands.output import seconds_text, share_text
 from light_mem.engine.table_stats import MODES
 from light_mem.monitor import Look, Rates, look, rates
 from light_mem.monitor.rates import as_json, hit_rate
+from light_mem.sizes import bytes_text
 
 TOP = """\
 Show the services that have a store open, a row each, and look again until Ctrl-C: workers that

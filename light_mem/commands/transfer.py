@@ -13,6 +13,7 @@ from light_mem.commands.arguments import (
     add_hashes,
     chosen_hashes,
     count,
+    file,
     size,
 )
 from light_mem.index.keys import as_key, key_text
@@ -53,12 +54,12 @@ exit code: 0 all blocks of the file are stored, 1 some are not, 2 it could not b
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add both commands."""
     parser = add_command(commands, "export", run_export, "write blocks to one file", EXPORT)
-    parser.add_argument("file", metavar="FILE", help="the file to write")
+    parser.add_argument("file", metavar="FILE", type=file, help="the file to write")
     add_hashes(parser, "these blocks only (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     add_dry_run(parser)
     parser = add_command(commands, "import", run_import, "store the blocks of an export", IMPORT)
-    parser.add_argument("file", metavar="FILE", help="an export")
+    parser.add_argument("file", metavar="FILE", type=file, help="an export")
     parser.add_argument(
         "--storage-size", metavar="SIZE", type=size, help="make the store if there is none: bytes"
     )

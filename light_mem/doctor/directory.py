@@ -11,13 +11,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from light_mem.doctor.report import FAIL, OK, WARN, Check, size_text
+from light_mem.doctor.report import FAIL, OK, WARN, Check
 from light_mem.engine.opening import descriptors_for
 from light_mem.errors import LightMemError
 from light_mem.filesystem import NETWORK_TYPES, file_system
 from light_mem.index.locks import RangeLock
 from light_mem.maintenance.store import Store
 from light_mem.maintenance.verifying import unfinished_of
+from light_mem.sizes import bytes_text
 
 _LEAST_FREE = 1 << 30
 _KINDS = {
@@ -32,9 +33,12 @@ _KINDS = {
 
 def checks(path: Path) -> list[Check]:
     """All of them; raises NotADirectoryError."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if _is_seen(p))
-    if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    # A link that leads nowhere is in the way of whoever makes the directory.
+    above = (path.absolute(), *path.absolute().parents)
+    there = next(p for p in above if _is_seen(p) or os.path.islink(p))
+    if not os.path.isdir(there):
+        link = "A symlink that leads to no directory" if os.path.islink(there) else ""
+        raise NotADirectoryError(errno.ENOTDIR, link or os.strerror(errno.ENOTDIR), str(there))
     mount, kind = file_system(there)
     total, _, free = shutil.disk_usage(there)
     found = [judge_file_system(kind, mount), judge_room(total, free), *_probes(there)]
@@ -74,7 +78,7 @@ def judge_room(total: int, free: int) -> Check:
     """Sizes in bytes; `total` 0: the file system has no size (a tmpfs without a limit, ramfs)."""
     if not total:
         return Check("free space", OK, "the file system does not say")
-    found = f"{size_text(free)} of {size_text(total)} free"
+    found = f"{bytes_text(free)} of {bytes_text(total)} free"
     if free < min(_LEAST_FREE, total // 20):
         advice = "a store allocates its room when it is made or grows: free some first"
         return Check("free space", WARN, found, advice)

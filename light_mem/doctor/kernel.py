@@ -9,7 +9,8 @@ import resource
 import sys
 from collections.abc import Callable
 
-from light_mem.doctor.report import OK, WARN, Check, Machine, size_text
+from light_mem.doctor.report import OK, WARN, Check, Machine
+from light_mem.sizes import bytes_text
 
 _LEAST_DIRTY = 256 << 20
 _LEAST_MEMLOCK = 64 << 20
@@ -83,7 +84,7 @@ def descriptors(soft: int, hard: int) -> Check:
 
 def memlock(soft: int) -> Check:
     """Locked memory: LightMem locks none, servers that pin their KV cache do."""
-    found = size_text(soft) if soft != resource.RLIM_INFINITY else "unlimited"
+    found = bytes_text(soft) if soft != resource.RLIM_INFINITY else "unlimited"
     if soft != resource.RLIM_INFINITY and soft < _LEAST_MEMLOCK:
         note = "LightMem locks none; a server that locks its KV cache needs more (ulimit -l)"
         return Check("locked memory", OK, found, note)
@@ -97,7 +98,7 @@ def dirty_pages(machine: Machine) -> Check:
     background = _dirty(machine, "dirty_background", memory)
     if limit is None or background is None:
         return Check("dirty pages", OK, "the kernel does not say")
-    found = f"written back from {size_text(background)} on, writers wait at {size_text(limit)}"
+    found = f"written back from {bytes_text(background)} on, writers wait at {bytes_text(limit)}"
     if limit < _LEAST_DIRTY:
         advice = "stores wait for the device almost at once: raise vm.dirty_ratio or dirty_bytes"
         return Check("dirty pages", WARN, found, advice)

@@ -11,11 +11,13 @@ import re
 import shutil
 from pathlib import Path
 
-from light_mem.doctor.report import OK, WARN, Check, Machine, as_number, read_text, size_text
+from light_mem.doctor.report import OK, WARN, Check, Machine, as_number, read_text
+from light_mem.sizes import bytes_text
 
 _CONTAINER_SHM = 64 << 20  # what container engines give by default
 _SWAPPED = 256 << 20
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" with a number above this
+_UNSAID = "the kernel does not say"  # a /proc of processes only (subset=pid), or none
 _LEFTOVER = re.compile(r"torch_(\d+)_")
 
 
@@ -43,12 +45,12 @@ def shared_memory(machine: Machine) -> Check:
 
 def judge_shared_memory(total: int, used: int, free: int) -> Check:
     """Sizes in bytes."""
-    found = f"{size_text(free)} of {size_text(total)} free"
+    found = f"{bytes_text(free)} of {bytes_text(total)} free"
     if total <= _CONTAINER_SHM:
         advice = "a container's default: run it with a larger --shm-size, or allocate_kvcache()"
         return Check("/dev/shm", WARN, found, advice)
     if free < total // 10:
-        advice = f"{size_text(used)} are taken: look for leftovers, or mount it larger"
+        advice = f"{bytes_text(used)} are taken: look for leftovers, or mount it larger"
         return Check("/dev/shm", WARN, found, advice)
     return Check("/dev/shm", OK, found)
 
@@ -70,7 +72,7 @@ def leftovers(machine: Machine) -> Check:
                 continue  # gone just now
     if not count:
         return Check("left in /dev/shm", OK, "nothing")
-    found = f"{count} torch_* of dead processes, {size_text(size)}"
+    found = f"{count} torch_* of dead processes, {bytes_text(size)}"
     advice = f"if no container shares it: remove {machine.shm}/torch_<pid>_* of those processes"
     return Check("left in /dev/shm", WARN, found, advice)
 
@@ -78,8 +80,10 @@ def leftovers(machine: Machine) -> Check:
 def memory(machine: Machine) -> Check:
     """What is left for the page cache."""
     info = machine.meminfo()
+    if not info:
+        return Check("memory", OK, _UNSAID)
     total, available = info.get("MemTotal", 0), info.get("MemAvailable", 0)
-    found = f"{size_text(available)} of {size_text(total)} available"
+    found = f"{bytes_text(available)} of {bytes_text(total)} available"
     if total and available < total // 10:
         advice = "little is left for the page cache: loads will come from the device"
         return Check("memory", WARN, found, advice)
@@ -92,8 +96,8 @@ def swap(machine: Machine) -> Check:
     total = info.get("SwapTotal", 0)
     used = total - info.get("SwapFree", 0)
     if not total:
-        return Check("swap", OK, "none")
-    found = f"{size_text(used)} of {size_text(total)} used, swappiness {_swappiness(machine)}"
+        return Check("swap", OK, "none" if info else _UNSAID)
+    found = f"{bytes_text(used)} of {bytes_text(total)} used, swappiness {_swappiness(machine)}"
     if used > _SWAPPED:
         advice = "the KV tensor may be swapped out: swapoff -a, or vm.swappiness=1"
         return Check("swap", WARN, found, advice)
@@ -128,8 +132,8 @@ def huge_pages(machine: Machine) -> Check:
     total, free = info.get("HugePages_Total", 0), info.get("HugePages_Free", 0)
     size = info.get("Hugepagesize", 0)
     if not total:
-        return Check("huge pages", OK, "none reserved")
-    found = f"{total:,} of {size_text(size)} reserved, {free:,} free"
+        return Check("huge pages", OK, "none reserved" if info else _UNSAID)
+    found = f"{total:,} of {bytes_text(size)} reserved, {free:,} free"
     if free * size > info.get("MemTotal", 0) // 10:
         advice = "reserved ones that nobody uses are lost to the page cache: lower vm.nr_hugepages"
         return Check("huge pages", WARN, found, advice)
@@ -145,7 +149,7 @@ def container(machine: Machine) -> Check:
     if not limits:
         return Check("memory limit", OK, "none")
     limit, used = min(limits)
-    found = f"{size_text(limit)}, {size_text(used)} taken by processes and shared memory"
+    found = f"{bytes_text(limit)}, {bytes_text(used)} taken by processes and shared memory"
     if used > limit * 8 // 10:
         advice = "shared memory and the store's page cache count against it: raise it"
         return Check("memory limit", WARN, found, advice)

@@ -54,12 +54,3 @@ def read_text(path: Path) -> str | None:
 def as_number(text: str | None) -> int | None:
     """A whole number; None for anything else."""
     return int(text) if text is not None and text.isdigit() else None
-
-
-def size_text(size: float) -> str:
-    """A size in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

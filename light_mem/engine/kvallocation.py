@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import operator
 import os
 import resource
 import weakref
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from light_mem.descriptors import keep_standard_numbers, memory_object
 from light_mem.engine.maps import duplicate, have_maps, prefer_huge_pages
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, SharedMemoryFullError
+from light_mem.index.keys import is_bool
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +45,7 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     """
     import torch
 
-    for name, value in (("num_pages", num_pages), ("page_bytes", page_bytes)):
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise InvalidArgumentError(
-                f"{name} must be a positive integer, not {value!r}", **{name: value}
-            )
+    num_pages, page_bytes = _positive("num_pages", num_pages), _positive("page_bytes", page_bytes)
     nbytes = num_pages * page_bytes
     require_memory(nbytes)
     keep_standard_numbers()
@@ -64,6 +62,19 @@ def allocate_kvcache(num_pages: int, page_bytes: int) -> torch.Tensor:
     finally:
         os.close(fd)  # the memory has its own duplicate, which share_tensor finds
     return tensor
+
+
+def _positive(name: str, value: object) -> int:
+    """`value` as an int, of numpy's too."""
+    try:
+        number = 0 if is_bool(value) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number <= 0:
+        raise InvalidArgumentError(
+            f"{name} must be a positive integer, not {value!r}", **{name: value}
+        )
+    return number
 
 
 def _known_to_torch(fd: int, nbytes: int) -> torch.Tensor:

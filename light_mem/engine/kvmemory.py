@@ -101,7 +101,8 @@ def tensor_was_moved(address: int) -> KVCacheMemoryError:
     """The error for a tensor that is not any more where it was shared."""
     return KVCacheMemoryError(
         "the KV tensor was moved to other memory, which the workers do not have: it, or a view of "
-        "it, was sent to another process, or share_memory_() called. Allocate it with "
+        "it, was sent to another process, share_memory_() called, or its .data replaced. Allocate "
+        "it with "
         "light_mem.allocate_kvcache(), with torch's sharing strategy file_descriptor, or call "
         "share_memory_() before the service is made",
         address=address,

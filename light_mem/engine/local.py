@@ -30,6 +30,7 @@ from light_mem.engine.publishing import Publisher
 from light_mem.engine.reading import Reader
 from light_mem.engine.scatter import Scatterer
 from light_mem.engine.settings import DEFAULTS, EngineSettings
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.engine.write_job import WriteJob
 from light_mem.engine.write_now import WriteNow
 from light_mem.engine.writing import Writer
@@ -55,12 +56,17 @@ class LocalStorageEngine(Member, StorageEngine):
         *,
         kind: str,
         settings: EngineSettings = DEFAULTS,
+        expected: StoreIdentity | None = None,
     ) -> None:
-        """Open a store that `open_store` has prepared; `kind` names this process to operators."""
+        """Open a store that `open_store` has prepared; `kind` names this process to operators.
+
+        `expected`: which store it has to be. Raises StoreFormatError (none, or another one),
+        StoreBusyError, OSError.
+        """
         self._gatherer, self._scatterer = Gatherer(), Scatterer()
         self._dropper = Dropper() if settings.page_cache == "drop" else None
         self.evicts = True  # False: a write takes only free room, else its outcome is NO_ROOM
-        super().__init__(directory, kind, settings, self._dropper)
+        super().__init__(directory, kind, settings, self._dropper, expected)
         # Not `self.file`: no cycle, in which the maps of a closed store would stay.
         inserts = self._index.control["inserts"]
         self._device = DeviceReads(

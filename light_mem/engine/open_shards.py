@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from light_mem.engine.dropping import Dropper
 from light_mem.engine.fence import Fence
 from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.errors import ServiceClosedError, StoreFormatError
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile
@@ -30,15 +31,18 @@ class OpenShards:
         self,
         directory: Path,
         geometry: Geometry,
+        identity: StoreIdentity,
         index: IndexFile,
         lookup: Lookup,
         leases: Leases,
         dropper: Dropper | None,
     ) -> None:
-        """`leases` and `dropper` are those of this process."""
+        """`identity`: of the store as this process opened it; `leases` and `dropper` are those of
+        this process."""
         self.leases = leases  # for shards that are opened from now on
         self._directory = directory
         self._geometry = geometry
+        self._identity = identity
         self._index = index
         self._lookup = lookup
         self._dropper = dropper
@@ -75,10 +79,9 @@ class OpenShards:
     def change(
         self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
     ) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
-        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError (a file that is
-        a symlink), StoreFullError (one that was cut short, and no room to lengthen it), OSError,
-        and ServiceClosedError once the store was left. What is taken out of the index must be
-        cleared from the records before this ends."""
+        """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError and
+        StoreFullError (see `file`), OSError, and ServiceClosedError once the store was left. What
+        is taken out of the index must be cleared from the records before this ends."""
         return _Change(self, shard, timeout)
 
     def index(self, shard: int) -> ShardIndex:
@@ -94,17 +97,26 @@ class OpenShards:
         return index
 
     def file(self, shard: int) -> ShardFile:
-        """A shard's files, mapped. Raises OSError, StoreFormatError, and ServiceClosedError once
-        the store was left."""
+        """A shard's files, mapped. Raises OSError, StoreFormatError (files that are too short, or
+        of another store, which was made at this path), and ServiceClosedError once the store was
+        left."""
         file = self._files.get(shard)
         if file is None:
             with self._guard:
                 file = self._files.get(shard)
                 if file is None:
                     self._fence.check()  # nobody would close them
-                    file = self._files[shard] = ShardFile(
-                        self._directory, self._geometry, shard, self._dropper
-                    )
+                    file = self._files[shard] = self._open_file(shard)
+        return file
+
+    def _open_file(self, shard: int) -> ShardFile:
+        file = ShardFile(self._directory, self._geometry, shard, self._dropper)
+        try:
+            # Afterwards: else it could have been moved away between the two.
+            self._identity.require_at(self._directory, self._geometry.store_id)
+        except BaseException:
+            file.close()
+            raise
         return file
 
     def shut(self, timeout: float) -> bool:

@@ -23,6 +23,7 @@ from light_mem.engine.dropping import Dropper
 from light_mem.engine.open_shards import OpenShards
 from light_mem.engine.settings import EngineSettings
 from light_mem.engine.shard_file import ShardFile
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.errors import LockTimeoutError, StoreBusyError, StoreFormatError
 from light_mem.index import description, retention
 from light_mem.index import file as index_file
@@ -56,24 +57,35 @@ class OpenStore:
         kind: str,
         settings: EngineSettings,
         dropper: Dropper | None,
+        expected: StoreIdentity | None = None,
     ) -> None:
-        """`dropper`: what writes past the page cache, with `page_cache="drop"`."""
+        """`dropper`: what writes past the page cache, with `page_cache="drop"`. `expected`: which
+        store it has to be."""
         self.directory = Path(directory)
         geometry = description.load(self.directory)
         if geometry is None:
             raise description.no_store(self.directory, "a description")
+        if expected is not None:
+            expected.require_at(self.directory, geometry.store_id)
         self.geometry = geometry
         self.verify, self.time_to_live = settings.verify, settings.time_to_live
         self.keeps: dict[tuple[int, int], int] = {}  # of blocks to write: instead of `time_to_live`
         self.limited = Limited()  # for what a failing disk would say of every block
         self._owners = Owners(self.directory)
+        self.identity = StoreIdentity(geometry.store_id, self._owners.locks.place)
         try:
             self._index = _index_of(self.directory, geometry)
             self.lookup = Lookup(self._index)
             # Set before joining, which may reclaim and so change shards. Owner 0 means nobody.
             self.leases = Leases(self._owners, 0)
             self._open = OpenShards(
-                self.directory, geometry, self._index, self.lookup, self.leases, dropper
+                self.directory,
+                geometry,
+                self.identity,
+                self._index,
+                self.lookup,
+                self.leases,
+                dropper,
             )
             self._owner = self._join(kind)
             self.leases = self._open.leases = Leases(self._owners, self._owner.number)

@@ -19,7 +19,7 @@ from light_mem.engine.one_thread import OneThread
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.restarts import Restarts
 from light_mem.engine.settings import EngineSettings
-from light_mem.engine.table_layout import WORKER_COUNTERS, WRITE
+from light_mem.engine.table_layout import CLOSED, WORKER_COUNTERS, WRITE
 from light_mem.engine.task_table import TaskTable
 from light_mem.engine.worker_processes import WorkerProcesses
 from light_mem.errors import (
@@ -284,7 +284,7 @@ class WorkerPool:
                 unwritten,
                 "has no workers any more" if self.failure else "is closed",
             )
-        table.header["shutdown"] = 1
+        table.header["shutdown"] = CLOSED
         table.header["done_seq"] += 1  # whoever waits for a task to be ready looks again
         table.futex.wake(table.done_word)
         try:

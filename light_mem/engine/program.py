@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import threading
-import time
+from collections.abc import Callable
 
 from light_mem import descriptors
 
@@ -27,6 +27,7 @@ from light_mem import descriptors
 COPY_TUNABLES = (
     "glibc.cpu.x86_non_temporal_threshold=0x4080:glibc.cpu.x86_rep_movsb_threshold=0x10000000"
 )
+_LOOK_MS = 1000  # only where there are no pidfds
 _PR_SET_NAME = 15  # linux/prctl.h
 
 
@@ -45,23 +46,33 @@ def name_process(name: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
-def die_with(parent: int) -> None:
+def die_with(
+    parent: int, pipe: int | None = None, last: Callable[[], object] = lambda: None
+) -> None:
     """End this process as soon as the parent is dead, however it dies.
+
+    `pipe`: one end of a pipe whose other end only the parent has, which no program inherits. It is
+    closed as well when the parent becomes another program (`exec`), with the same pid and start:
+    for a pidfd nothing has happened then. Not noticed while a forked child of it has that end too.
+    `last`: done before this process ends, in another thread than its own.
 
     Raises ProcessLookupError when it is dead already.
     """
     # Not PR_SET_PDEATHSIG: it fires when the *thread* that started the child ends (prctl(2)).
     pidfd = descriptors.pidfd(parent)
+    poll = select.poll()
+    if pidfd >= 0:
+        poll.register(pidfd, select.POLLIN)
+    if pipe is not None:
+        poll.register(pipe, 0)  # POLLERR or POLLHUP: the other end is closed
 
     def watch() -> None:
-        if pidfd >= 0:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll()
-        else:
-            while os.getppid() == parent:
-                time.sleep(1)
-        os._exit(1)
+        try:
+            while os.getppid() == parent and not poll.poll(None if pidfd >= 0 else _LOOK_MS):
+                pass
+            last()
+        finally:
+            os._exit(1)
 
     if os.getppid() != parent:  # it died before it could be watched
         os._exit(1)

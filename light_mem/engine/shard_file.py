@@ -24,7 +24,7 @@ from light_mem.engine.gather import Gather, Gatherer, Gathering
 from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.places import Bytes1D, Place
 from light_mem.engine.read_ahead import Span, open_direct
-from light_mem.engine.shard_header import data_path, make_whole, map_whole
+from light_mem.engine.shard_header import data_path, header_bytes, make_whole, map_whole
 from light_mem.engine.sinks import FileSink, OpenFile, Sink
 from light_mem.engine.slot_records import SlotRecords
 from light_mem.errors import ServiceClosedError
@@ -52,7 +52,9 @@ class ShardFile(SlotRecords):
         self.shard = shard
         self._dropper = dropper
         self._data, self._data_fd = map_whole(
-            data_path(directory, shard), fmt.data_file_bytes(geometry.slots, geometry.page_bytes)
+            data_path(directory, shard),
+            fmt.data_file_bytes(geometry.slots, geometry.page_bytes),
+            header_bytes(fmt.DATA_MAGIC, geometry, shard),
         )
         try:
             super().__init__(directory, geometry, shard)

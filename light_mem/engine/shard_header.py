@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from light_mem.engine import slot_calls
 from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import store_files
@@ -50,9 +51,51 @@ def read_header(path: Path) -> np.void | None:
     try:
         # Unbuffered: Python 3.14 would read 128 KiB, of each file of the store.
         with path.open("rb", buffering=0) as file:
-            raw = file.read(fmt.SHARD_HEADER.itemsize)
+            raw = _first_bytes(file.fileno())
     except FileNotFoundError:
         return None
+    return _header_in(raw, path)
+
+
+def require_header(path: Path, found: np.void | None, expected: bytes) -> None:
+    """Raise StoreFormatError where a file has the header of another store or shard. One that is
+    damaged (None) is nobody else's: a header is written whole, before its file grows."""
+    if found is None or found.tobytes() == expected:
+        return
+    raise StoreFormatError(
+        f"{path} belongs to another store or shard; nothing was changed",
+        path=str(path),
+        field="header",
+        found=bytes(found["store_id"]).hex(),
+        expected=bytes(np.frombuffer(expected, fmt.SHARD_HEADER)["store_id"][0]).hex(),
+    )
+
+
+def _header_of(descriptor: int, path: Path) -> np.void | None:
+    """`read_header` of an open file; None also where the device does not give it any more."""
+    try:
+        raw = _first_bytes(descriptor)
+    except OSError as error:
+        if slot_calls.problem_of(error) is None:
+            raise
+        return None
+    return _header_in(raw, path)
+
+
+def _first_bytes(descriptor: int) -> bytes:
+    """As many as a header has."""
+    advises = hasattr(os, "posix_fadvise")
+    if advises:  # else the kernel would read ahead of it, blocks that nobody may want
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    try:
+        return os.pread(descriptor, fmt.SHARD_HEADER.itemsize, 0)
+    finally:
+        if advises:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL)
+
+
+def _header_in(raw: bytes, path: Path) -> np.void | None:
+    """The header that a file begins with; as `read_header`."""
     if len(raw) < fmt.SHARD_HEADER.itemsize:
         return None
     header = np.frombuffer(raw, fmt.SHARD_HEADER)
@@ -90,11 +133,15 @@ def holds_data(path: Path) -> bool:
         os.close(descriptor)
 
 
-def map_whole(path: Path, size: int) -> tuple[mmap.mmap, int]:
+def map_whole(path: Path, size: int, header: bytes) -> tuple[mmap.mmap, int]:
     """Map a shard's file, once it is whole; with its descriptor. Raises OSError; StoreFullError
-    when it was cut short and there is no room for what it lacks; StoreFormatError for a symlink."""
+    when it was cut short and there is no room for what it lacks; StoreFormatError for a symlink, or
+    the file of another store: a store may have been moved away, and another one been made in its
+    place, since this process opened it."""
     descriptor = store_files.open_file(path, os.O_RDWR)
     try:
+        # First: another store's file is not lengthened.
+        require_header(path, _header_of(descriptor, path), header)
         make_whole(descriptor, path, size)
         return mmap.mmap(descriptor, size), descriptor
     except BaseException:

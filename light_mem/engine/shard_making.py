@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from light_mem.engine import lost_shards, shard_header
-from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import store_files
 from light_mem.index.description import Geometry
@@ -42,14 +41,7 @@ class ShardMaking:
             ):
                 header = shard_header.header_bytes(magic, geometry, shard)
                 found = shard_header.read_header(path)
-                if found is not None and found.tobytes() != header:
-                    raise StoreFormatError(
-                        f"{path} belongs to another store or shard; nothing was changed",
-                        path=str(path),
-                        field="header",
-                        found=bytes(found["store_id"]).hex(),
-                        expected=geometry.store_id,
-                    )
+                shard_header.require_header(path, found, header)
                 self._wanted.append((path, header, size))
                 if before is None:
                     continue

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from light_mem.engine.shard_header import map_whole, slots_path
+from light_mem.engine.shard_header import header_bytes, map_whole, slots_path
 from light_mem.index import format as fmt
 from light_mem.index.description import Geometry
 from light_mem.index.format import crc_of
@@ -36,7 +36,9 @@ class SlotRecords:
 
     def __init__(self, directory: Path, geometry: Geometry, shard: int) -> None:
         self._slots, descriptor = map_whole(
-            slots_path(directory, shard), fmt.slots_file_bytes(geometry.slots)
+            slots_path(directory, shard),
+            fmt.slots_file_bytes(geometry.slots),
+            header_bytes(fmt.SLOTS_MAGIC, geometry, shard),
         )
         os.close(descriptor)  # a mapping keeps one of its own: three a shard are enough
         self.records: npt.NDArray[np.void] = np.frombuffer(

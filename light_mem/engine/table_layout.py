@@ -11,8 +11,9 @@ import numpy as np
 # `data_safe`: the bytes have left the KV pages, so the block must not be copied from them again.
 INITIAL, WORKING, FINISHED, ABORTED, COPIED = range(5)
 READ, WRITE = 1, 2
+CLOSED, SERVER_GONE = 1, 2  # values of `shutdown`
 
-MAGIC = b"LMTABLE6"
+MAGIC = b"LMTABLE7"
 NAME = "lightmem-tasks"  # of the memory object, in /proc/<pid>/fd
 MAX_WORKERS = 128  # worker 0 stands for the server
 CLIENT_LANES = 63
@@ -35,7 +36,7 @@ HEADER = np.dtype(
         ("pages_per_block", "<u4"),
         ("page_bytes", "<u8"),
         ("num_pages", "<u8"),
-        ("shutdown", "<u4"),  # 1: workers leave when they find no work, nobody queues anything
+        ("shutdown", "<u4"),  # not 0: workers leave when they find no work, nobody queues anything
         ("work_seq", "<u4"),  # futex: changes when blocks are queued
         ("done_seq", "<u4"),  # futex: changes when a task is ready
         ("server_fd", "<u4"),  # descriptor of this table in the server
@@ -46,6 +47,9 @@ HEADER = np.dtype(
         ("restarts", "<u8"),  # workers replaced
         ("to_wake", "<u8"),  # workers that whoever queued has left to the one that it woke
         ("store", f"S{MAX_PATH_BYTES + 1}"),  # the store's directory
+        ("store_id", "S32"),
+        ("store_device", "<u8"),  # which directory that was when the server opened it
+        ("store_inode", "<u8"),
     ]
 )
 LANE = np.dtype(

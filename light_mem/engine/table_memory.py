@@ -24,6 +24,7 @@ from light_mem.engine.table_layout import (
     PAGES_PER_CELL,
     READ,
     ROW,
+    SERVER_GONE,
     WORKER,
     WRITE,
     words_of,
@@ -148,6 +149,13 @@ class TableMemory:
         self._row_words = words[at.rows : at.rows + self.rows.nbytes].cast("Q")
         latencies_end = at.latencies + MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES
         self.latencies = Histograms(words[at.latencies : latencies_end].cast("Q"))
+
+    def tell_that_server_is_gone(self) -> None:
+        """For a worker whose server has ended, or has become another program: it then lives on for
+        all who look at its pid."""
+        self._shutdown[0] = SERVER_GONE
+        self._done_seq[0] += 1
+        self.futex.wake(self.done_word)
 
     def depth(self, mode: int) -> int:
         """Entries of a mode's ring from the first on that waits for a worker: also of blocks that

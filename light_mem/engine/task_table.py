@@ -24,6 +24,7 @@ import numpy as np
 
 from light_mem.descriptors import keep_standard_numbers, memory_object
 from light_mem.engine.process import DeathWatch, is_alive, is_shown
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.engine.table_layout import (
     ABORTED,
     CELL,
@@ -33,6 +34,7 @@ from light_mem.engine.table_layout import (
     NAME,
     READ,
     ROW,
+    SERVER_GONE,
     WORKER,
     Cells,
     is_final,
@@ -73,8 +75,9 @@ class TaskTable(TableMemory):
         num_pages: int,
         pages_per_block: int,
         workers: int,
+        identity: StoreIdentity | None = None,
     ) -> TaskTable:
-        """A new table of this process, the server."""
+        """A new table of this process, the server; `identity`: of the store that it has open."""
         keep_standard_numbers()
         path = ""
         # Without a name it is found through /proc alone, by this very process's locks too.
@@ -107,6 +110,8 @@ class TaskTable(TableMemory):
         h["lanes"], h["rows"], h["cells"], h["pages"] = sizes
         h["workers"], h["page_bytes"], h["num_pages"] = workers, page_bytes, num_pages
         h["pages_per_block"] = pages_per_block
+        if identity is not None:
+            identity.put_in(h)
         h["magic"] = MAGIC  # last: whoever sees it sees the rest
         _tables[table.address().table_id] = table
         return table
@@ -173,8 +178,9 @@ class TaskTable(TableMemory):
 
     @property
     def orphaned(self) -> bool:
-        """Whether the server has died: nobody works on tasks any more. No system call."""
-        return self._server is not None and self._server.dead
+        """Whether the server is gone: nobody works on tasks any more. No system call."""
+        server = self._server
+        return server is not None and (server.dead or self._shutdown[0] == SERVER_GONE)
 
     @property
     def shutdown(self) -> bool:

@@ -31,6 +31,7 @@ from light_mem.engine.places import Bytes2D, Regions, Rows
 from light_mem.engine.program import die_with, name_process
 from light_mem.engine.queue import TaskQueue
 from light_mem.engine.settings import EngineSettings
+from light_mem.engine.store_identity import StoreIdentity
 from light_mem.engine.table_layout import READ, WORDS_PER_REGION, Cells
 from light_mem.engine.task_table import TaskTable
 from light_mem.errors import LightMemError, LockTimeoutError
@@ -225,8 +226,14 @@ def main(config: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # it was started deaf to it
     name_process(PROCESS_NAME)
+    table: TaskTable | None = None
+
+    def server_is_gone() -> None:
+        if table is not None:
+            table.tell_that_server_is_gone()
+
     try:
-        die_with(config["parent"])
+        die_with(config["parent"], sys.stderr.fileno(), server_is_gone)
     except ProcessLookupError:
         return
     _allow_descriptors()
@@ -248,6 +255,7 @@ def main(config: dict[str, Any]) -> None:
             os.fsdecode(bytes(table.header["store"][0])),
             kind="worker",
             settings=EngineSettings(**config["engine"]),
+            expected=StoreIdentity.in_table(table.header),
         )
     except (LightMemError, OSError) as error:  # of the machine or the store, not of the program
         log.error("worker %d cannot %s: %s", number, doing, str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 
 log = logging.getLogger("light_mem")
 
@@ -14,12 +15,17 @@ _QUOTED = 500  # characters of a line in an error
 
 class WorkerLog:
     """One pipe for all workers of a service; a line is a level, a blank, the text. `write` is their
-    standard error, so that a traceback comes here too. One thread at a time."""
+    standard error, so that a traceback comes here too. One thread at a time.
+
+    Only this process has `read`, and no program that it becomes: where that end is closed, workers
+    know that their server is gone (`program.die_with`).
+    """
 
     def __init__(self) -> None:
         """Raises OSError where no descriptors are left."""
         self.read, self.write = os.pipe()
         os.set_blocking(self.read, False)
+        _logs.add(self)
         self._begun = b""  # of a line whose end has not come yet
         self.last = ""  # what they complained of last, for an error that says why none is left
 
@@ -63,7 +69,23 @@ class WorkerLog:
     def close(self) -> None:
         """Log what is there, and close both ends. Calling it again does nothing."""
         self.finish()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close both ends."""
         (read, self.read), (write, self.write) = (self.read, -1), (self.write, -1)
         for descriptor in (read, write):
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+_logs: weakref.WeakSet[WorkerLog] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Else the parent could become another program, and its workers would not know.
+    for each in list(_logs):
+        each.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

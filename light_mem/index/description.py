@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from light_mem.errors import StoreFormatError
+from light_mem.errors import InvalidArgumentError, StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import store_files
 from light_mem.index.room import refuse_full
 
 NAME = "store.json"
+MAX_SLOTS = 2**31 - 2  # a shard: slot numbers are 32 bits wide, with one number kept for "none"
 
 
 class Geometry(NamedTuple):
@@ -49,8 +51,20 @@ class Geometry(NamedTuple):
 
 
 def slots_for(storage_size: int, shards: int, page_bytes: int) -> int:
-    """Slots a shard; slot numbers are 32 bits wide, with one number kept for "none"."""
-    return min(storage_size // shards // page_bytes, 2**31 - 2)
+    """Slots a shard."""
+    return min(storage_size // shards // page_bytes, MAX_SLOTS)
+
+
+def check_slots(storage_size: int, shards: int, page_bytes: int) -> None:
+    """Raise InvalidArgumentError for a size of which the shards would hold a part only."""
+    if storage_size // shards // page_bytes > MAX_SLOTS:
+        limit = MAX_SLOTS * page_bytes * shards
+        raise InvalidArgumentError(
+            f"storage_size {storage_size} is too large: {shards} shards of pages of {page_bytes} "
+            f"bytes hold at most {limit} bytes; use more shards",
+            storage_size=storage_size,
+            limit=limit,
+        )
 
 
 def _crc(fields: dict[str, object]) -> str:
@@ -107,15 +121,26 @@ def load(directory: Path) -> Geometry | None:
     )
 
 
-def no_store(directory: Path, expected: str) -> StoreFormatError:
-    """The error that a directory holds no store; `expected`: what would have made it one."""
+def no_store(directory: Path, expected: str, remedy: str = "") -> StoreFormatError:
+    """The error that a directory holds no store; `expected`: what would have made it one. Raises
+    OSError where this process may not look."""
     return StoreFormatError(
-        f"{directory} holds no store",
+        f"{directory} holds no store: {_what_is_there(directory, expected)}{remedy}",
         path=str(directory),
         field=NAME,
         found=None,
         expected=expected,
     )
+
+
+def _what_is_there(directory: Path, expected: str) -> str:
+    try:
+        is_link = stat.S_ISLNK(directory.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return "it does not exist"
+    if not directory.is_dir():
+        return "it is a symlink that leads to no directory" if is_link else "it is no directory"
+    return f"it lacks {expected}" if os.listdir(directory) else "it is empty"
 
 
 def sync_directory(directory: Path) -> None:

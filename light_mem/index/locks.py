@@ -1,7 +1,7 @@
 """Locks between processes; the kernel frees every one of them when its holder dies.
 
 PathLock   one exclusive lock a path (`filelock`): the shards' locks and the lock for opening
-RangeLock  exclusive locks on byte ranges of one file: owners, the task queue, clients' lanes
+RangeLock  locks on byte ranges of one file: owners, the task queue, clients' lanes
 
 Order, for the whole package: the open lock before a shard's lock; never two shards' locks at a
 time; owner ranges are only ever tried, never waited for; the queue's range is never held
@@ -173,7 +173,7 @@ class PathLock:
 
 
 class RangeLock:
-    """Exclusive locks on single bytes of a file; the bytes need not exist.
+    """Locks on single bytes of a file, exclusive ones but for `share`; the bytes need not exist.
 
     `path` is opened anew, because a lock belongs to the open file description. Threads of one
     process share the object and so its locks: keep them apart with a `threading.Lock`.
@@ -197,6 +197,14 @@ class RangeLock:
                 return False
             raise
         return True
+
+    def share(self, at: int) -> None:
+        """Take byte `at` beside others who share it: also of what cannot be opened for writing.
+        Raises OSError, BlockingIOError where somebody has it alone."""
+        if _OFD:
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, at)
+        else:
+            fcntl.lockf(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, at)
 
     def unlock(self, at: int) -> None:
         """Free byte `at`."""

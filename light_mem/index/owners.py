@@ -1,11 +1,11 @@
 """Who has the store open, and which slots each was filling when it died.
 
 The file `owners` holds a record a process; a process that joins takes the lock on one byte,
-which the kernel frees when the process dies, however it dies and in whatever container. The
-record says what people want to know (pid, start time, kind) and lists the process's *intents*:
-the first slots of the blocks that it is copying into. An intent is written before its slot is
-marked, so the slots of a dead process are found without a scan. Its leases, on blocks that it
-looks at in place, are listed too (`leases.py`).
+which the kernel frees when the process dies, however it dies and in whatever container (how that
+stays true when somebody removes the file: `members.py`). The record says what people want to know
+(pid, start time, kind) and lists the process's *intents*: the first slots of the blocks that it is
+copying into. An intent is written before its slot is marked, so the slots of a dead process are
+found without a scan. Its leases, on blocks that it looks at in place, are listed too (`leases.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ import numpy as np
 from light_mem.errors import StoreBusyError
 from light_mem.index import store_files
 from light_mem.index.format import MAX_OWNERS, OWNER, ShardSlot, named_slot, slot_word
-from light_mem.index.locks import RangeLock
+from light_mem.index.members import DirectoryLocks, MemberLocks
 from light_mem.index.proc_stat import stat_fields
 from light_mem.index.room import allocate
 from light_mem.index.store_files import open_file
@@ -73,9 +73,30 @@ class Owners:
     def __init__(self, directory: Path, writable: bool = True) -> None:
         """Open it, and make it where it is missing or too short. Tools that only look do not write,
         maybe because their file system is read-only here: they may ask who is alive, and read the
-        records. Theirs raises FileNotFoundError, and ValueError where the file is too short."""
+        records. Theirs raises FileNotFoundError, and ValueError where the file is too short. The
+        others' raises StoreBusyError where it is not the file of those who have the store open."""
         path = directory / NAME
         flags = os.O_RDWR if writable else os.O_RDONLY
+        with ExitStack() as undo:
+            members = DirectoryLocks(directory)
+            undo.callback(members.close)
+            if writable and not os.path.lexists(path):
+                members.require_listed(path, lambda _: os.path.lexists(path))
+            self._map_file(path, flags)
+            self.locks = MemberLocks(path, members, flags)
+            undo.callback(self.locks.close)
+            if writable:
+                self.locks.require_listed()
+            undo.pop_all()
+        # A lock of our own does not keep us out, nor does it keep our threads apart.
+        self._joined: set[int] = set()
+        # Reentrant: a finalizer may leave and close in the middle of `reclaim`.
+        self._guard = threading.RLock()
+        self._reclaiming = False
+        self._closing = False
+
+    def _map_file(self, path: Path, flags: int) -> None:
+        writable = flags == os.O_RDWR
         descriptor = store_files.open_or_make(path) if writable else open_file(path, flags)
         try:
             if writable and os.fstat(descriptor).st_size < FILE_BYTES:
@@ -86,13 +107,6 @@ class Owners:
         finally:
             os.close(descriptor)
         self.records = np.frombuffer(self._map, OWNER)
-        self.locks = RangeLock(path, open_file(path, flags))
-        # A lock of our own does not keep us out, nor does it keep our threads apart.
-        self._joined: set[int] = set()
-        # Reentrant: a finalizer may leave and close in the middle of `reclaim`.
-        self._guard = threading.RLock()
-        self._reclaiming = False
-        self._closing = False
 
     def join(self, kind: str) -> Owner:
         """Become an owner; `kind` is at most 16 ASCII letters. Raises StoreBusyError when full."""
@@ -180,7 +194,7 @@ class Owners:
 
     def others(self) -> bool:
         """Whether any other process has the store open."""
-        return self.locks.locked_by_another(0, MAX_OWNERS)
+        return self.locks.others()
 
     def flush(self) -> None:
         """Have the records on the device: an index that is clean is believed after a power cut, and

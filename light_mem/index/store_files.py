@@ -31,6 +31,12 @@ def open_file(path: str | os.PathLike[str], flags: int) -> int:
         raise refused_link(Path(path)) from None
 
 
+def open_directory(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a store's directory, to look at and to lock. Raises OSError."""
+    keep_standard_numbers()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def open_or_make(path: str | os.PathLike[str]) -> int:
     """A descriptor to read and write a file with, which is made, empty, where it is missing. Raises
     as `open_file`."""

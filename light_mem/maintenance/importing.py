@@ -28,7 +28,7 @@ from light_mem.errors import BlockNotStoredError, PinLimitError, StoreFormatErro
 from light_mem.index import format as fmt
 from light_mem.index import keys as keymath
 from light_mem.index import retention
-from light_mem.index.description import Geometry, slots_for
+from light_mem.index.description import Geometry, no_store, slots_for
 from light_mem.maintenance.changing import evict
 from light_mem.maintenance.data import Progress
 from light_mem.maintenance.export_file import ExportedBlock, ExportFile
@@ -76,10 +76,13 @@ def import_store(
             _require_same(directory, geometry, source, storage_size, shards)
         elif storage_size is not None:
             check_new(directory, source.page_bytes, shards or 1, storage_size)
+        elif not dry_run:
+            raise no_store(Path(directory), "files of one", "; --storage-size makes one")
         if dry_run:
             importing.check(directory)
         else:
-            _take_out_expired(directory)
+            if geometry is not None:
+                _take_out_expired(directory)
             engine = _open(directory, source, storage_size, shards or 1)
             try:
                 importing.run(engine)
@@ -142,8 +145,6 @@ def _require_same(
 
 def _take_out_expired(directory: str | os.PathLike[str]) -> None:
     """An import evicts nothing, but what has expired is not to be in its way."""
-    if _geometry(directory) is None:
-        return
     if any(retention.expired(part.rows["keep"]).any() for part in listed(Store(directory))):
         evict(directory, _EVER)
 
@@ -281,8 +282,7 @@ class _Import:
             try:
                 pinned = engine.pin(np.array([key], np.uint64), expired=key in fresh)
             except PinLimitError:
-                pinned = 0
-                refused += 1
+                pinned, refused = 0, refused + 1
             is_over = retention.has_expired(block.keep & fmt.KEEP_TIME_MASK)
             if not pinned and is_over and key in fresh:
                 self.expired += 1  # only the pin kept it

@@ -8,6 +8,7 @@ from pathlib import Path
 from light_mem.blocks import pages_per_block
 from light_mem.engine import foreign, opening
 from light_mem.engine.local import LocalStorageEngine
+from light_mem.index.description import check_slots
 from light_mem.maintenance.store import Store
 
 OPEN_SECONDS = 60.0  # a server that opens a large store holds the open lock for as long
@@ -15,9 +16,10 @@ OPEN_SECONDS = 60.0  # a server that opens a large store holds the open lock for
 
 def check_size(page_bytes: int, shards: int, storage_size: int) -> None:
     """Raise InvalidArgumentError for a size with which no server could open the store: a shard must
-    have room for one full block. How many pages that has is what LIGHTMEM_MAX_BLOCK_SIZE_MB says
-    here: it should say the same as for the server."""
+    have numbers for its slots, and room for one full block. How many pages that has is what
+    LIGHTMEM_MAX_BLOCK_SIZE_MB says here: it should say the same as for the server."""
     opening.check_sizes(page_bytes, shards, storage_size, pages_per_block(page_bytes))
+    check_slots(storage_size, shards, page_bytes)
 
 
 def check_new(

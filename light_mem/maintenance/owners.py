@@ -16,6 +16,7 @@ import numpy as np
 from light_mem.errors import StoreBusyError
 from light_mem.index import file as index_file
 from light_mem.index.format import named_slot
+from light_mem.index.members import DirectoryLocks
 from light_mem.index.owners import FILE_BYTES, NAME, Owners, started_at
 from light_mem.index.owners import listing as listing
 from light_mem.maintenance.report import OwnerReport
@@ -107,6 +108,11 @@ def require_alone(directory: Path, what: str) -> None:
         raise StoreBusyError(
             f"{what} needs {directory} alone, and it is open in: {listing(alive)}", owners=alive
         )
+    locks = DirectoryLocks(directory)
+    try:
+        locks.require_listed(directory / NAME, lambda _: False)
+    finally:
+        locks.close()
 
 
 def opened_meanwhile(directory: Path, owners: Sequence[OwnerReport]) -> StoreBusyError:
