@@ -35,7 +35,7 @@ def test_a_cold_block_is_in_the_page_cache_once_there_is_nothing_else_to_do(
     make(tmp_path / "s", blocks, page)
     with opened(tmp_path / "s", page) as r:
         assert r.read(blocks[1]) == [Outcome.LOADED]
-        assert not cached(tmp_path / "s" / DATA).any()  # the device was asked for this block alone
+        assert not cached(tmp_path / "s" / DATA)[1:].any()  # but for the header: asked for alone
         assert bring_in(r.engine) > 1
         assert not r.engine.has_later  # type: ignore[attr-defined]
         there = cached(tmp_path / "s" / DATA)
@@ -68,7 +68,7 @@ def test_a_block_that_is_read_cold_again_comes_through_the_page_cache(
     make(tmp_path / "s", blocks, 64 << 10)
     with opened(tmp_path / "s", 64 << 10) as r:
         for _ in range(2):
-            assert not cached(tmp_path / "s" / DATA).any()
+            assert not cached(tmp_path / "s" / DATA)[1:].any()  # but for the header
             assert r.read(*blocks) == [Outcome.LOADED] * 4
         assert cached(tmp_path / "s" / DATA)[1:].all()
         assert not r.engine.has_later  # type: ignore[attr-defined]
