@@ -61,8 +61,9 @@ def _compare(
     for _ in range(0 if run.quick else 4):
         _fill_again(run, source, contestants, plan, samples)
     for contestant in contestants:
-        # Rounds on the way to the steady state are slower; rivals reach it at once.
-        for _ in range(run.warm if contestant.kind.name == "LightMem" else 1):
+        # Passes on the way to the steady state are slower: slots that are written over are faulted
+        # in by degrees. New files never have a steady state.
+        for _ in range(run.warm if contestant.kind.in_place else 1):
             _awake(contestant, "write")
         _awake(contestant, "mixed"), _awake(contestant, "read")
     passes = {c.name: _passes(c, plan) for c in contestants}

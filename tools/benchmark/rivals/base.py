@@ -56,6 +56,9 @@ class Rival(ABC):
     evicts: ClassVar[bool] = False  # False: the suite deletes what is replaced, untimed
     persistent: ClassVar[bool] = True  # can be closed and opened again
     spins: ClassVar[bool] = False  # uses the CPU while idle
+    # Its slots are written over. So it has as many passes before the first sample as LightMem, and
+    # the work "write, clean slots".
+    in_place: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

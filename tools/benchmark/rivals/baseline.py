@@ -15,6 +15,7 @@ class Baseline(Rival):
     how = "a process a worker; every block has its own place in private memory"
     lacks = "stores nothing"
     persistent = False
+    in_place = True
 
     def open(self) -> None:
         plan = self.setup.plan

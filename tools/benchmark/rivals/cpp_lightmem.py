@@ -27,6 +27,7 @@ class CppLightMem(Rival):
     evicts = True
     persistent = False
     spins = True
+    in_place = True
 
     @classmethod
     def environment(cls, plan: Plan) -> dict[str, str]:

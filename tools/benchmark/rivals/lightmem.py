@@ -21,6 +21,7 @@ class LightMem(Rival):
     lacks = ""
     one_process_each = False
     evicts = True
+    in_place = True
 
     def open(self) -> None:
         import torch
