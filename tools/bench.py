@@ -47,9 +47,9 @@ def parse() -> argparse.Namespace:
         "--contestants",
         nargs="+",
         choices=rivals.ALL,
-        default=list(rivals.ALL),
         metavar="NAME",
-        help=f"of copies and latency: {', '.join(rivals.ALL)}",
+        help=f"of copies, latency, beside and tasks: {', '.join(rivals.ALL)} "
+        f"(all; {' and '.join(rivals.BESIDE_CPP)} with --cpp-lightmem only)",
     )
     add("--quick", action="store_true", help="small sizes, few rounds")
     add("--rounds", type=int, help="samples of each kind (9; quick: 2)")
@@ -67,7 +67,11 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, help="write all figures there")
     add("--csv", type=Path, help="write all figures there, one a line")
     add("--plots", type=Path, metavar="DIR", help="draw PNG files there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.contestants is None:
+        cpp = bool(args.cpp_lightmem)
+        args.contestants = [kind for kind in rivals.ALL if cpp or kind not in rivals.BESIDE_CPP]
+    return args
 
 
 def main() -> None:

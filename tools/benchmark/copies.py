@@ -18,7 +18,7 @@ from benchmark.samples import Samples
 
 WORK = ("first fill", "write", "read", "mixed", "cold read")
 # These fill several times, each a new store.
-_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem")
+_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem", *rivals.BESIDE_CPP)
 _SETTLE_SECONDS = 0.3
 _SECONDS = 0.15  # that a sample takes at least, in as many passes as it needs
 
@@ -75,7 +75,7 @@ def _compare(
     stayed: dict[str, float] = {}
     for _ in range(min(run.rounds, 5)):
         for contestant in contestants:
-            if contestant.name != rivals.BASE:
+            if contestant.name not in (rivals.BASE, rivals.UNTUNED):
                 stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
     for contestant in contestants:
         contestant.awake(True)

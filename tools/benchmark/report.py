@@ -174,7 +174,7 @@ def show_flatness(run: Run) -> None:
 def show_end(run: Run) -> None:
     """Who took part and how, who is missing, the checks, the time."""
     table = Table(title="contestants", title_justify="left")
-    for name in ("name", "how", "lacks"):
+    for name in ("name", "how", "lacks or differs"):
         table.add_column(name)
     for kind, about in run.results.get("contestants", {}).items():
         if "missing" in about:
@@ -199,7 +199,7 @@ def _against(results: dict[str, Any]) -> list[str]:
         others = {
             k: v
             for k, v in found["contestants"].items()
-            if k not in ("LightMem", rivals.BASE, rivals.BARE)
+            if not k.startswith("LightMem") and k not in rivals.BOUNDS
         }
         bare = found["contestants"].get(rivals.BARE)
         if ours and bare:

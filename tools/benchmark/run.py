@@ -81,7 +81,7 @@ class Run:
     ) -> Contestant | None:
         """A contestant of `kinds`; None, and noted, when it is not installed."""
         options = dict(options or {})
-        if kind == "cpp-lightmem":
+        if kind.startswith("cpp-lightmem"):
             options["path"] = self.cpp_lightmem
         about = self.results.setdefault("contestants", {})
         try:

@@ -6,12 +6,25 @@ import importlib
 
 from benchmark.rivals.base import NotInstalledError, Rival, Setup
 
-__all__ = ["ALL", "BARE", "BASE", "NotInstalledError", "Rival", "Setup", "find"]
+__all__ = [
+    "ALL",
+    "BARE",
+    "BASE",
+    "BESIDE_CPP",
+    "BOUNDS",
+    "UNTUNED",
+    "NotInstalledError",
+    "Rival",
+    "Setup",
+    "find",
+]
 
 # name on the command line -> module, class
 ALL = {
     "baseline": ("baseline", "Baseline"),
+    "baseline-plain": ("baseline", "UntunedBaseline"),
     "lightmem": ("lightmem", "LightMem"),
+    "lightmem-drop": ("lightmem", "DroppingLightMem"),
     "bare": ("bare", "Bare"),
     "plain": ("plain", "PlainFile"),
     "lmdb": ("lmdb_store", "Lmdb"),
@@ -21,10 +34,16 @@ ALL = {
     "lmcache-fs": ("lmcache_native", "LMCacheNative"),
     "hicache": ("hicache_file", "HiCache"),
     "cpp-lightmem": ("cpp_lightmem", "CppLightMem"),
+    "cpp-lightmem-keep": ("cpp_lightmem", "KeepingCppLightMem"),
 }
+# The C++ LightMem sends each written block to the device and drops it from the page cache. These
+# two take that difference away: the one from it, the other from LightMem.
+BESIDE_CPP = ("lightmem-drop", "cpp-lightmem-keep")
 
 # Printed names of those that are no stores: what any store could reach at most, and what LightMem.
 BASE, BARE = "memory to memory", "copies alone"
+UNTUNED = "... as Python starts"
+BOUNDS = (BASE, UNTUNED, BARE)
 
 
 def find(name: str) -> type[Rival]:

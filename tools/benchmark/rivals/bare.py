@@ -24,7 +24,7 @@ from light_mem.engine.groups import groups
 from light_mem.engine.mapped_writes import MappedWrites
 from light_mem.engine.pieces import is_put_straight
 from light_mem.engine.places import Rows
-from light_mem.engine.program import environment
+from light_mem.engine.program import COPY_TUNABLES
 from light_mem.engine.read_ahead import Span, open_direct
 from light_mem.engine.scatter import Scatterer
 
@@ -44,8 +44,7 @@ class Bare(Rival):
 
     @classmethod
     def environment(cls, plan: Plan) -> dict[str, str]:
-        tunables = environment({})["GLIBC_TUNABLES"]
-        return {"GLIBC_TUNABLES": tunables}
+        return {"GLIBC_TUNABLES": COPY_TUNABLES}
 
     def open(self) -> None:
         plan = self.setup.plan

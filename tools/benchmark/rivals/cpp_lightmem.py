@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.plan import Plan
+from benchmark.rivals import no_advice
 from benchmark.rivals.base import NotInstalledError, Pages, Rival, two_at_a_time
 
 
@@ -21,7 +22,8 @@ class CppLightMem(Rival):
     how = "one process, a thread a worker; overwrites slots in place, evicting"
     lacks = (
         "no checksum; its index is in memory only, and its files are truncated when it starts; "
-        "a write that finds no slot free is Finished and not stored"
+        "a write that finds no slot free is Finished and not stored; differs: it has the kernel "
+        "drop each block once written (posix_fadvise), so that writes go to the device meanwhile"
     )
     one_process_each = False
     evicts = True
@@ -114,3 +116,23 @@ class CppLightMem(Rival):
 
     def close(self) -> None:
         del self._service
+
+
+class KeepingCppLightMem(CppLightMem):
+    """The same, but its `posix_fadvise` does nothing: as LightMem's `page_cache="keep"`."""
+
+    name = "C++ LightMem, keep"
+    how = "as C++ LightMem, its posix_fadvise a no-op (LD_PRELOAD): the kernel writes when it likes"
+    lacks = (
+        "no checksum; its index is in memory only, and its files are truncated when it starts; "
+        "a write that finds no slot free is Finished and not stored"
+    )
+
+    @classmethod
+    def environment(cls, plan: Plan) -> dict[str, str]:
+        return {**super().environment(plan), "LD_PRELOAD": no_advice.library()}
+
+    def open(self) -> None:
+        if not no_advice.is_loaded():
+            raise NotInstalledError("the loader refused the no-op of its posix_fadvise")
+        super().open()

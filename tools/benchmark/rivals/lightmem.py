@@ -19,6 +19,7 @@ class LightMem(Rival):
     package = "light-mem"
     how = "a server process and its worker processes; overwrites slots in place, evicting"
     lacks = ""
+    page_cache = "keep"
     one_process_each = False
     evicts = True
     in_place = True
@@ -42,6 +43,7 @@ class LightMem(Rival):
             torch.from_numpy(self.memory),
             max(1, self.setup.workers // self.setup.shares),
             verify=options.get("verify", True),
+            page_cache=self.page_cache,
         )
         self.service.run()
 
@@ -108,3 +110,12 @@ class LightMem(Rival):
 
     def close(self) -> None:
         self.service.close()
+
+
+class DroppingLightMem(LightMem):
+    """Blocks go to the device past the page cache, and are on it when a write is done."""
+
+    name = "LightMem, drop"
+    how = 'as LightMem, with page_cache="drop": writes are on the device when they are done'
+    lacks = "blocks in the page cache"
+    page_cache = "drop"
