@@ -145,8 +145,11 @@ class Contestant:
         return [self._answer(process) for process in told]
 
     def move(self, what: str, passes: int = 1) -> float:
-        """Seconds of `write`, `read` or `mixed`: those of the slowest process."""
-        return float(max(self.tell(what, passes=passes)))
+        """Seconds of `write`, `read` or `mixed`: those of the slowest process. Where what is
+        replaced must be deleted, untimed, each pass is told by itself."""
+        if self.many_passes:
+            return float(max(self.tell(what, passes=passes)))
+        return float(sum(max(self.tell(what)) for _ in range(passes)))
 
     def complete(self, what: str, passes: int) -> None:
         """After `passes` of `what`: have every block there. A service that is at two passes of

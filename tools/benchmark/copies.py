@@ -1,4 +1,4 @@
-"""First fill, steady write, cached read, mixed and cold read of one block shape, interleaved."""
+"""First fill, writes, cached read, mixed and cold read of one block shape, interleaved."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from benchmark import cold, rivals
+from benchmark import cold, machine, ratios, rivals
 from benchmark.contestant import Contestant
 from benchmark.plan import Plan, Shape
 from benchmark.run import Run
 from benchmark.samples import Samples
+from light_mem.engine.mapped_writes import SOON_SECONDS
 
-WORK = ("first fill", "write", "read", "mixed", "cold read")
+# A small store that is written over and over: its slots are dirty, and mapped for writing. And the
+# same when the device has all of it and nobody has written for a while, as in a large store.
+AGAIN, CLEAN = "write, again", "write, clean slots"
+WORK = ("first fill", AGAIN, CLEAN, "read", "mixed", "cold read")
+_BASE_OF = {"first fill": AGAIN, "cold read": "read"}  # what of memory to memory they are shares of
+_MOVES = {"first fill": "write", AGAIN: "write", CLEAN: "write", "cold read": "read"}
 # These fill several times, each a new store.
 _FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem", *rivals.BESIDE_CPP)
 _SETTLE_SECONDS = 0.3
-_SECONDS = 0.15  # that a sample takes at least, in as many passes as it needs
+_SECONDS = 0.5  # that a sample takes at least, in as many passes as it needs
+_MOST_PASSES = 64
+_QUICK = 0.1  # of such times
 
 
 class WrongBytesError(RuntimeError):
@@ -45,18 +53,19 @@ def _compare(
     for contestant in contestants:
         contestant.awake(False)
 
-    def turn(contestant: Contestant, work: str, passes: int = 1, what: str = "") -> None:
+    def turn(contestant: Contestant, work: str, passes: int = 1) -> None:
+        what = _MOVES.get(work, work)
         contestant.awake(True)
         sample = run.meter.take(
-            lambda: contestant.move(what or work, passes), passes * plan.nbytes, contestant.family
+            lambda: contestant.move(what, passes), passes * plan.nbytes, contestant.family
         )
-        contestant.complete(work, passes)
+        contestant.complete(what, passes)
         contestant.awake(False)
         samples[contestant.name][work].all.append(sample)
 
     for contestant in contestants:
         _settle(run, plan)
-        turn(contestant, "first fill", what="write")
+        turn(contestant, "first fill")
         _prove(kv, contestant)
     for _ in range(0 if run.quick else 4):
         _fill_again(run, source, contestants, plan, samples)
@@ -66,11 +75,12 @@ def _compare(
         for _ in range(run.warm if contestant.kind.in_place else 1):
             _awake(contestant, "write")
         _awake(contestant, "mixed"), _awake(contestant, "read")
-    passes = {c.name: _passes(c, plan) for c in contestants}
+    passes = {c.name: _passes(run, c) for c in contestants}
     for _ in range(run.rounds):
         for contestant in contestants:
-            for work in ("write", "read", "mixed"):
-                turn(contestant, work, passes[contestant.name])
+            for work, count in passes[contestant.name].items():
+                turn(contestant, work, count)
+    _clean_turns(run, contestants, turn)
     plainly: dict[str, Samples] = {}
     stayed: dict[str, float] = {}
     for _ in range(min(run.rounds, 5)):
@@ -140,11 +150,27 @@ def _fill_again(
             samples[one.name]["first fill"].all.append(sample)
 
 
-def _passes(contestant: Contestant, plan: Plan) -> int:
-    if not contestant.many_passes:
-        return 1
-    fastest = min(_awake(contestant, what) for what in ("write", "read"))
-    return max(1, min(8, math.ceil(_SECONDS / max(fastest, 1e-4))))
+def _passes(run: Run, contestant: Contestant) -> dict[str, int]:
+    """Passes that a sample of each work takes to be long enough."""
+    long = _SECONDS * (_QUICK if run.quick else 1)
+    seconds = {work: _awake(contestant, _MOVES.get(work, work)) for work in (AGAIN, "read")}
+    seconds["mixed"] = max(seconds.values())
+    return {
+        work: max(1, min(_MOST_PASSES, math.ceil(long / max(taken, 1e-4))))
+        for work, taken in seconds.items()
+    }
+
+
+def _clean_turns(run: Run, contestants: list[Contestant], turn: Any) -> None:
+    """One pass each over slots that are on the device and that nobody wrote of late."""
+    in_place = [contestant for contestant in contestants if contestant.kind.in_place]
+    for _ in range(min(run.rounds, 5)):
+        for contestant in in_place:
+            machine.write_out(contestant.directory)
+        # LightMem takes slots for such that are written again soon for so long.
+        time.sleep((SOON_SECONDS + 0.5) * (_QUICK if run.quick else 1))
+        for contestant in in_place:
+            turn(contestant, CLEAN)
 
 
 def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], turn: Any) -> float:
@@ -159,24 +185,26 @@ def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], tu
     mine = contestant.name == "LightMem"
     stayed = contestant.forget(plain_reads if mine else lambda: None)
     time.sleep(_SETTLE_SECONDS)  # what was closed for that has been started for a moment
-    turn(contestant, "cold read", what="read")
+    turn(contestant, "cold read")
     contestant.rest()  # LightMem brings in what it has read past the page cache
     return stayed
 
 
 def _summaries(
-    samples: dict[str, dict[str, Samples]], passes: dict[str, int], stayed: dict[str, float]
+    samples: dict[str, dict[str, Samples]],
+    passes: dict[str, dict[str, int]],
+    stayed: dict[str, float],
 ) -> dict[str, Any]:
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {work: s.summary() for work, s in by_work.items() if s.all}
         for name, by_work in samples.items()
     }
     base = found.get(rivals.BASE, {})
     for name, by_work in found.items():
         for work, summary in by_work.items():
-            like = {"first fill": "write", "cold read": "read"}.get(work, work)
-            if like in base:
-                summary["ratio"] = summary["GBps"] / base[like]["GBps"]
+            if share := ratios.between(summary, base.get(_BASE_OF.get(work, work))):
+                summary["ratio"] = share.median
+                summary["ratio_low"], summary["ratio_high"] = share.low, share.high
         by_work["passes a sample"] = passes[name]
         if name in stayed:
             by_work["cold read"]["stayed in page cache"] = stayed[name]
