@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(900)  # some 30 s by itself, minutes beside oth
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench.py"
 # The others work like these.
-PARTS = ["copies", "beside", "sizes", "bounds", "entries", "servers", "process"]
+PARTS = ["copies", "beside", "tasks", "sizes", "bounds", "entries", "servers", "process"]
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -106,6 +106,14 @@ def test_what_is_missing_is_said(results: dict[str, Any]) -> None:
     assert about["cpp-lightmem"] == {"missing": "give its path with --cpp-lightmem"}
     assert about["plain"]["lacks"]
     assert "C++ LightMem" not in results["copies"]["246 KB"]["contestants"]
+
+
+def test_tasks_of_each_size_have_rates(results: dict[str, Any]) -> None:
+    found = results["tasks"]["246 KB"]
+    assert list(found) == [
+        f"LightMem, {size} a task, {number} under way" for size in (1, 16) for number in (1, 2)
+    ]
+    assert all(works[work]["GBps"] > 0 for works in found.values() for work in ("write", "read"))
 
 
 def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:

@@ -29,12 +29,15 @@ from benchmark import (
     queries,
     report,
     rivals,
+    tasks,
 )
 from benchmark.copies import bench_shape
 from benchmark.plan import SHAPES
 from benchmark.run import Run
 
-PARTS = tuple("copies latency beside sizes bounds entries workers shards servers process".split())
+PARTS = tuple(
+    "copies latency beside tasks sizes bounds entries workers shards servers process".split()
+)
 
 
 def parse() -> argparse.Namespace:
@@ -114,6 +117,8 @@ def main() -> None:
                 run.results[part] = latency.bench_latency(run)
             elif part == "beside":
                 run.results[part] = beside.bench_beside(run)
+            elif part == "tasks":
+                run.results[part] = tasks.bench_tasks(run)
             elif part == "entries":
                 run.results[part] = queries.bench_entries(run)
             elif part == "sizes":

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import numpy.typing as npt
 from benchmark import rivals
 from benchmark.plan import Plan
 from benchmark.rivals.base import Rival, Setup
+from benchmark.rivals.service import Service
+from benchmark.rivals.service import under_way as service_tasks
 
 _MOST_BYTES_A_SECOND = 30e9
 _PAUSE = 0.008  # seconds
@@ -140,6 +143,29 @@ class Host:
                 beyond = min(1.0, (ended - end) / (ended - started))
                 return int((done - beyond) * nbytes), done * nbytes
 
+    def tasks(self, mode: str, size: int, under_way: int, seconds: float) -> tuple[int, int]:
+        """As `steady`, in tasks of `size` blocks, `under_way` at a time; of a service only. Tasks
+        go over all blocks again and again. The bytes moved in that time are a share of all: some
+        tasks end after it."""
+        service = self._rival
+        assert isinstance(service, Service)
+        count, moved = len(self._blocks), 0
+        hashes = list(chain.from_iterable(self._ahead))  # of writes, more than there is time for
+        started = time.monotonic()
+
+        def created() -> Iterator[list[Any]]:
+            nonlocal moved
+            first = 0
+            while time.monotonic() < started + seconds:
+                these = np.arange(first, first + size)
+                asked = [hashes[n % len(hashes)] for n in range(first, first + size)]
+                moved += size * self._plan.shape.block_bytes
+                first += size
+                yield service.create(mode, asked, self._pages[these % count])
+
+        service_tasks(under_way, created(), service.finish)
+        return int(moved * seconds / (time.monotonic() - started)), moved
+
     def beside(self, count: int, seconds: float) -> tuple[list[float], float]:
         """Seconds of each read of the first `count` blocks, while all others are written pass after
         pass for so many seconds, the next always queued; and bytes written a second. Reads come at
@@ -172,8 +198,11 @@ class Host:
         return out, written / (time.perf_counter() - started)
 
     def latency(self, mode: str, count: int) -> list[float]:
-        """Seconds of `count` calls with one block each."""
+        """Seconds of `count` calls with one block each. Of a service the caller asks without a
+        pause whether it is done, as LightMem's `wait` and a sleep differ in what they add."""
         out = []
+        if isinstance(self._rival, Service):
+            self._rival.spin = True
         for n in range(count):
             at = np.array([n % len(self._blocks)])
             hashes = self._renew(at, delete=True) if mode == "write" else self.hashes(at)
@@ -182,6 +211,8 @@ class Host:
             started = time.perf_counter()
             call(hashes, pages)
             out.append(time.perf_counter() - started)
+        if isinstance(self._rival, Service):
+            self._rival.spin = False
         return out
 
     def suspend(self) -> bool:

@@ -57,6 +57,8 @@ def show_part(run: Run, part: str) -> None:
         _show_latency(found)
     elif part == "beside":
         _show_beside(found)
+    elif part == "tasks":
+        _show_tasks(found)
     elif part in ("sizes", "bounds", "workers", "shards", "servers"):
         _show_growth(part, found)
     elif part in ("entries", "process"):
@@ -87,6 +89,27 @@ def _show_beside(found: dict[str, Any]) -> None:
             if isinstance(of, dict):
                 figures = (f"{of['p50_ms']:.2f}", f"{of['p99_ms']:.2f}", f"{of['calls']:,}")
                 table.add_row(case, name, *figures, f"{of['written_GBps']:.2f}")
+        table.add_section()
+    _console.print(table)
+
+
+def _show_tasks(found: dict[str, Any]) -> None:
+    table = Table(title="by blocks a task and tasks under way, GB/s", title_justify="left")
+    for name in ("blocks", "contestant, a task, under way"):
+        table.add_column(name)
+    for name in ("write", "read", "write of LightMem", "read of LightMem", "dropped"):
+        table.add_column(name, justify="right")
+    for shape, of_shape in found.items():
+        for name, works in of_shape.items():
+            case = name.split(", ", 1)[1]
+            ours = of_shape.get(f"LightMem, {case}", {})
+            table.add_row(
+                shape,
+                name,
+                *(_text(works[w]["GBps"], w, works) for w in ("write", "read")),
+                *(str(between(works[w], ours.get(w)) or "-") for w in ("write", "read")),
+                _dropped(works),
+            )
         table.add_section()
     _console.print(table)
 

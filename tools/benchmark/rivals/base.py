@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,6 @@ from benchmark.plan import Plan
 
 Bytes = npt.NDArray[np.uint8]
 Pages = npt.NDArray[np.int64]
-T = TypeVar("T")
 
 
 class NotInstalledError(Exception):
@@ -89,9 +88,6 @@ class Rival(ABC):
     def read(self, hashes: list[Any], pages: Pages) -> None:
         """Fill pages with the blocks of these hashes."""
 
-    # A service is given the next pass while it is at the last one, as others' processes go on
-    # without waiting for each other.
-
     def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
         """`write`, several times: of each pass the hashes."""
         for hashes in passes:
@@ -128,18 +124,6 @@ class Rival(ABC):
 def gather(memory: Bytes, rows: Pages, out: Bytes) -> None:
     """Copy pages of the tensor to `out`, [pages, page bytes]."""
     np.take(memory, rows, axis=0, out=out, mode="clip")
-
-
-def two_at_a_time(passes: Iterable[T], finish: Callable[[T], None]) -> None:
-    """Have a service make passes, created one by one: each is queued before the one before it is
-    waited for."""
-    under_way: list[T] = []
-    for created in passes:
-        under_way.append(created)
-        if len(under_way) > 1:
-            finish(under_way.pop(0))
-    for last in under_way:
-        finish(last)
 
 
 def page_aligned(nbytes: int) -> Bytes:

@@ -6,16 +6,16 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmark.plan import Plan
 from benchmark.rivals import no_advice
-from benchmark.rivals.base import NotInstalledError, Pages, Rival, two_at_a_time
+from benchmark.rivals.base import NotInstalledError, Pages
+from benchmark.rivals.service import Service
 
 
-class CppLightMem(Rival):
+class CppLightMem(Service):
     """Its `LocalCacheService`, below its Python classes, which hash tokens."""
 
     name = "C++ LightMem"
@@ -25,11 +25,8 @@ class CppLightMem(Rival):
         "a write that finds no slot free is Finished and not stored; differs: it has the kernel "
         "drop each block once written (posix_fadvise), so that writes go to the device meanwhile"
     )
-    one_process_each = False
-    evicts = True
     persistent = False
     spins = True
-    in_place = True
 
     @classmethod
     def environment(cls, plan: Plan) -> dict[str, str]:
@@ -78,37 +75,23 @@ class CppLightMem(Rival):
     def _block_limit(plan: Plan) -> int:
         return math.ceil(plan.shape.block_bytes / 2**20) << 20
 
-    def _finish(self, tasks: list[Any]) -> None:
+    def finish(self, tasks: list[Any]) -> None:
         for task in tasks:
             while not task.ready():
-                time.sleep(0.00002)
+                if not self.spin:  # it has no call that waits
+                    time.sleep(0.00002)
             self._lost += sum(state != self._module.State.Finished for state in task.state())
 
-    def _create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
+    def create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
         size = 1 if self._alone else max(1, len(hashes))
         return [
             self._service.create(
                 hashes[at : at + size],
                 self._torch.from_numpy(pages[at : at + size].ravel().astype("int32")),
-                mode,
+                mode[0],
             )
             for at in range(0, len(hashes), size)
         ]
-
-    def write(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish(self._create("w", hashes, pages))
-
-    def read(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish(self._create("r", hashes, pages))
-
-    def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
-        two_at_a_time((self._create("w", hashes, pages) for hashes in passes), self._finish)
-
-    def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
-        two_at_a_time((self._create("r", hashes, pages) for _ in range(passes)), self._finish)
-
-    def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
-        self._finish(self._create("r", old, into) + self._create("w", new, pages))
 
     def check(self) -> dict[str, Any]:
         """Blocks that it could not read although it had said that they were stored."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from benchmark.rivals.base import Pages, Rival, two_at_a_time
+from benchmark.rivals.base import Pages
+from benchmark.rivals.service import Service
 
 _BATCH = 16384  # blocks a task
 
 
-class LightMem(Rival):
+class LightMem(Service):
     """One server process, as many workers as asked for, checksums verified."""
 
     name = "LightMem"
@@ -20,9 +20,6 @@ class LightMem(Rival):
     how = "a server process and its worker processes; overwrites slots in place, evicting"
     lacks = ""
     page_cache = "keep"
-    one_process_each = False
-    evicts = True
-    in_place = True
 
     def open(self) -> None:
         import torch
@@ -61,42 +58,23 @@ class LightMem(Rival):
         fits = shards == self._shard_of[blocks][:, None]
         return list(tried[np.arange(len(first)), fits.argmax(axis=1)].tolist())
 
-    def _create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
+    def create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
         return [
             self.service.create(mode, hashes[at : at + _BATCH], pages[at : at + _BATCH].ravel())
             for at in range(0, len(hashes), _BATCH)
         ]
 
-    def _wait(self, tasks: list[Any]) -> None:
+    def finish(self, tasks: list[Any]) -> None:
         import light_mem
 
         for task in tasks:
+            while self.spin and not task.ready():
+                pass
             if not task.wait(600):
                 raise RuntimeError("a task was not ready within ten minutes")
             aborted = sum(s != light_mem.State.Finished for s in task.state())
             if aborted:
                 raise RuntimeError(f"{aborted} of {len(task.state())} blocks were aborted")
-
-    def write(self, hashes: list[Any], pages: Pages) -> None:
-        self._wait(self._create("write", hashes, pages))
-
-    def read(self, hashes: list[Any], pages: Pages) -> None:
-        self._wait(self._create("read", hashes, pages))
-
-    def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
-        two_at_a_time((self._create("write", hashes, pages) for hashes in passes), self._wait)
-
-    def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
-        two_at_a_time((self._create("read", hashes, pages) for _ in range(passes)), self._wait)
-
-    def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
-        self._wait(
-            [
-                self.service.create(mode, hashes, rows.ravel())
-                for mode, hashes, rows in (("read", old, into), ("write", new, pages))
-                if hashes
-            ]
-        )
 
     def keep(self, hashes: list[Any]) -> None:
         self.service.pin(hashes)
