@@ -66,20 +66,25 @@ def show_part(run: Run, part: str) -> None:
 
 
 def _show_latency(found: dict[str, Any]) -> None:
-    table = Table(title="one block at a time, us", title_justify="left")
+    table = Table(title="one block at a time, us", title_justify="left", caption_justify="left")
     for name in ("block", "contestant", "write p50", "p99", "read p50", "p99"):
         table.add_column(name, justify="left" if name in ("block", "contestant") else "right")
     for shape, of_shape in found.items():
         for name, modes in of_shape.items():
             if isinstance(modes, dict):
                 figures = [modes[m][p] for m in ("write", "read") for p in ("p50_us", "p99_us")]
-                table.add_row(shape, name, *(f"{f:,.0f}" for f in figures))
+                more = modes["moved_bytes"] / of_shape["block_bytes"]
+                said = f"{name}: moves {more:.3g} times the bytes" if more > 1 else name
+                table.add_row(shape, said, *(f"{f:,.0f}" for f in figures))
         table.add_section()
+    table.caption = "Services are asked without a pause whether they are done."
     _console.print(table)
 
 
 def _show_beside(found: dict[str, Any]) -> None:
-    table = Table(title="reads while writes are queued", title_justify="left")
+    table = Table(
+        title="reads while writes are queued", title_justify="left", caption_justify="left"
+    )
     for name in ("blocks", "contestant"):
         table.add_column(name)
     for name in ("p50 ms", "p99 ms", "reads", "written GB/s"):
@@ -90,6 +95,9 @@ def _show_beside(found: dict[str, Any]) -> None:
                 figures = (f"{of['p50_ms']:.2f}", f"{of['p99_ms']:.2f}", f"{of['calls']:,}")
                 table.add_row(case, name, *figures, f"{of['written_GBps']:.2f}")
         table.add_section()
+    table.caption = (
+        "Does it grow with what is queued? Closed loop: the next read comes when the last is done."
+    )
     _console.print(table)
 
 

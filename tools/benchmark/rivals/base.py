@@ -70,6 +70,11 @@ class Rival(ABC):
         """Environment variables of its processes."""
         return {}
 
+    @classmethod
+    def moved_bytes(cls, plan: Plan) -> int:
+        """Bytes that it moves to write or read a block."""
+        return plan.shape.block_bytes
+
     def hashes(self, generations: Pages, blocks: Pages) -> list[Any]:
         """A hash a block that no other generation has."""
         return [

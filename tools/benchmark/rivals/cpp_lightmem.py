@@ -56,8 +56,7 @@ class CppLightMem(Service):
         self._torch = torch
         self._lost = 0
         # It has one block size: a shorter block takes a whole slot, and a task of its own.
-        page = plan.shape.page_bytes
-        block = min(64, max(1, self._block_limit(plan) // page)) * page
+        block = self.moved_bytes(plan)
         self._alone = block != plan.shape.block_bytes
         self._service = self._module.LocalCacheService(
             file=str(self.directory / "store"),
@@ -70,6 +69,11 @@ class CppLightMem(Service):
         self._service.run()
         if self._service.block_size() != block:
             raise RuntimeError(f"its blocks have {self._service.block_size()} bytes, not {block}")
+
+    @classmethod
+    def moved_bytes(cls, plan: Plan) -> int:
+        page = plan.shape.page_bytes
+        return min(64, max(1, cls._block_limit(plan) // page)) * page
 
     @staticmethod
     def _block_limit(plan: Plan) -> int:
