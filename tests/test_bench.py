@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(900)  # some 30 s by itself, minutes beside oth
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench.py"
 # The others work like these.
-PARTS = ["copies", "beside", "tasks", "sizes", "bounds", "entries", "servers", "process"]
+PARTS = ["copies", "latency", "beside", "tasks", "sizes", "bounds", "entries", "servers", "process"]
 
 
 def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -108,6 +108,19 @@ def test_what_is_missing_is_said(results: dict[str, Any]) -> None:
     assert "C++ LightMem" not in results["copies"]["246 KB"]["contestants"]
 
 
+def test_reads_beside_writes_say_how_much_is_queued(results: dict[str, Any]) -> None:
+    [(name, case)] = results["beside"].items()
+    assert name.endswith(f"{case['queued_bytes'] / 1e6:,.0f} MB queued")
+    assert case["LightMem"]["calls"] > 0
+
+
+def test_latencies_say_what_is_moved(results: dict[str, Any]) -> None:
+    assert list(results["latency"]) == ["65.5 KB, one page", "983 KB, one page"]
+    for of_shape in results["latency"].values():
+        assert of_shape["LightMem"]["moved_bytes"] == of_shape["block_bytes"]
+        assert 0 < of_shape["LightMem"]["read"]["p50_us"] <= of_shape["LightMem"]["read"]["p99_us"]
+
+
 def test_tasks_of_each_size_have_rates(results: dict[str, Any]) -> None:
     found = results["tasks"]["246 KB"]
     assert list(found) == [
@@ -122,6 +135,8 @@ def test_entries_and_growth_have_their_rows(results: dict[str, Any]) -> None:
         "open ms",
         "query one, hit, us",
         "ready() us",
+        "ready() of a pending task us",
+        "write us a block",
         "create of 1,024 blocks, write, ms",
     ):
         assert row[name] > 0, name
