@@ -52,7 +52,8 @@ def parse() -> argparse.Namespace:
         choices=rivals.ALL,
         metavar="NAME",
         help=f"of copies, latency, beside and tasks: {', '.join(rivals.ALL)} "
-        f"(all; {' and '.join(rivals.BESIDE_CPP)} with --cpp-lightmem only)",
+        f"(all but {', '.join(rivals.ASKED_FOR)}; with --cpp-lightmem only: "
+        f"{', '.join(rivals.BESIDE_CPP)})",
     )
     add("--quick", action="store_true", help="small sizes, few rounds")
     add("--rounds", type=int, help="samples of each kind (9; quick: 2)")
@@ -73,7 +74,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.contestants is None:
         cpp = bool(args.cpp_lightmem)
-        args.contestants = [kind for kind in rivals.ALL if cpp or kind not in rivals.BESIDE_CPP]
+        left = {*rivals.ASKED_FOR, *(() if cpp else rivals.BESIDE_CPP)}
+        args.contestants = [kind for kind in rivals.ALL if kind not in left]
     return args
 
 

@@ -8,6 +8,7 @@ from benchmark.rivals.base import NotInstalledError, Rival, Setup
 
 __all__ = [
     "ALL",
+    "ASKED_FOR",
     "BARE",
     "BASE",
     "BESIDE_CPP",
@@ -25,6 +26,7 @@ ALL = {
     "baseline-plain": ("baseline", "UntunedBaseline"),
     "lightmem": ("lightmem", "LightMem"),
     "lightmem-drop": ("lightmem", "DroppingLightMem"),
+    "lightmem-uneven": ("lightmem", "UnevenLightMem"),
     "bare": ("bare", "Bare"),
     "plain": ("plain", "PlainFile"),
     "lmdb": ("lmdb_store", "Lmdb"),
@@ -39,6 +41,7 @@ ALL = {
 # The C++ LightMem sends each written block to the device and drops it from the page cache. These
 # two take that difference away: the one from it, the other from LightMem.
 BESIDE_CPP = ("lightmem-drop", "cpp-lightmem-keep")
+ASKED_FOR = ("lightmem-uneven",)  # in no run that does not name them
 
 # Printed names of those that are no stores: what any store could reach at most, and what LightMem.
 BASE, BARE = "memory to memory", "copies alone"

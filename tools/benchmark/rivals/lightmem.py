@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,10 @@ from benchmark.rivals.base import Pages
 from benchmark.rivals.service import Service
 
 _BATCH = 16384  # blocks a task
+# From so many blocks a shard on, hashes are as they come, and a shard has room for more than its
+# mean. Fewer fall so unevenly that a store with room for a pass would be several times as large,
+# and its writes would go round all of that: there the hashes are chosen so that shards fill evenly.
+_ORDINARY = 64
 
 
 class LightMem(Service):
@@ -20,6 +25,7 @@ class LightMem(Service):
     how = "a server process and its worker processes; overwrites slots in place, evicting"
     lacks = ""
     page_cache = "keep"
+    even = True  # few blocks have hashes that fill the shards evenly
 
     def open(self) -> None:
         import torch
@@ -30,9 +36,12 @@ class LightMem(Service):
         self._shards = options.get("shards", 4)
         # Any server may have blocks of any shard.
         self._shard_of = np.random.default_rng(7).permutation(plan.blocks) % self._shards
+        mean = plan.blocks / self._shards
+        self._even = options.get("even", self.even and mean < _ORDINARY)
         # A pass evicts the one before. A shard must hold a full block of 64 pages.
         full = min(64, max(1, (64 << 20) // plan.shape.page_bytes)) * plan.shape.page_bytes
-        size = (plan.blocks + self._shards) * plan.shape.block_bytes
+        slots = self._slots(plan.blocks, mean)
+        size = slots * plan.shape.block_bytes
         self.service = light_mem.LocalCacheService(
             self.directory / "store",
             max(options.get("storage", size), self._shards * full),
@@ -44,8 +53,17 @@ class LightMem(Service):
         )
         self.service.run()
 
+    def _slots(self, blocks: int, mean: float) -> int:
+        """Room of the store, in blocks."""
+        if self._even:
+            return blocks + self._shards
+        # Five standard deviations: the most blocks that a shard will have of any pass.
+        return self._shards * math.ceil(mean + 5 * math.sqrt(mean) + 4)
+
     def hashes(self, generations: Pages, blocks: Pages) -> list[Any]:
-        """Ints, chosen so that the shards fill evenly: few large blocks would not."""
+        """As everybody's, or ints chosen so that the shards fill evenly."""
+        if not self._even:
+            return super().hashes(generations, blocks)
         from light_mem.index import keys
 
         first = (generations.astype(np.uint64) << np.uint64(40)) + (
@@ -97,3 +115,14 @@ class DroppingLightMem(LightMem):
     how = 'as LightMem, with page_cache="drop": writes are on the device when they are done'
     lacks = "blocks in the page cache"
     page_cache = "drop"
+
+
+class UnevenLightMem(LightMem):
+    """Ordinary hashes at every size, and the room that the C++ LightMem is given for them."""
+
+    name = "LightMem, uneven"
+    how = "as LightMem, hashes as they come at every size, and room for twice the blocks"
+    even = False
+
+    def _slots(self, blocks: int, mean: float) -> int:
+        return 2 * blocks + 4 * self._shards
