@@ -198,3 +198,17 @@ def test_a_ratio_is_one_of_rounds_in_which_both_were_clean(
     assert noisy.noisy
     assert str(noisy) == "2.00~ (1.50-4.00)"
     assert between(ours, None) is None
+
+
+def test_what_cannot_work_is_refused_at_once(tmp_path: Path) -> None:
+    for arguments in (
+        ["--rounds", "0"],
+        ["--workers", "-1"],
+        ["--gib", "0"],
+        ["--entry-bytes", "0"],
+        ["--json", str(tmp_path / "nowhere" / "out.json")],
+        ["--gib", "1000000"],
+    ):
+        ran = run_bench(*arguments)
+        assert ran.returncode == 2, arguments
+        assert "usage" in ran.stderr

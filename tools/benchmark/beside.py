@@ -48,8 +48,7 @@ def _of_case(run: Run, plan: Plan, count: int, name: str) -> dict[str, Any]:
         # Two passes are under way at a time: with room for one they would evict what is read. (The
         # C++ LightMem has that room in any case.)
         room = {"storage": 2 * plan.nbytes + (4 << 20)}
-        started = [run.start(kind, place, source, plan, room) for kind in kinds]
-        contestants = [contestant for contestant in started if contestant]
+        contestants = run.start_all(place, source, plan, kinds, room)
         with run.together(contestants, place):
             for contestant in contestants:
                 for _ in range(run.warm):

@@ -63,33 +63,40 @@ def _compare(
         contestant.awake(False)
         samples[contestant.name][work].all.append(sample)
 
-    for contestant in contestants:
-        _settle(run, plan)
-        turn(contestant, "first fill")
-        _prove(kv, contestant)
+    for contestant in run.each(contestants):
+        with run.unless_it_fails(contestant):
+            _settle(run, plan)
+            turn(contestant, "first fill")
+            _prove(kv, contestant)
     for _ in range(0 if run.quick else 4):
         _fill_again(run, source, contestants, plan, samples)
-    for contestant in contestants:
-        # Passes on the way to the steady state are slower: slots that are written over are faulted
-        # in by degrees. New files never have a steady state.
-        for _ in range(run.warm if contestant.kind.in_place else 1):
-            _awake(contestant, "write")
-        _awake(contestant, "mixed"), _awake(contestant, "read")
-    passes = {c.name: _passes(run, c) for c in contestants}
+    passes: dict[str, dict[str, int]] = {}
+    for contestant in run.each(contestants):
+        with run.unless_it_fails(contestant):
+            # Passes on the way to the steady state are slower: slots that are written over are
+            # faulted in by degrees. New files never have a steady state.
+            for _ in range(run.warm if contestant.kind.in_place else 1):
+                _awake(contestant, "write")
+            _awake(contestant, "mixed"), _awake(contestant, "read")
+            passes[contestant.name] = _passes(run, contestant)
     for _ in range(run.rounds):
-        for contestant in contestants:
-            for work, count in passes[contestant.name].items():
-                turn(contestant, work, count)
-    _clean_turns(run, contestants, turn)
+        for contestant in run.each(contestants):
+            with run.unless_it_fails(contestant):
+                for work, count in passes[contestant.name].items():
+                    turn(contestant, work, count)
     plainly: dict[str, Samples] = {}
     stayed: dict[str, float] = {}
-    for _ in range(min(run.rounds, 5)):
-        for contestant in contestants:
-            if contestant.name not in (rivals.BASE, rivals.UNTUNED):
-                stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
-    for contestant in contestants:
-        contestant.awake(True)
-        run.checked(f"copies, {shape.name}", contestant)
+    if run.has_device:
+        _clean_turns(run, contestants, turn)
+        for _ in range(min(run.rounds, 5)):
+            for contestant in run.each(contestants):
+                if contestant.name not in (rivals.BASE, rivals.UNTUNED):
+                    with run.unless_it_fails(contestant):
+                        stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
+    for contestant in run.each(contestants):
+        with run.unless_it_fails(contestant):
+            contestant.awake(True)
+            run.checked(f"copies, {shape.name}", contestant)
     return {
         "block_bytes": shape.block_bytes,
         "pages": shape.pages,
@@ -113,7 +120,11 @@ def _prove(kv: Any, contestant: Contestant) -> None:
     kept = memory.copy()
     memory[:] = 0
     contestant.awake(True)
-    contestant.move("read")
+    try:
+        contestant.move("read")
+    except BaseException:
+        memory[:] = kept  # it is the others' as well
+        raise
     if xxhash.xxh3_128_intdigest(memory.data) != before:
         memory[:] = kept
         if not contestant.check().get("lost"):
@@ -136,7 +147,7 @@ def _fill_again(
     run: Run, source: Any, contestants: list[Contestant], plan: Plan, samples: dict[str, Any]
 ) -> None:
     """A first fill more, in stores of their own."""
-    running = {c.name for c in contestants}
+    running = {c.name for c in run.each(contestants)}
     for kind in run.kinds:
         if kind not in _FIRST_FILLS:
             continue
@@ -146,8 +157,9 @@ def _fill_again(
             continue
         with run.together([one], place):
             _settle(run, plan)
-            sample = run.meter.take(lambda one=one: one.move("write"), plan.nbytes, one.family)
-            samples[one.name]["first fill"].all.append(sample)
+            with run.unless_it_fails(one):
+                sample = run.meter.take(lambda one=one: one.move("write"), plan.nbytes, one.family)
+                samples[one.name]["first fill"].all.append(sample)
 
 
 def _passes(run: Run, contestant: Contestant) -> dict[str, int]:
@@ -165,12 +177,13 @@ def _clean_turns(run: Run, contestants: list[Contestant], turn: Any) -> None:
     """One pass each over slots that are on the device and that nobody wrote of late."""
     in_place = [contestant for contestant in contestants if contestant.kind.in_place]
     for _ in range(min(run.rounds, 5)):
-        for contestant in in_place:
+        for contestant in run.each(in_place):
             machine.write_out(contestant.directory)
         # LightMem takes slots for such that are written again soon for so long.
         time.sleep((SOON_SECONDS + 0.5) * (_QUICK if run.quick else 1))
-        for contestant in in_place:
-            turn(contestant, CLEAN)
+        for contestant in run.each(in_place):
+            with run.unless_it_fails(contestant):
+                turn(contestant, CLEAN)
 
 
 def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], turn: Any) -> float:
@@ -205,7 +218,7 @@ def _summaries(
             if share := ratios.between(summary, base.get(_BASE_OF.get(work, work))):
                 summary["ratio"] = share.median
                 summary["ratio_low"], summary["ratio_high"] = share.low, share.high
-        by_work["passes a sample"] = passes[name]
-        if name in stayed:
+        by_work["passes a sample"] = passes.get(name, {})
+        if name in stayed and "cold read" in by_work:
             by_work["cold read"]["stayed in page cache"] = stayed[name]
     return found

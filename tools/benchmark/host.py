@@ -7,9 +7,11 @@ A line in, a line out, both JSON. What a contestant's libraries print goes to a 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -30,6 +32,7 @@ from benchmark.rivals.service import under_way as service_tasks
 _MOST_BYTES_A_SECOND = 30e9
 _PAUSE = 0.008  # seconds
 _TOUCH_BYTES = 4096
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def touch(memory: npt.NDArray[Any]) -> None:
@@ -234,8 +237,17 @@ class Host:
         self._rival.close()
 
 
+def _die_with_parent(parent: int) -> None:
+    """However the suite ends: a host that it has stopped (SIGSTOP) would stay for good."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
+
+
 def main() -> None:
     config = json.loads(sys.argv[1])
+    _die_with_parent(config["parent"])
     answers = os.fdopen(os.dup(1), "w")
     log = os.open(config["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):

@@ -39,28 +39,31 @@ def _of_shape(run: Run, plan: Plan, calls: int) -> dict[str, Any]:
         place = run.place()
         contestants = run.start_all(place, source, plan)
         with run.together(contestants, place):
-            for contestant in contestants:
-                contestant.move("write"), contestant.move("write"), contestant.move("read")
-                contestant.awake(False)
+            for contestant in run.each(contestants):
+                with run.unless_it_fails(contestant):
+                    contestant.move("write"), contestant.move("write"), contestant.move("read")
+                    contestant.awake(False)
             seconds: dict[str, dict[str, list[float]]] = {}
             for _ in range(3):  # interleaved: a disturbance meets all of them
-                for contestant in contestants:
-                    contestant.awake(True)
+                for contestant in run.each(contestants):
                     mine = seconds.setdefault(contestant.name, {"write": [], "read": []})
-                    for mode, all_of_it in mine.items():
-                        # The others' blocks stay: only the first process works.
-                        told = {"mode": mode, "count": calls // 3}
-                        all_of_it += contestant.tell("latency", first_only=True, **told)[0]
-                    contestant.awake(False)
-            for contestant in contestants:
-                contestant.awake(True)
-                run.checked(f"latency, {plan.shape.name}", contestant)
+                    with run.unless_it_fails(contestant):
+                        contestant.awake(True)
+                        for mode, all_of_it in mine.items():
+                            # The others' blocks stay: only the first process works.
+                            told = {"mode": mode, "count": calls // 3}
+                            all_of_it += contestant.tell("latency", first_only=True, **told)[0]
+                        contestant.awake(False)
+            for contestant in run.each(contestants):
+                with run.unless_it_fails(contestant):
+                    contestant.awake(True)
+                    run.checked(f"latency, {plan.shape.name}", contestant)
             found = {
                 c.name: {
                     "moved_bytes": c.kind.moved_bytes(plan),
                     **{mode: _summary(values) for mode, values in seconds[c.name].items()},
                 }
-                for c in contestants
+                for c in run.each(contestants)
             }
     return found
 

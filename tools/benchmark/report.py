@@ -178,6 +178,8 @@ def show_end(run: Run) -> None:
     for kind, about in run.results.get("contestants", {}).items():
         if "missing" in about:
             table.add_row(kind, f"not installed: {about['missing']}", "")
+        elif "failed" in about:
+            table.add_row(about.get("name", kind), f"failed: {about['failed']}", "")
         else:
             table.add_row(f"{about['name']} {about['version']}", about["how"], about["lacks"])
     if table.row_count:

@@ -54,17 +54,20 @@ def _rates(found: dict[str, Any]) -> Table:
         table.add_row(
             name,
             *(_rate(works.get(work)) for work in WORK),
-            f"{works[AGAIN]['cpu_s_per_GB']:.2f} {works['read']['cpu_s_per_GB']:.2f}",
+            " ".join(_cpu(works.get(work)) for work in (AGAIN, "read")),
             f"{sum(w['dropped'] for w in each)}/{sum(w['samples'] for w in each)}",
         )
-    table.caption = "Medians. Plain cold reads: " + ", ".join(
-        f"{way} {of['GBps']:.2f}" for way, of in found["plain cold reads"].items()
-    )
+    ways = ", ".join(f"{way} {of['GBps']:.2f}" for way, of in found["plain cold reads"].items())
+    table.caption = f"Medians. Plain cold reads: {ways or 'none'}"
     return table
 
 
 def _text(share: Ratio | None) -> str:
     return "-" if share is None else str(share)
+
+
+def _cpu(summary: dict[str, Any] | None) -> str:
+    return f"{summary['cpu_s_per_GB']:.2f}" if summary else "-"
 
 
 def _rate(summary: dict[str, Any] | None) -> str:

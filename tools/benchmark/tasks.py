@@ -28,8 +28,7 @@ def bench_tasks(run: Run) -> dict[str, Any]:
         with run.tensor(plan) as (_, source):
             place = run.place()
             kinds = [kind for kind in SERVICES if kind in run.kinds]
-            started = [run.start(kind, place, source, plan) for kind in kinds]
-            contestants = [contestant for contestant in started if contestant]
+            contestants = run.start_all(place, source, plan, kinds)
             with run.together(contestants, place):
                 out[shape.name] = _measure(run, plan, contestants)
     return out

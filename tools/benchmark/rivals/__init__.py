@@ -18,6 +18,7 @@ __all__ = [
     "Rival",
     "Setup",
     "find",
+    "is_ours",
 ]
 
 # name on the command line -> module, class
@@ -47,6 +48,11 @@ ASKED_FOR = ("lightmem-uneven",)  # in no run that does not name them
 BASE, BARE = "memory to memory", "copies alone"
 UNTUNED = "... as Python starts"
 BOUNDS = (BASE, UNTUNED, BARE)
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is LightMem, or measured with its code: a failure is the project's."""
+    return name.split("-")[0] in ("lightmem", "bare", "baseline")
 
 
 def find(name: str) -> type[Rival]:
