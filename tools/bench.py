@@ -6,16 +6,21 @@
     python tools/bench.py --json out.json --plots docs/plots
 
 What each figure means, and what the contestants do and lack: docs/benchmarks.md. Run it on an idle
-machine. Exit code 0: every part ran and every store passed its check.
+machine. Exit code 0: every part ran and every store passed its check; 1: not so, or nothing was
+measured; 130: interrupted. What was measured until then is in --json and --csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 from benchmark import (
@@ -24,114 +29,124 @@ from benchmark import (
     growth,
     latency,
     machine,
+    options,
     plots,
     process,
     queries,
     report,
-    rivals,
+    tasks,
 )
 from benchmark.copies import bench_shape
 from benchmark.plan import SHAPES
 from benchmark.run import Run
 
-PARTS = tuple("copies latency beside sizes bounds entries workers shards servers process".split())
 
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    add(
-        "--contestants",
-        nargs="+",
-        choices=rivals.ALL,
-        default=list(rivals.ALL),
-        metavar="NAME",
-        help=f"of copies and latency: {', '.join(rivals.ALL)}",
-    )
-    add("--quick", action="store_true", help="small sizes, few rounds")
-    add("--rounds", type=int, help="samples of each kind (9; quick: 2)")
-    add("--gib", type=float, help="GiB a pass (0.25; quick: 0.03)")
-    add("--workers", type=int, default=2, help="processes or threads (%(default)s)")
-    add("--warm", type=int, help="passes of writing before (8; quick: 2)")
-    shapes = ", ".join(f"{n}: {shape.name}" for n, shape in enumerate(SHAPES))
-    add("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), metavar="N", help=shapes)
-    add("--max-entries", type=int, help="largest index (10,000,000; quick: 10,000)")
-    add("--max-seconds", type=float, default=900.0, help="of entries, about (%(default)s)")
-    add("--entry-bytes", type=int, default=64, help="block size of entries (%(default)s)")
-    add("--seed", type=int, default=0, help="of the page order (%(default)s)")
-    add("--cpp-lightmem", metavar="PATH", help="folder that holds the C++ package light_mem")
-    add("--directory", type=Path, help="where the stores go (default: temporary)")
-    add("--json", type=Path, help="write all figures there")
-    add("--csv", type=Path, help="write all figures there, one a line")
-    add("--plots", type=Path, metavar="DIR", help="draw PNG files there")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
-    quick = args.quick
-
-    def default(given: float | None, full: float, small: float) -> float:
-        return given if given is not None else small if quick else full
-
-    started = time.perf_counter()
+def main() -> int:
+    args = options.parse(__doc__)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="light-mem-bench-", dir=args.directory) as directory:
-        run = Run(
-            directory=Path(directory),
-            kinds=args.contestants,
-            workers=args.workers,
-            gib=default(args.gib, 0.25, 0.03),
-            rounds=int(default(args.rounds, 9, 2)),
-            warm=int(default(args.warm, 8, 2)),
-            seed=args.seed,
-            quick=quick,
-            cpp_lightmem=args.cpp_lightmem,
-            max_entries=int(default(args.max_entries, 10**7, 10**4)),
-            max_seconds=args.max_seconds,
-            entry_bytes=args.entry_bytes,
-        )
-        run.results["machine"] = machine.describe(run.directory)
-        run.results["options"] = {k: str(v) for k, v in vars(args).items()}
-        run.results["worker_count"] = run.workers
-        run.results["load_before_percent"] = psutil.cpu_percent(1.0)
-        report.show_machine(run)
-        for part in args.only:
-            run.say(f"{part} ...")
-            if part == "copies":
-                shapes = [SHAPES[n] for n in args.shapes or range(2 if quick else len(SHAPES))]
-                of_shapes = run.results["copies"] = {}
-                for shape in shapes:
-                    of_shapes[shape.name] = bench_shape(run, shape)
-                    report.show_shape(run, shape.name)
-            elif part == "latency":
-                run.results[part] = latency.bench_latency(run)
-            elif part == "beside":
-                run.results[part] = beside.bench_beside(run)
-            elif part == "entries":
-                run.results[part] = queries.bench_entries(run)
-            elif part == "sizes":
-                run.results[part] = growth.bench_sizes(run)
-            elif part == "bounds":
-                run.results[part] = growth.bench_bounds(run)
-            elif part == "process":
-                run.results[part] = process.bench_process(run)
-            else:
-                run.results[part] = growth.bench_growth(run, part)
-            report.show_part(run, part)
-    run.results["flatness"] = flatness.of(run.results)
-    run.results["seconds"] = time.perf_counter() - started
+        run = _run(args, Path(directory))
+        part = "the start"
+        try:
+            _describe(run, args)
+            for part in args.only:
+                run.say(f"{part} ...")
+                _measure(run, part, args)
+                report.show_part(run, part)
+                _save(run, args)
+        except KeyboardInterrupt:
+            kept = f"; what was measured is in {args.json}" if args.json else ""
+            print(f"interrupted in {part}{kept}", file=sys.stderr)
+            return 130
+        finally:
+            _save(run, args)
     report.show_flatness(run)
     report.show_end(run)
-    if args.json:
-        args.json.write_text(json.dumps(run.results, indent=1) + "\n")
-    if args.csv:
-        flatness.write_csv(run.results, args.csv)
     if args.plots:
         run.say(plots.draw(run.results, args.plots))
+    if not any(_has_figures(part, run.results.get(part, {})) for part in args.only):
+        print("nothing was measured: no contestant of these parts is there", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _run(args: argparse.Namespace, directory: Path) -> Run:
+    quick = args.quick
+
+    def default(given: int | None, full: int, small: int) -> int:
+        return given if given is not None else small if quick else full
+
+    return Run(
+        directory=directory,
+        kinds=args.contestants,
+        workers=args.workers,
+        gib=args.gib,
+        rounds=default(args.rounds, 9, 2),
+        warm=default(args.warm, 8, 2),
+        seed=args.seed,
+        quick=quick,
+        cpp_lightmem=args.cpp_lightmem,
+        max_entries=default(args.max_entries, 10**7, 10**4),
+        max_seconds=args.max_seconds,
+        entry_bytes=args.entry_bytes,
+    )
+
+
+def _describe(run: Run, args: argparse.Namespace) -> None:
+    run.results["machine"] = machine.describe(run.directory)
+    run.results["options"] = {k: str(v) for k, v in vars(args).items()}
+    run.results["worker_count"] = run.workers
+    run.results["load_before_percent"] = psutil.cpu_percent(1.0)
+    report.show_machine(run)
+
+
+def _measure(run: Run, part: str, args: argparse.Namespace) -> None:
+    found: dict[str, Any] = {}
+    if part == "copies":
+        run.results[part] = found
+        for n in args.shapes or range(2 if run.quick else len(SHAPES)):
+            shape = SHAPES[n]
+            found[shape.name] = bench_shape(run, shape)
+            report.show_shape(run, shape.name)
+            _save(run, args)
+        return
+    parts = {
+        "latency": latency.bench_latency,
+        "beside": beside.bench_beside,
+        "tasks": tasks.bench_tasks,
+        "entries": queries.bench_entries,
+        "sizes": growth.bench_sizes,
+        "bounds": growth.bench_bounds,
+        "process": process.bench_process,
+    }
+    bench = parts.get(part)
+    run.results[part] = bench(run) if bench else growth.bench_growth(run, part)
+
+
+def _save(run: Run, args: argparse.Namespace) -> None:
+    """Write what there is by now: a file is whole at any moment."""
+    run.results["flatness"] = flatness.of(run.results)
+    run.results["seconds"] = time.perf_counter() - run.started
+    if args.json:
+        beside = args.json.with_name(args.json.name + ".part")
+        beside.write_text(json.dumps(run.results, indent=1) + "\n")
+        os.replace(beside, args.json)
+    if args.csv:
+        flatness.write_csv(run.results, args.csv)
+
+
+def _has_figures(part: str, found: dict[str, Any]) -> bool:
+    if part == "copies":
+        return any(of_shape["contestants"] for of_shape in found.values())
+    if part in ("latency", "beside"):
+        return any(isinstance(of, dict) for case in found.values() for of in case.values())
+    return any(found.values())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,9 +6,11 @@ host         the process that holds a contestant, and its program
 contestant   the parent's handle on the processes of one contestant
 samples      timed runs, and which of them count
 rivals       a small class each: LightMem, the baseline, and what is used instead
-copies       first fill, steady write, cached read, mixed, cold read, by block shape
+ratios       of two contestants, of the samples of each round
+copies       first fill, writes, cached read, mixed, cold read, by block shape
 latency      one block at a time, call to data
 beside       reads while writes are queued
+tasks        throughput by blocks a task and tasks under way
 queries      look-ups, `create`, `ready`, opening, by entries
 growth       throughput by entries, shards, workers and servers
 flatness     what growth costs: shares of the smallest number; figures as CSV
@@ -17,7 +19,7 @@ memory_limit a control group with a memory limit (tools/bench_beyond_memory.py)
 beyond_memory who moves the bytes there
 sharing      locks, system calls and cache lines of a batch (tools/count_sharing.py)
 process      start, idle use, memory
-report       tables, ratios first
+report       tables, ratios first; report_copies those of `copies`
 plots        PNG
 """
 

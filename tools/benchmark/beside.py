@@ -1,7 +1,10 @@
 """Reads beside writes: how long one request's read takes while blocks to be written always wait.
 
 A server stores what it has computed all the time; the read of a prefix is what a user waits for.
-Of services only: the others have no queue in which a read could wait.
+Of services only: the others have no queue in which a read could wait. Two depths of the queue: a
+read that waits its turn behind what is queued takes ten times as long with ten times as much. Reads
+are a closed loop: the next is asked for when the last is done, so a slow read delays those after it
+and is one sample, not many.
 """
 
 from __future__ import annotations
@@ -17,15 +20,23 @@ SERVICES = ("lightmem", "cpp-lightmem")
 # Blocks of a read. Never so few bytes that `create` would read them itself.
 CASES = [(SHAPES[0], 64), (SHAPES[3], 1), (SHAPES[1], 1), (SHAPES[1], 8)]
 _SECONDS = 1.0  # of a sample
+_DEPTHS = (0.1, 1.0)  # of `--gib`: the bytes of a pass, of which two are queued
 
 
 def bench_beside(run: Run) -> dict[str, Any]:
-    """Milliseconds of a read, and GB/s written meanwhile, by block shape and blocks of a read."""
+    """Milliseconds of a read, and GB/s written meanwhile, by block shape, blocks of a read and
+    bytes queued."""
     out: dict[str, Any] = {}
     for shape, count in CASES[:1] if run.quick else CASES:
-        plan = run.plan(shape, at_least=2 * count + 2)
-        name = f"{shape.name}, {count} a read"
-        out[name] = {"read_bytes": count * shape.block_bytes, **_of_case(run, plan, count, name)}
+        plans = [run.plan(shape, 2 * count + 2, depth * run.gib) for depth in _DEPTHS]
+        for plan in dict.fromkeys(plans):  # once where both are the least there can be
+            queued = 2 * (plan.blocks - count) * shape.block_bytes
+            name = f"{shape.name}, {count} a read, {queued / 1e6:,.0f} MB queued"
+            out[name] = {
+                "read_bytes": count * shape.block_bytes,
+                "queued_bytes": queued,
+                **_of_case(run, plan, count, name),
+            }
     return out
 
 
@@ -37,8 +48,7 @@ def _of_case(run: Run, plan: Plan, count: int, name: str) -> dict[str, Any]:
         # Two passes are under way at a time: with room for one they would evict what is read. (The
         # C++ LightMem has that room in any case.)
         room = {"storage": 2 * plan.nbytes + (4 << 20)}
-        started = [run.start(kind, place, source, plan, room) for kind in kinds]
-        contestants = [contestant for contestant in started if contestant]
+        contestants = run.start_all(place, source, plan, kinds, room)
         with run.together(contestants, place):
             for contestant in contestants:
                 for _ in range(run.warm):

@@ -1,4 +1,4 @@
-"""First fill, steady write, cached read, mixed and cold read of one block shape, interleaved."""
+"""First fill, writes, cached read, mixed and cold read of one block shape, interleaved."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from benchmark import cold, rivals
+from benchmark import cold, machine, ratios, rivals
 from benchmark.contestant import Contestant
 from benchmark.plan import Plan, Shape
 from benchmark.run import Run
 from benchmark.samples import Samples
+from light_mem.engine.mapped_writes import SOON_SECONDS
 
-WORK = ("first fill", "write", "read", "mixed", "cold read")
+# A small store that is written over and over: its slots are dirty, and mapped for writing. And the
+# same when the device has all of it and nobody has written for a while, as in a large store.
+AGAIN, CLEAN = "write, again", "write, clean slots"
+WORK = ("first fill", AGAIN, CLEAN, "read", "mixed", "cold read")
+_BASE_OF = {"first fill": AGAIN, "cold read": "read"}  # what of memory to memory they are shares of
+_MOVES = {"first fill": "write", AGAIN: "write", CLEAN: "write", "cold read": "read"}
 # These fill several times, each a new store.
-_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem")
+_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem", *rivals.BESIDE_CPP)
 _SETTLE_SECONDS = 0.3
-_SECONDS = 0.15  # that a sample takes at least, in as many passes as it needs
+_SECONDS = 0.5  # that a sample takes at least, in as many passes as it needs
+_MOST_PASSES = 64
+_QUICK = 0.1  # of such times
 
 
 class WrongBytesError(RuntimeError):
@@ -45,40 +53,50 @@ def _compare(
     for contestant in contestants:
         contestant.awake(False)
 
-    def turn(contestant: Contestant, work: str, passes: int = 1, what: str = "") -> None:
+    def turn(contestant: Contestant, work: str, passes: int = 1) -> None:
+        what = _MOVES.get(work, work)
         contestant.awake(True)
         sample = run.meter.take(
-            lambda: contestant.move(what or work, passes), passes * plan.nbytes, contestant.family
+            lambda: contestant.move(what, passes), passes * plan.nbytes, contestant.family
         )
-        contestant.complete(work, passes)
+        contestant.complete(what, passes)
         contestant.awake(False)
         samples[contestant.name][work].all.append(sample)
 
-    for contestant in contestants:
-        _settle(run, plan)
-        turn(contestant, "first fill", what="write")
-        _prove(kv, contestant)
+    for contestant in run.each(contestants):
+        with run.unless_it_fails(contestant):
+            _settle(run, plan)
+            turn(contestant, "first fill")
+            _prove(kv, contestant)
     for _ in range(0 if run.quick else 4):
         _fill_again(run, source, contestants, plan, samples)
-    for contestant in contestants:
-        # Rounds on the way to the steady state are slower; rivals reach it at once.
-        for _ in range(run.warm if contestant.kind.name == "LightMem" else 1):
-            _awake(contestant, "write")
-        _awake(contestant, "mixed"), _awake(contestant, "read")
-    passes = {c.name: _passes(c, plan) for c in contestants}
+    passes: dict[str, dict[str, int]] = {}
+    for contestant in run.each(contestants):
+        with run.unless_it_fails(contestant):
+            # Passes on the way to the steady state are slower: slots that are written over are
+            # faulted in by degrees. New files never have a steady state.
+            for _ in range(run.warm if contestant.kind.in_place else 1):
+                _awake(contestant, "write")
+            _awake(contestant, "mixed"), _awake(contestant, "read")
+            passes[contestant.name] = _passes(run, contestant)
     for _ in range(run.rounds):
-        for contestant in contestants:
-            for work in ("write", "read", "mixed"):
-                turn(contestant, work, passes[contestant.name])
+        for contestant in run.each(contestants):
+            with run.unless_it_fails(contestant):
+                for work, count in passes[contestant.name].items():
+                    turn(contestant, work, count)
     plainly: dict[str, Samples] = {}
     stayed: dict[str, float] = {}
-    for _ in range(min(run.rounds, 5)):
-        for contestant in contestants:
-            if contestant.name != rivals.BASE:
-                stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
-    for contestant in contestants:
-        contestant.awake(True)
-        run.checked(f"copies, {shape.name}", contestant)
+    if run.has_device:
+        _clean_turns(run, contestants, turn)
+        for _ in range(min(run.rounds, 5)):
+            for contestant in run.each(contestants):
+                if contestant.name not in (rivals.BASE, rivals.UNTUNED):
+                    with run.unless_it_fails(contestant):
+                        stayed[contestant.name] = _cold_turn(run, contestant, plainly, turn)
+    for contestant in run.each(contestants):
+        with run.unless_it_fails(contestant):
+            contestant.awake(True)
+            run.checked(f"copies, {shape.name}", contestant)
     return {
         "block_bytes": shape.block_bytes,
         "pages": shape.pages,
@@ -102,7 +120,11 @@ def _prove(kv: Any, contestant: Contestant) -> None:
     kept = memory.copy()
     memory[:] = 0
     contestant.awake(True)
-    contestant.move("read")
+    try:
+        contestant.move("read")
+    except BaseException:
+        memory[:] = kept  # it is the others' as well
+        raise
     if xxhash.xxh3_128_intdigest(memory.data) != before:
         memory[:] = kept
         if not contestant.check().get("lost"):
@@ -125,7 +147,7 @@ def _fill_again(
     run: Run, source: Any, contestants: list[Contestant], plan: Plan, samples: dict[str, Any]
 ) -> None:
     """A first fill more, in stores of their own."""
-    running = {c.name for c in contestants}
+    running = {c.name for c in run.each(contestants)}
     for kind in run.kinds:
         if kind not in _FIRST_FILLS:
             continue
@@ -135,15 +157,33 @@ def _fill_again(
             continue
         with run.together([one], place):
             _settle(run, plan)
-            sample = run.meter.take(lambda one=one: one.move("write"), plan.nbytes, one.family)
-            samples[one.name]["first fill"].all.append(sample)
+            with run.unless_it_fails(one):
+                sample = run.meter.take(lambda one=one: one.move("write"), plan.nbytes, one.family)
+                samples[one.name]["first fill"].all.append(sample)
 
 
-def _passes(contestant: Contestant, plan: Plan) -> int:
-    if not contestant.many_passes:
-        return 1
-    fastest = min(_awake(contestant, what) for what in ("write", "read"))
-    return max(1, min(8, math.ceil(_SECONDS / max(fastest, 1e-4))))
+def _passes(run: Run, contestant: Contestant) -> dict[str, int]:
+    """Passes that a sample of each work takes to be long enough."""
+    long = _SECONDS * (_QUICK if run.quick else 1)
+    seconds = {work: _awake(contestant, _MOVES.get(work, work)) for work in (AGAIN, "read")}
+    seconds["mixed"] = max(seconds.values())
+    return {
+        work: max(1, min(_MOST_PASSES, math.ceil(long / max(taken, 1e-4))))
+        for work, taken in seconds.items()
+    }
+
+
+def _clean_turns(run: Run, contestants: list[Contestant], turn: Any) -> None:
+    """One pass each over slots that are on the device and that nobody wrote of late."""
+    in_place = [contestant for contestant in contestants if contestant.kind.in_place]
+    for _ in range(min(run.rounds, 5)):
+        for contestant in run.each(in_place):
+            machine.write_out(contestant.directory)
+        # LightMem takes slots for such that are written again soon for so long.
+        time.sleep((SOON_SECONDS + 0.5) * (_QUICK if run.quick else 1))
+        for contestant in run.each(in_place):
+            with run.unless_it_fails(contestant):
+                turn(contestant, CLEAN)
 
 
 def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], turn: Any) -> float:
@@ -158,25 +198,27 @@ def _cold_turn(run: Run, contestant: Contestant, plainly: dict[str, Samples], tu
     mine = contestant.name == "LightMem"
     stayed = contestant.forget(plain_reads if mine else lambda: None)
     time.sleep(_SETTLE_SECONDS)  # what was closed for that has been started for a moment
-    turn(contestant, "cold read", what="read")
+    turn(contestant, "cold read")
     contestant.rest()  # LightMem brings in what it has read past the page cache
     return stayed
 
 
 def _summaries(
-    samples: dict[str, dict[str, Samples]], passes: dict[str, int], stayed: dict[str, float]
+    samples: dict[str, dict[str, Samples]],
+    passes: dict[str, dict[str, int]],
+    stayed: dict[str, float],
 ) -> dict[str, Any]:
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {work: s.summary() for work, s in by_work.items() if s.all}
         for name, by_work in samples.items()
     }
     base = found.get(rivals.BASE, {})
     for name, by_work in found.items():
         for work, summary in by_work.items():
-            like = {"first fill": "write", "cold read": "read"}.get(work, work)
-            if like in base:
-                summary["ratio"] = summary["GBps"] / base[like]["GBps"]
-        by_work["passes a sample"] = passes[name]
-        if name in stayed:
+            if share := ratios.between(summary, base.get(_BASE_OF.get(work, work))):
+                summary["ratio"] = share.median
+                summary["ratio_low"], summary["ratio_high"] = share.low, share.high
+        by_work["passes a sample"] = passes.get(name, {})
+        if name in stayed and "cold read" in by_work:
             by_work["cold read"]["stayed in page cache"] = stayed[name]
     return found

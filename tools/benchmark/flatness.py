@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmark.ratios import between
+
 Row = dict[str, float]
 
 # Figures of `entries`, and whether more is better. A share below 1 is a loss in any case.
@@ -33,11 +35,12 @@ def of(results: dict[str, Any]) -> dict[str, Row]:
     for part in ("shards", "servers"):
         for shape, of_shape in results.get(part, {}).items():
             for work in ("write", "read"):
-                rates = {
-                    name.rsplit(", ", 1)[1]: works[work]["GBps"] for name, works in of_shape.items()
+                first = next(iter(of_shape.values()))[work]
+                found[f"{part}: {work} of {shape}"] = {
+                    name.rsplit(", ", 1)[1]: share.median
+                    for name, works in of_shape.items()
+                    if (share := between(works[work], first))
                 }
-                first = next(iter(rates.values()))
-                found[f"{part}: {work} of {shape}"] = {n: r / first for n, r in rates.items()}
     return found
 
 

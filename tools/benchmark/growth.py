@@ -83,7 +83,8 @@ def _start(
                 plan,
                 # Several servers share the workers, but each has one at least.
                 number if what == "workers" else run.workers,
-                {"shards": number} if what == "shards" else {},
+                # Even: else the room, and so the slots that writes go round, would grow with them.
+                {"shards": number, "even": True} if what == "shards" else {},
                 processes=number if what == "servers" else None,
             )
             found.append((started, f"{started.name}, {number}"))

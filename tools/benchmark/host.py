@@ -7,13 +7,16 @@ A line in, a line out, both JSON. What a contestant's libraries print goes to a 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,22 @@ import numpy.typing as npt
 from benchmark import rivals
 from benchmark.plan import Plan
 from benchmark.rivals.base import Rival, Setup
+from benchmark.rivals.service import Service
+from benchmark.rivals.service import under_way as service_tasks
 
 _MOST_BYTES_A_SECOND = 30e9
 _PAUSE = 0.008  # seconds
+_TOUCH_BYTES = 4096
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def touch(memory: npt.NDArray[Any]) -> None:
+    """Have the kernel map the KV tensor into this process, before anything is timed.
+
+    LightMem's idle workers do so by themselves; others would pay these page faults in their first
+    fill, though a server has long had its KV memory mapped by then.
+    """
+    memory.reshape(-1)[::_TOUCH_BYTES].max()
 
 
 class Host:
@@ -46,6 +62,7 @@ class Host:
             shares=config["shares"],
             options=config["options"],
         )
+        touch(memory)
         share = slice(config["share"], None, config["shares"])
         self._blocks = np.arange(self._plan.blocks)[share]
         self._pages = self._plan.pages()[share]
@@ -129,6 +146,29 @@ class Host:
                 beyond = min(1.0, (ended - end) / (ended - started))
                 return int((done - beyond) * nbytes), done * nbytes
 
+    def tasks(self, mode: str, size: int, under_way: int, seconds: float) -> tuple[int, int]:
+        """As `steady`, in tasks of `size` blocks, `under_way` at a time; of a service only. Tasks
+        go over all blocks again and again. The bytes moved in that time are a share of all: some
+        tasks end after it."""
+        service = self._rival
+        assert isinstance(service, Service)
+        count, moved = len(self._blocks), 0
+        hashes = list(chain.from_iterable(self._ahead))  # of writes, more than there is time for
+        started = time.monotonic()
+
+        def created() -> Iterator[list[Any]]:
+            nonlocal moved
+            first = 0
+            while time.monotonic() < started + seconds:
+                these = np.arange(first, first + size)
+                asked = [hashes[n % len(hashes)] for n in range(first, first + size)]
+                moved += size * self._plan.shape.block_bytes
+                first += size
+                yield service.create(mode, asked, self._pages[these % count])
+
+        service_tasks(under_way, created(), service.finish)
+        return int(moved * seconds / (time.monotonic() - started)), moved
+
     def beside(self, count: int, seconds: float) -> tuple[list[float], float]:
         """Seconds of each read of the first `count` blocks, while all others are written pass after
         pass for so many seconds, the next always queued; and bytes written a second. Reads come at
@@ -161,8 +201,11 @@ class Host:
         return out, written / (time.perf_counter() - started)
 
     def latency(self, mode: str, count: int) -> list[float]:
-        """Seconds of `count` calls with one block each."""
+        """Seconds of `count` calls with one block each. Of a service the caller asks without a
+        pause whether it is done, as LightMem's `wait` and a sleep differ in what they add."""
         out = []
+        if isinstance(self._rival, Service):
+            self._rival.spin = True
         for n in range(count):
             at = np.array([n % len(self._blocks)])
             hashes = self._renew(at, delete=True) if mode == "write" else self.hashes(at)
@@ -171,6 +214,8 @@ class Host:
             started = time.perf_counter()
             call(hashes, pages)
             out.append(time.perf_counter() - started)
+        if isinstance(self._rival, Service):
+            self._rival.spin = False
         return out
 
     def suspend(self) -> bool:
@@ -192,8 +237,17 @@ class Host:
         self._rival.close()
 
 
+def _die_with_parent(parent: int) -> None:
+    """However the suite ends: a host that it has stopped (SIGSTOP) would stay for good."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
+
+
 def main() -> None:
     config = json.loads(sys.argv[1])
+    _die_with_parent(config["parent"])
     answers = os.fdopen(os.dup(1), "w")
     log = os.open(config["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import statistics
 import time
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,12 @@ from bench_recovery import make_store
 from benchmark.run import Run
 from benchmark.samples import median_of
 
-_MOVED = 8192  # blocks a pass
+_A_TASK = 500  # blocks, at every size: half of the smallest store
+_MOVED = 8192  # blocks a round, about
+# Lists of hashes to look up, one after the other: what the same list finds again is in the CPU's
+# caches.
+_LISTS = 64
+_LIST = 1024  # hashes, or as many as there are
 
 
 def bench_entries(run: Run) -> dict[str, Any]:
@@ -52,8 +59,12 @@ def _of_store(run: Run, path: Path, entries: int) -> dict[str, Any]:
 
     # The keys that make_store chose, and the size that it gave the store.
     keys = np.random.default_rng(1).integers(0, 2**64, (entries, 2), np.uint64)
-    some = np.random.default_rng(2).permutation(entries)[:1024]
-    hashes = [f"{int(high):016x}{int(low):016x}" for low, high in keys[some]]
+    chance = np.random.default_rng(2)
+    lists = []
+    for _ in range(_LISTS):
+        some = chance.choice(entries, min(_LIST, entries), replace=False, shuffle=False)
+        lists.append([f"{int(high):016x}{int(low):016x}" for low, high in keys[some]])
+    hashes = lists[0]
     kv = light_mem.allocate_kvcache(max(_MOVED, 1024), run.entry_bytes)
     size = sum(p.stat().st_size for p in path.glob("shard-*.data"))
 
@@ -77,9 +88,10 @@ def _of_store(run: Run, path: Path, entries: int) -> dict[str, Any]:
         started = time.perf_counter()
         service.run()
         found["run() ms"] = 1e3 * (time.perf_counter() - started)
-        found.update(_lookups(service, hashes, run.quick))
-        found.update(_calls(service, hashes, run.quick))
-        found.update(_blocks_a_second(service, entries, run.rounds))
+        found.update(_lookups(service, lists, run.quick))
+        found.update(_calls(service, lists, run.quick))
+        found.update(_blocks_a_second(service, run.rounds))
+        found["ready() of a pending task us"] = _ready_while_pending(service)
         started = time.perf_counter()
         report = service.check()
         run.note_check(f"entries, {entries}", {"blocks": report.blocks, "damaged": 0})
@@ -91,38 +103,39 @@ def _bytes_of(path: Path) -> int:
     return sum(p.stat().st_blocks * 512 for p in path.iterdir())
 
 
-def _lookups(service: Any, hashes: list[str], quick: bool) -> dict[str, float]:
-    times = 20 if quick else 200
-    missing = [os.urandom(16).hex() for _ in hashes]
-    ways = {
-        "hex hit": hashes,
+def _lookups(service: Any, lists: list[list[str]], quick: bool) -> dict[str, float]:
+    missing = [[os.urandom(16).hex() for _ in hashes] for hashes in lists]
+    ways: dict[str, list[list[Any]]] = {
+        "hex hit": lists,
         "hex miss": missing,
-        "int hit": [int(h, 16) for h in hashes],
-        "text miss": [f"prompt-{n}" for n in range(len(hashes))],
+        "int hit": [[int(h, 16) for h in hashes] for hashes in lists],
+        "text miss": [
+            [f"prompt-{n}-{at}" for at in range(len(hashes))] for n, hashes in enumerate(lists)
+        ],
     }
     found = {}
     for name, asked in ways.items():
-        taken = median_of(lambda asked=asked: service.query(asked), times)
-        found[f"query 1,024, {name}, us a hash"] = 1e6 * taken / len(asked)
-    # One after the other over all of them: the same hash again would be in the CPU's cache.
-    for name, asked in (("hit", hashes), ("miss", missing)):
-        each = iter(asked * 3)
+        each = cycle(asked)
+        taken = median_of(lambda each=each: service.query(next(each)), _LISTS * (1 if quick else 3))
+        found[f"query 1,024, {name}, us a hash"] = 1e6 * taken / len(asked[0])
+    for name, asked in (("hit", lists), ("miss", missing)):
+        one = chain.from_iterable(asked)
         found[f"query one, {name}, us"] = 1e6 * median_of(
-            lambda each=each: service.query(next(each)), 1024 if quick else 3000
+            lambda one=one: service.query(next(one)), 1024 if quick else 3000
         )
     return found
 
 
-def _calls(service: Any, hashes: list[str], quick: bool) -> dict[str, float]:
+def _calls(service: Any, lists: list[list[str]], quick: bool) -> dict[str, float]:
     pages = np.arange(1024)
     taken: dict[str, list[float]] = {"read": [], "write": []}
     rounds = 5 if quick else 25
     gc.collect()
     for n in range(rounds):
         new = [f"{n + 1:016x}{at:016x}" for at in range(1024)]
-        for mode, asked in (("read", hashes), ("write", new)):
+        for mode, asked in (("read", lists[n]), ("write", new)):
             started = time.perf_counter()
-            task = service.create(mode, asked[: len(pages)], pages[: len(asked)])
+            task = service.create(mode, asked, pages[: len(asked)])
             taken[mode].append(time.perf_counter() - started)
             _finish(task)
             if mode == "write":
@@ -130,7 +143,7 @@ def _calls(service: Any, hashes: list[str], quick: bool) -> dict[str, float]:
     found = {
         f"create of 1,024 blocks, {m}, ms": 1e3 * statistics.median(t) for m, t in taken.items()
     }
-    done = service.create("read", hashes[:1024], pages[: len(hashes)])
+    done = service.create("read", lists[0], pages[: len(lists[0])])
     _finish(done)
     found["ready() us"] = 1e6 * median_of(done.ready, 2001)
     return found
@@ -141,16 +154,33 @@ def _finish(task: Any) -> None:
         raise RuntimeError("a task was not ready within ten minutes")
 
 
-def _blocks_a_second(service: Any, entries: int, rounds: int) -> dict[str, float]:
+def _blocks_a_second(service: Any, rounds: int) -> dict[str, float]:
     """Blocks of one tiny page: what a block costs, whatever its bytes. Writes evict."""
-    count = min(_MOVED, entries // 2)
-    pages = np.random.default_rng(3).permutation(count)
+    pages = np.random.default_rng(3).permutation(_A_TASK)
     seconds: dict[str, list[float]] = {"write": [], "read": []}
-    # Short passes of small stores count as often as it takes to move as many blocks.
-    for n in range(rounds * max(1, _MOVED // count // 4)):
-        hashes = [f"{n + 1:08x}{at:024x}" for at in range(count)]
+    for n in range(rounds * (_MOVED // _A_TASK)):
+        hashes = [f"{n + 1:08x}{at:024x}" for at in range(_A_TASK)]
         for mode, all_of_it in seconds.items():
             started = time.perf_counter()
             _finish(service.create(mode, hashes, pages))
             all_of_it.append(time.perf_counter() - started)
-    return {f"{m} us a block": 1e6 * statistics.median(s) / count for m, s in seconds.items()}
+    return {f"{m} us a block": 1e6 * statistics.median(s) / _A_TASK for m, s in seconds.items()}
+
+
+def _ready_while_pending(service: Any) -> float:
+    """Of a task that is being worked on: a done one is told from a flag. A pass of writes at a
+    time, until enough were asked, or as many passes have gone."""
+    seconds: list[float] = []
+    for n in range(20):
+        hashes = [f"{n + 1:016x}{at:016x}" for at in range(_MOVED)]
+        task = service.create("write", hashes, np.arange(_MOVED))
+        while True:
+            started = time.perf_counter()
+            done = task.ready()
+            if done:
+                break
+            seconds.append(time.perf_counter() - started)
+        _finish(task)
+        if len(seconds) > 2000:
+            break
+    return 1e6 * statistics.median(seconds or [math.nan])

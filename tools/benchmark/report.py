@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmark import rivals
+from benchmark import report_copies
 from benchmark.machine import dirty_room
+from benchmark.ratios import between
 from benchmark.run import Run
 
 _console = Console(width=None if Console().is_terminal else 132, highlight=False)
@@ -35,39 +36,7 @@ def show_machine(run: Run) -> None:
 
 def show_shape(run: Run, shape: str) -> None:
     """All contestants at one block shape."""
-    found = run.results["copies"][shape]
-    best = _best_plain(found)
-    table = Table(title=f"blocks of {shape}", title_justify="left", caption_justify="left")
-    table.add_column("share of\nmemory to memory", no_wrap=True)
-    for name in ("write", "read", "mixed"):
-        table.add_column(name, justify="right")
-    table.add_column("cold read\nof plain", justify="right")
-    for name in ("first\nfill", "write", "read", "mixed", "cold\nread"):
-        table.add_column(f"{name}", justify="right")
-    table.add_column("CPU s/GB\nwr.  read", justify="right")
-    table.add_column("dropped", justify="right")
-    for name, works in found["contestants"].items():
-        cold = works.get("cold read")
-        table.add_row(
-            name,
-            *(_text(works.get(w, {}).get("ratio"), w, works) for w in ("write", "read", "mixed")),
-            _text(cold["GBps"] / best if cold and best else None, "cold read", works),
-            *(
-                _text(works.get(w, {}).get("GBps"), w, works)
-                for w in ("first fill", "write", "read", "mixed", "cold read")
-            ),
-            f"{works['write']['cpu_s_per_GB']:.2f} {works['read']['cpu_s_per_GB']:.2f}",
-            _dropped(works),
-        )
-    table.caption = (
-        "Right: GB/s, medians. ~: no sample without other load. Plain cold reads, GB/s: "
-        + ", ".join(f"{k} {v['GBps']:.2f}" for k, v in found["plain cold reads"].items())
-    )
-    _console.print(table)
-
-
-def _best_plain(found: dict[str, Any]) -> float:
-    return max((v["GBps"] for v in found["plain cold reads"].values()), default=0.0)
+    report_copies.show(_console, shape, run.results["copies"][shape])
 
 
 def _text(value: float | None, work: str, works: dict[str, Any]) -> str:
@@ -88,6 +57,8 @@ def show_part(run: Run, part: str) -> None:
         _show_latency(found)
     elif part == "beside":
         _show_beside(found)
+    elif part == "tasks":
+        _show_tasks(found)
     elif part in ("sizes", "bounds", "workers", "shards", "servers"):
         _show_growth(part, found)
     elif part in ("entries", "process"):
@@ -95,20 +66,25 @@ def show_part(run: Run, part: str) -> None:
 
 
 def _show_latency(found: dict[str, Any]) -> None:
-    table = Table(title="one block at a time, us", title_justify="left")
+    table = Table(title="one block at a time, us", title_justify="left", caption_justify="left")
     for name in ("block", "contestant", "write p50", "p99", "read p50", "p99"):
         table.add_column(name, justify="left" if name in ("block", "contestant") else "right")
     for shape, of_shape in found.items():
         for name, modes in of_shape.items():
             if isinstance(modes, dict):
                 figures = [modes[m][p] for m in ("write", "read") for p in ("p50_us", "p99_us")]
-                table.add_row(shape, name, *(f"{f:,.0f}" for f in figures))
+                more = modes["moved_bytes"] / of_shape["block_bytes"]
+                said = f"{name}: moves {more:.3g} times the bytes" if more > 1 else name
+                table.add_row(shape, said, *(f"{f:,.0f}" for f in figures))
         table.add_section()
+    table.caption = "Services are asked without a pause whether they are done."
     _console.print(table)
 
 
 def _show_beside(found: dict[str, Any]) -> None:
-    table = Table(title="reads while writes are queued", title_justify="left")
+    table = Table(
+        title="reads while writes are queued", title_justify="left", caption_justify="left"
+    )
     for name in ("blocks", "contestant"):
         table.add_column(name)
     for name in ("p50 ms", "p99 ms", "reads", "written GB/s"):
@@ -118,6 +94,30 @@ def _show_beside(found: dict[str, Any]) -> None:
             if isinstance(of, dict):
                 figures = (f"{of['p50_ms']:.2f}", f"{of['p99_ms']:.2f}", f"{of['calls']:,}")
                 table.add_row(case, name, *figures, f"{of['written_GBps']:.2f}")
+        table.add_section()
+    table.caption = (
+        "Does it grow with what is queued? Closed loop: the next read comes when the last is done."
+    )
+    _console.print(table)
+
+
+def _show_tasks(found: dict[str, Any]) -> None:
+    table = Table(title="by blocks a task and tasks under way, GB/s", title_justify="left")
+    for name in ("blocks", "contestant, a task, under way"):
+        table.add_column(name)
+    for name in ("write", "read", "write of LightMem", "read of LightMem", "dropped"):
+        table.add_column(name, justify="right")
+    for shape, of_shape in found.items():
+        for name, works in of_shape.items():
+            case = name.split(", ", 1)[1]
+            ours = of_shape.get(f"LightMem, {case}", {})
+            table.add_row(
+                shape,
+                name,
+                *(_text(works[w]["GBps"], w, works) for w in ("write", "read")),
+                *(str(between(works[w], ours.get(w)) or "-") for w in ("write", "read")),
+                _dropped(works),
+            )
         table.add_section()
     _console.print(table)
 
@@ -132,11 +132,10 @@ def _show_growth(part: str, found: dict[str, Any]) -> None:
         firsts: dict[str, dict[str, Any]] = {}
         for name, works in of_shape.items():
             first = firsts.setdefault(name.rsplit(",", 1)[0], works)
-            ratios = [works[w]["GBps"] / first[w]["GBps"] for w in ("write", "read")]
             table.add_row(
                 shape,
                 name,
-                *(f"{r:.2f}" for r in ratios),
+                *(str(between(works[w], first[w])) for w in ("write", "read")),
                 *(_text(works[w]["GBps"], w, works) for w in ("write", "read")),
                 _dropped(works),
             )
@@ -174,45 +173,20 @@ def show_flatness(run: Run) -> None:
 def show_end(run: Run) -> None:
     """Who took part and how, who is missing, the checks, the time."""
     table = Table(title="contestants", title_justify="left")
-    for name in ("name", "how", "lacks"):
+    for name in ("name", "how", "lacks or differs"):
         table.add_column(name)
     for kind, about in run.results.get("contestants", {}).items():
         if "missing" in about:
             table.add_row(kind, f"not installed: {about['missing']}", "")
+        elif "failed" in about:
+            table.add_row(about.get("name", kind), f"failed: {about['failed']}", "")
         else:
             table.add_row(f"{about['name']} {about['version']}", about["how"], about["lacks"])
     if table.row_count:
         _console.print(table)
-    for line in _against(run.results):
+    for line in report_copies.against(run.results):
         _console.print(line)
     _console.print(
         f"{len(run.results.get('checks', []))} checks of stores passed; "
         f"{run.results['seconds']:.0f} s in all"
     )
-
-
-def _against(results: dict[str, Any]) -> list[str]:
-    """LightMem against what bounds it and against the best other store, by block shape."""
-    lines = []
-    for shape, found in results.get("copies", {}).items():
-        ours = found["contestants"].get("LightMem")
-        others = {
-            k: v
-            for k, v in found["contestants"].items()
-            if k not in ("LightMem", rivals.BASE, rivals.BARE)
-        }
-        bare = found["contestants"].get(rivals.BARE)
-        if ours and bare:
-            parts = [
-                f"{work} {ours[work]['GBps'] / bare[work]['GBps']:.2f}"
-                for work in ("first fill", "write", "read", "cold read")
-            ]
-            lines.append(f"LightMem as a share of {rivals.BARE}, {shape}: " + ", ".join(parts))
-        if not ours or not others:
-            continue
-        parts = []
-        for work in ("write", "read", "cold read"):
-            name, rate = max(((k, v[work]["GBps"]) for k, v in others.items()), key=lambda x: x[1])
-            parts.append(f"{work} {ours[work]['GBps'] / rate:.2f} of {name}")
-        lines.append(f"LightMem against the fastest other, {shape}: " + ", ".join(parts))
-    return lines

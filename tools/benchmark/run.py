@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmark import rivals
-from benchmark.contestant import Contestant, close_all
+from benchmark.contestant import Contestant, ContestantError, close_all
 from benchmark.plan import Plan, Shape
 from benchmark.samples import Meter
 
@@ -38,11 +39,17 @@ class Run:
     entry_bytes: int = 64
     results: dict[str, Any] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
+    started: float = field(default_factory=time.perf_counter)
     _places: int = 0
 
     def say(self, text: str) -> None:
         """Tell how far the run is."""
         print(text, flush=True)
+
+    @property
+    def has_device(self) -> bool:
+        """Whether files leave the page cache: those of a tmpfs are nowhere else."""
+        return self.results["machine"]["file_system"] not in ("tmpfs", "ramfs")
 
     def place(self) -> Path:
         """A new directory: in one where files were deleted, ext4 makes new ones slower."""
@@ -81,7 +88,7 @@ class Run:
     ) -> Contestant | None:
         """A contestant of `kinds`; None, and noted, when it is not installed."""
         options = dict(options or {})
-        if kind == "cpp-lightmem":
+        if kind.startswith("cpp-lightmem"):
             options["path"] = self.cpp_lightmem
         about = self.results.setdefault("contestants", {})
         try:
@@ -89,13 +96,55 @@ class Run:
         except rivals.NotInstalledError as err:
             about.setdefault(kind, {"missing": str(err)})
             return None
-        about[kind] = started.about()
+        except (ContestantError, OSError) as err:
+            if rivals.is_ours(kind):
+                raise
+            self._failed(kind, err)
+            return None
+        about[kind] = {**started.about(), **about.get(kind, {})}
         return started
 
-    def start_all(self, directory: Path, source: Any, plan: Plan) -> list[Contestant]:
-        """The contestants of `kinds` that are installed."""
-        started = [self.start(kind, directory, source, plan) for kind in self.kinds]
-        return [contestant for contestant in started if contestant]
+    def start_all(
+        self,
+        directory: Path,
+        source: Any,
+        plan: Plan,
+        kinds: Iterable[str] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> list[Contestant]:
+        """Those of `kinds` (all of the run's) that are installed; none stays when one is bad."""
+        started: list[Contestant] = []
+        try:
+            for kind in self.kinds if kinds is None else kinds:
+                contestant = self.start(kind, directory, source, plan, options)
+                started += [contestant] if contestant else []
+        except BaseException:
+            for contestant in started:
+                contestant.kill()
+            raise
+        return started
+
+    def each(self, contestants: Iterable[Contestant]) -> Iterator[Contestant]:
+        """Those that have not failed."""
+        return (contestant for contestant in contestants if not contestant.failed)
+
+    @contextmanager
+    def unless_it_fails(self, contestant: Contestant) -> Iterator[None]:
+        """One that fails, with no room left, say, is out of the part, noted, and the run goes on.
+        But LightMem must not fail."""
+        try:
+            yield
+        except (ContestantError, OSError) as err:
+            if rivals.is_ours(contestant.code):
+                raise
+            contestant.failed = True
+            contestant.kill()
+            self._failed(contestant.code, err)
+
+    def _failed(self, kind: str, err: Exception) -> None:
+        text = str(err).strip().rsplit("\n", 1)[-1]
+        self.say(f"  {kind} failed: {text}")
+        self.results.setdefault("contestants", {}).setdefault(kind, {})["failed"] = text
 
     @contextmanager
     def together(self, contestants: list[Contestant], directory: Path) -> Iterator[None]:

@@ -31,11 +31,11 @@ class Samples:
         self.all: list[Sample] = []
 
     def clean(self) -> list[Sample]:
-        cores = psutil.cpu_count() or 1
-        return [s for s in self.all if s.others <= MAX_OTHERS * cores * s.seconds + _TICKS]
+        return [s for s in self.all if _is_clean(s)]
 
     def summary(self) -> dict[str, Any]:
-        """GB/s (median, spread), CPU seconds a GB, how many samples were dropped.
+        """GB/s (median, spread), CPU seconds a GB, how many samples were dropped; and of all, in
+        the order of the rounds, the rates and which were clean.
 
         When none is clean all are used, and `noisy` says so.
         """
@@ -50,7 +50,14 @@ class Samples:
             "samples": len(self.all),
             "dropped": len(self.all) - len(clean),
             "noisy": not clean,
+            "rates": [s.nbytes / s.seconds / 1e9 for s in self.all],
+            "clean": [_is_clean(s) for s in self.all],
         }
+
+
+def _is_clean(sample: Sample) -> bool:
+    cores = psutil.cpu_count() or 1
+    return sample.others <= MAX_OTHERS * cores * sample.seconds + _TICKS
 
 
 class Meter:

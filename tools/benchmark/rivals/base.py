@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,6 @@ from benchmark.plan import Plan
 
 Bytes = npt.NDArray[np.uint8]
 Pages = npt.NDArray[np.int64]
-T = TypeVar("T")
 
 
 class NotInstalledError(Exception):
@@ -56,6 +55,9 @@ class Rival(ABC):
     evicts: ClassVar[bool] = False  # False: the suite deletes what is replaced, untimed
     persistent: ClassVar[bool] = True  # can be closed and opened again
     spins: ClassVar[bool] = False  # uses the CPU while idle
+    # Its slots are written over. So it has as many passes before the first sample as LightMem, and
+    # the work "write, clean slots".
+    in_place: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -67,6 +69,11 @@ class Rival(ABC):
     def environment(cls, plan: Plan) -> dict[str, str]:
         """Environment variables of its processes."""
         return {}
+
+    @classmethod
+    def moved_bytes(cls, plan: Plan) -> int:
+        """Bytes that it moves to write or read a block."""
+        return plan.shape.block_bytes
 
     def hashes(self, generations: Pages, blocks: Pages) -> list[Any]:
         """A hash a block that no other generation has."""
@@ -85,9 +92,6 @@ class Rival(ABC):
     @abstractmethod
     def read(self, hashes: list[Any], pages: Pages) -> None:
         """Fill pages with the blocks of these hashes."""
-
-    # A service is given the next pass while it is at the last one, as others' processes go on
-    # without waiting for each other.
 
     def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
         """`write`, several times: of each pass the hashes."""
@@ -125,18 +129,6 @@ class Rival(ABC):
 def gather(memory: Bytes, rows: Pages, out: Bytes) -> None:
     """Copy pages of the tensor to `out`, [pages, page bytes]."""
     np.take(memory, rows, axis=0, out=out, mode="clip")
-
-
-def two_at_a_time(passes: Iterable[T], finish: Callable[[T], None]) -> None:
-    """Have a service make passes, created one by one: each is queued before the one before it is
-    waited for."""
-    under_way: list[T] = []
-    for created in passes:
-        under_way.append(created)
-        if len(under_way) > 1:
-            finish(under_way.pop(0))
-    for last in under_way:
-        finish(last)
 
 
 def page_aligned(nbytes: int) -> Bytes:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmark.rivals import BASE
+from benchmark.plan import Plan
+from benchmark.rivals import BASE, UNTUNED
 from benchmark.rivals.base import Pages, Rival, gather, page_aligned
+from light_mem.engine.program import COPY_TUNABLES
 
 
 class Baseline(Rival):
-    """Gathers pages into private memory, and scatters them back."""
+    """Gathers pages into private memory, and scatters them back.
+
+    With the same stores around the processor's caches as LightMem's workers have: without them it
+    would be no upper bound.
+    """
 
     name = BASE
-    how = "a process a worker; every block has its own place in private memory"
+    how = "a process a worker; every block has its own place in private memory; tuned copies"
     lacks = "stores nothing"
     persistent = False
+    in_place = True
+
+    @classmethod
+    def environment(cls, plan: Plan) -> dict[str, str]:
+        return {"GLIBC_TUNABLES": COPY_TUNABLES}
 
     def open(self) -> None:
         plan = self.setup.plan
@@ -36,3 +47,14 @@ class Baseline(Rival):
 
     def close(self) -> None:
         pass
+
+
+class UntunedBaseline(Baseline):
+    """The same with glibc as it copies by itself."""
+
+    name = UNTUNED
+    how = "the same, with the C library's copies as Python starts with them"
+
+    @classmethod
+    def environment(cls, plan: Plan) -> dict[str, str]:
+        return {"GLIBC_TUNABLES": ""}

@@ -6,25 +6,25 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmark.plan import Plan
-from benchmark.rivals.base import NotInstalledError, Pages, Rival, two_at_a_time
+from benchmark.rivals import no_advice
+from benchmark.rivals.base import NotInstalledError, Pages
+from benchmark.rivals.service import Service
 
 
-class CppLightMem(Rival):
+class CppLightMem(Service):
     """Its `LocalCacheService`, below its Python classes, which hash tokens."""
 
     name = "C++ LightMem"
     how = "one process, a thread a worker; overwrites slots in place, evicting"
     lacks = (
         "no checksum; its index is in memory only, and its files are truncated when it starts; "
-        "a write that finds no slot free is Finished and not stored"
+        "a write that finds no slot free is Finished and not stored; differs: it has the kernel "
+        "drop each block once written (posix_fadvise), so that writes go to the device meanwhile"
     )
-    one_process_each = False
-    evicts = True
     persistent = False
     spins = True
 
@@ -56,8 +56,7 @@ class CppLightMem(Rival):
         self._torch = torch
         self._lost = 0
         # It has one block size: a shorter block takes a whole slot, and a task of its own.
-        page = plan.shape.page_bytes
-        block = min(64, max(1, self._block_limit(plan) // page)) * page
+        block = self.moved_bytes(plan)
         self._alone = block != plan.shape.block_bytes
         self._service = self._module.LocalCacheService(
             file=str(self.directory / "store"),
@@ -71,41 +70,32 @@ class CppLightMem(Rival):
         if self._service.block_size() != block:
             raise RuntimeError(f"its blocks have {self._service.block_size()} bytes, not {block}")
 
+    @classmethod
+    def moved_bytes(cls, plan: Plan) -> int:
+        page = plan.shape.page_bytes
+        return min(64, max(1, cls._block_limit(plan) // page)) * page
+
     @staticmethod
     def _block_limit(plan: Plan) -> int:
         return math.ceil(plan.shape.block_bytes / 2**20) << 20
 
-    def _finish(self, tasks: list[Any]) -> None:
+    def finish(self, tasks: list[Any]) -> None:
         for task in tasks:
             while not task.ready():
-                time.sleep(0.00002)
+                if not self.spin:  # it has no call that waits
+                    time.sleep(0.00002)
             self._lost += sum(state != self._module.State.Finished for state in task.state())
 
-    def _create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
+    def create(self, mode: str, hashes: list[Any], pages: Pages) -> list[Any]:
         size = 1 if self._alone else max(1, len(hashes))
         return [
             self._service.create(
                 hashes[at : at + size],
                 self._torch.from_numpy(pages[at : at + size].ravel().astype("int32")),
-                mode,
+                mode[0],
             )
             for at in range(0, len(hashes), size)
         ]
-
-    def write(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish(self._create("w", hashes, pages))
-
-    def read(self, hashes: list[Any], pages: Pages) -> None:
-        self._finish(self._create("r", hashes, pages))
-
-    def write_passes(self, passes: Iterable[list[Any]], pages: Pages) -> None:
-        two_at_a_time((self._create("w", hashes, pages) for hashes in passes), self._finish)
-
-    def read_passes(self, hashes: list[Any], pages: Pages, passes: int) -> None:
-        two_at_a_time((self._create("r", hashes, pages) for _ in range(passes)), self._finish)
-
-    def mixed(self, old: list[Any], into: Pages, new: list[Any], pages: Pages) -> None:
-        self._finish(self._create("r", old, into) + self._create("w", new, pages))
 
     def check(self) -> dict[str, Any]:
         """Blocks that it could not read although it had said that they were stored."""
@@ -113,3 +103,23 @@ class CppLightMem(Rival):
 
     def close(self) -> None:
         del self._service
+
+
+class KeepingCppLightMem(CppLightMem):
+    """The same, but its `posix_fadvise` does nothing: as LightMem's `page_cache="keep"`."""
+
+    name = "C++ LightMem, keep"
+    how = "as C++ LightMem, its posix_fadvise a no-op (LD_PRELOAD): the kernel writes when it likes"
+    lacks = (
+        "no checksum; its index is in memory only, and its files are truncated when it starts; "
+        "a write that finds no slot free is Finished and not stored"
+    )
+
+    @classmethod
+    def environment(cls, plan: Plan) -> dict[str, str]:
+        return {**super().environment(plan), "LD_PRELOAD": no_advice.library()}
+
+    def open(self) -> None:
+        if not no_advice.is_loaded():
+            raise NotInstalledError("the loader refused the no-op of its posix_fadvise")
+        super().open()

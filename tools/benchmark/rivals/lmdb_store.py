@@ -18,6 +18,7 @@ class Lmdb(Rival):
     package = "lmdb"
     how = "a process a worker on one environment (sync=False, writemap=True); reuses its pages"
     lacks = "no checksum, no eviction, one writer at a time"
+    in_place = True
 
     def open(self) -> None:
         try:

@@ -6,36 +6,35 @@ import os
 from typing import Any
 
 from benchmark.rivals.base import Pages, Rival
+from benchmark.rivals.own_files import OwnFiles
 
 _IOV_MAX = 1024
 
 
 class PlainFile(Rival):
-    """One preallocated file; block n lies at n times the block's size, straight from the pages."""
+    """Every block has its place in a preallocated file, straight from and to the pages."""
 
     name = "pwritev/preadv"
-    how = "a process a worker; overwrites one preallocated file in place"
+    how = "a process a worker; overwrites preallocated files in place, as many as LightMem has"
     lacks = "no index, no checksum, no eviction, no other block size, nothing safe from a kill"
+    in_place = True
 
     def open(self) -> None:
-        self._file = os.open(self.directory / "file", os.O_RDWR | os.O_CREAT, 0o600)
-        os.posix_fallocate(self._file, 0, self.setup.plan.nbytes)
-        self._block = self.setup.plan.shape.block_bytes
-
-    def _at(self, name: str) -> int:
-        return int(name[16:], 16) * self._block
+        self._files = OwnFiles(self.setup)
 
     def write(self, hashes: list[Any], pages: Pages) -> None:
-        for name, rows in zip(hashes, pages, strict=True):
-            parts = [self.memory[row] for row in rows[:_IOV_MAX]]
-            if os.pwritev(self._file, parts, self._at(name)) != self._block:
-                raise OSError("a short write")
+        self._each(os.pwritev, hashes, pages)
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
+        self._each(os.preadv, hashes, pages)
+
+    def _each(self, call: Any, hashes: list[Any], pages: Pages) -> None:
+        files = self._files
         for name, rows in zip(hashes, pages, strict=True):
             parts = [self.memory[row] for row in rows[:_IOV_MAX]]
-            if os.preadv(self._file, parts, self._at(name)) != self._block:
-                raise OSError("a short read")
+            file, slot = files.place(name)
+            if call(files.descriptors[file], parts, slot * files.block) != files.block:
+                raise OSError(f"a short {call.__name__}")
 
     def close(self) -> None:
-        os.close(self._file)
+        self._files.close()
