@@ -23,8 +23,8 @@ AGAIN, CLEAN = "write, again", "write, clean slots"
 WORK = ("first fill", AGAIN, CLEAN, "read", "mixed", "cold read")
 _BASE_OF = {"first fill": AGAIN, "cold read": "read"}  # what of memory to memory they are shares of
 _MOVES = {"first fill": "write", AGAIN: "write", CLEAN: "write", "cold read": "read"}
-# These fill several times, each a new store.
-_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem", *rivals.BESIDE_CPP)
+# These fill several times, each a new store. (To start each takes seconds.)
+_FIRST_FILLS = ("lightmem", "bare", "plain", "cpp-lightmem")
 _SETTLE_SECONDS = 0.3
 _SECONDS = 0.5  # that a sample takes at least, in as many passes as it needs
 _MOST_PASSES = 64

@@ -109,8 +109,8 @@ def _show_tasks(found: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for shape, of_shape in found.items():
         for name, works in of_shape.items():
-            case = name.split(", ", 1)[1]
-            ours = of_shape.get(f"LightMem, {case}", {})
+            _, size, under_way = name.rsplit(", ", 2)
+            ours = of_shape.get(f"LightMem, {size}, {under_way}", {})
             table.add_row(
                 shape,
                 name,

@@ -87,10 +87,11 @@ class Bare(Rival):
                     self._sums[hashes[n]] = found
 
     def read(self, hashes: list[Any], pages: Pages) -> None:
-        cold = self._cold(hashes)
-        self._past.plan(list(cold.values()))
+        read = list(self._groups(hashes))
+        cold = self._cold([hashes[n] for group in read for n in group])
+        self._past.plan(list(cold.values()))  # in the order in which they are read
         places = [Rows(self.memory, rows) for rows in pages]
-        for group in self._groups(hashes):
+        for group in read:
             names = [hashes[n] for n in group]
             found = [self._files.place(name) for name in names]
             checksums = [new_checksum(slot, file) for file, slot in found]
