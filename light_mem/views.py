@@ -15,6 +15,7 @@ import numpy as np
 
 from light_mem.closing import Closing
 from light_mem.engine.process import fork_token
+from light_mem.engine.slot_calls import problem_of
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.runs import cut_at_runs
 
@@ -131,6 +132,12 @@ def _drop(engine: Member, leased: Leased, token: int) -> None:
 
 
 def open_view(engine: Member, low: int, high: int) -> BlockView | None:
-    """The view of a stored block; None: a miss. Raises LeaseLimitError, LockTimeoutError."""
+    """The view of a stored block; None: a miss. Raises LeaseLimitError, LockTimeoutError, OSError
+    where its shard cannot be opened or mapped."""
     leased = engine.lease(low, high)
-    return None if leased is None else BlockView(engine, leased)
+    try:
+        return None if leased is None else BlockView(engine, leased)
+    except OSError as error:  # lost since it was verified; the lease has ended
+        if problem_of(error) is None:
+            raise
+        return None

@@ -63,6 +63,27 @@ def test_a_file_cut_short_for_which_there_is_no_room_is_a_failure_and_no_bus_err
     engine.close()
 
 
+def test_who_finds_no_room_takes_none_from_those_who_have_lengthened_it_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_local(tmp_path / "store", PAGES).close()
+    first, second = (Rig(open_local(tmp_path / "store", PAGES)) for _ in range(2))
+    assert first.write(Block(1)) == [COPIED_AND_STORED]
+    os.truncate(tmp_path / "store" / DATA, 4096)
+
+    def refuse(*_: object) -> None:
+        assert first.write(Block(2), Block(3)) == [COPIED_AND_STORED] * 2
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(StoreFullError):
+            second.engine.file(0)  # type: ignore[attr-defined]
+    assert first.read(Block(2), Block(3)) == [Outcome.LOADED] * 2
+    for each in (first, second):
+        each.engine.close()
+
+
 @pytest.mark.parametrize("mapped", [True, False])
 def test_workers_drop_what_a_cut_file_has_lost_and_serve_the_rest(
     tmp_path: Path, mapped: bool

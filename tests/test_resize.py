@@ -10,7 +10,9 @@ import pytest
 
 from light_mem import maintenance
 from light_mem.engine.base import Outcome
-from light_mem.errors import InvalidArgumentError, StoreFullError
+from light_mem.engine.local import LocalStorageEngine
+from light_mem.errors import InvalidArgumentError, StoreFormatError, StoreFullError
+from light_mem.index.owners import Owner, Owners
 from light_mem.index.shard import ShardIndex
 from tests.engine_helpers import COPIED_AND_STORED, PAGE, Block, Rig, assert_consistent, open_local
 from tests.service_child import Child
@@ -68,6 +70,25 @@ def test_a_store_that_others_have_open_keeps_its_size(
     rig.engine.close()
     assert other.write(Block(100)) == [COPIED_AND_STORED]
     other.engine.close()
+
+
+def test_who_opens_it_while_a_store_gets_another_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_local(tmp_path / "store", 16).close()
+    join = Owners.join
+
+    def late(self: Owners, kind: str) -> Owner:
+        monkeypatch.undo()
+        open_local(tmp_path / "store", 8).close()
+        return join(self, kind)
+
+    monkeypatch.setattr(Owners, "join", late)
+    with pytest.raises(StoreFormatError, match="was given another size"):
+        LocalStorageEngine(tmp_path / "store", kind="client")
+    engine = open_local(tmp_path / "store", 8)
+    assert engine.owners() == []
+    engine.close()
 
 
 def test_blocks_that_a_smaller_store_drops_are_a_warning(

@@ -12,7 +12,8 @@ the engine
   dealing.py       in which order a task's writes are queued; claiming.py: who takes which
   keeping.py       pins, and leases of blocks that are viewed
   removing.py      taking blocks out, and back what the dead left
-  open_shards.py   the shards that a process has open; fence.py: changes, and leaving
+  open_shards.py   the shards that a process has open; fence.py: changes, and leaving;
+                   store_identity.py: whether they are still of the same store
   opening.py       makes, opens and resizes a store; shard_making.py: its shards' files;
                    store_room.py: whether there is room;
                    foreign.py: files of others in its place; lost_shards.py: some that are gone

@@ -20,6 +20,9 @@ def how_it_ended(process: subprocess.Popen[bytes], pidfd: int) -> str | None:
         # Only looked at: what `poll` would take it cannot tell from what others have taken.
         ended = _look(process.pid, pidfd)
     except ChildProcessError:
+        if pidfd >= 0:  # it has ended: by its number `poll` might ask for a new child
+            process.returncode = 0
+            return _lost()
         return _lost() if process.poll() is not None else None
     except (AttributeError, OSError):  # no such call: macOS, Linux before 5.4, a sandbox
         status = process.poll()

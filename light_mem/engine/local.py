@@ -161,6 +161,8 @@ class LocalStorageEngine(Member, StorageEngine):
         may be SIGBUS.
         """
         check_places(batch, self.geometry.page_bytes)
+        if by_calls:
+            self._reader.go_by_calls()
         self._writer.begin(WriteJob(batch, self.geometry, report, stop, mixed, by_calls))
         if self._dropper is not None:
             self._drop(self._dropper.keep_up)

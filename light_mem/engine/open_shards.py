@@ -97,9 +97,9 @@ class OpenShards:
         return index
 
     def file(self, shard: int) -> ShardFile:
-        """A shard's files, mapped. Raises OSError, StoreFormatError (files that are too short, or
-        of another store, which was made at this path), and ServiceClosedError once the store was
-        left."""
+        """A shard's files, mapped. Raises OSError, StoreFormatError (symlinks, or files of another
+        store, which was made at this path), StoreFullError (they were cut short, and there is no
+        room to lengthen them), and ServiceClosedError once the store was left."""
         file = self._files.get(shard)
         if file is None:
             with self._guard:

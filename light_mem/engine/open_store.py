@@ -88,6 +88,13 @@ class OpenStore:
                 dropper,
             )
             self._owner = self._join(kind)
+            if description.load(self.directory) != geometry:  # from now on it stays as it is
+                self._owner.leave()
+                raise StoreFormatError(
+                    f"{self.directory} was given another size while it was opened: try again",
+                    path=str(self.directory),
+                    field="storage_size",
+                )
             self.leases = self._open.leases = Leases(self._owners, self._owner.number)
         except BaseException:
             self._owners.close()

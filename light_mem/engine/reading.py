@@ -80,14 +80,20 @@ class Reader:
         `LocalStorageEngine.begin_read`."""
         job = ReadJob(batch, self._lookup, report, stop, entries)
         job.by_calls = by_calls and self._device.can_read
-        if job.by_calls and self._last is not None:
-            self._last.by_calls = True  # a death over it would be one more of these blocks
+        if job.by_calls:
+            self.go_by_calls()
         job.ahead = self._wanted(job)
         job.ways = self._device.begin(job.ahead, stop, more=self.has_begun)
         self.finish()
         self._last = job
         if not job.ways:
             self.finish()
+
+    def go_by_calls(self) -> None:
+        """What was begun is read by calls: it comes right before, or in the middle of, blocks over
+        which a worker has died, and another death would count against them."""
+        if self._last is not None and self._device.can_read:
+            self._last.by_calls = True
 
     def finish(self) -> bool:
         """Read the batch that was begun last; whether there was one."""

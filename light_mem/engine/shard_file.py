@@ -183,13 +183,13 @@ class ShardFile(SlotRecords):
         self._require_open()
         return slot_calls.pieces(*self.span(run, nbytes))
 
-    def copy_slot(self, slot: int, to: int) -> None:
-        """Copy a slot into another one, by system calls; raises OSError. Any thread."""
-        target = FileSink(OpenFile(self._data_fd), self.span((to, 1), 0).at)
-        at = 0
-        for piece in self.pieces((slot, 1), self.page_bytes):
-            target.put(at, piece)
-            at += len(piece)
+    def page(self, slot: int) -> bytes:
+        """The page in a slot, by system calls; raises as `pieces`. Any thread."""
+        return b"".join(self.pieces((slot, 1), self.page_bytes))
+
+    def put_page(self, slot: int, page: bytes) -> None:
+        """Store a page to a slot, by system calls. Raises OSError. Any thread."""
+        FileSink(OpenFile(self._data_fd), self.span((slot, 1), 0).at).put(0, page)
 
     def read_only(self, start: int, length: int) -> Bytes1D:
         """`bytes` through a mapping that cannot be written through: a store is SIGSEGV. Whoever

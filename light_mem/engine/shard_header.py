@@ -6,6 +6,7 @@ import errno
 import logging
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from light_mem.errors import StoreFormatError
 from light_mem.index import format as fmt
 from light_mem.index import store_files
 from light_mem.index.description import Geometry
-from light_mem.index.room import allocate
+from light_mem.index.room import lengthen
 
 log = logging.getLogger("light_mem")
 
@@ -85,13 +86,15 @@ def _header_of(descriptor: int, path: Path) -> np.void | None:
 def _first_bytes(descriptor: int) -> bytes:
     """As many as a header has."""
     advises = hasattr(os, "posix_fadvise")
-    if advises:  # else the kernel would read ahead of it, blocks that nobody may want
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    with suppress(OSError):  # a kernel without it; it is advice
+        if advises:  # else the kernel would read ahead of it, blocks that nobody may want
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     try:
         return os.pread(descriptor, fmt.SHARD_HEADER.itemsize, 0)
     finally:
-        if advises:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL)
+        with suppress(OSError):
+            if advises:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL)
 
 
 def _header_in(raw: bytes, path: Path) -> np.void | None:
@@ -156,7 +159,7 @@ def make_whole(descriptor: int, path: Path, size: int) -> None:
     found = os.fstat(descriptor).st_size
     if found < size:
         # Mapped all the same, the missing part would be SIGBUS at the first touch.
-        allocate(descriptor, path, size)
+        lengthen(descriptor, path, size)
         log.warning(
             "%s was cut short, from %d to %d bytes, while the store was open: it is lengthened "
             "again, and what it lost is a miss",

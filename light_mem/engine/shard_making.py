@@ -14,7 +14,7 @@ from light_mem.engine import lost_shards, shard_header
 from light_mem.index import format as fmt
 from light_mem.index import store_files
 from light_mem.index.description import Geometry
-from light_mem.index.room import allocate, lacking
+from light_mem.index.room import allocate, lacking, lengthen
 
 log = logging.getLogger("light_mem")
 
@@ -126,7 +126,9 @@ def _make_file(path: Path, header: bytes, size: int, alone: bool) -> None:
         # Before the file grows: one that is not empty says whose it is, also after a kill.
         if os.pread(descriptor, len(header), 0) != header:
             os.pwrite(descriptor, header, 0)
-        if found < size or (alone and lacking(path, size)):
+        if alone and (found < size or lacking(path, size)):
             allocate(descriptor, path, size)
+        elif found < size:
+            lengthen(descriptor, path, size)
     finally:
         os.close(descriptor)

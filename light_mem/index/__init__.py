@@ -6,7 +6,8 @@ description.py  the description of a store (`store.json`): geometry, identity
 room.py         room for files, allocated before they are mapped; store_files.py: opened, made
 locks.py        file locks: one per shard, byte ranges for owners; kept_lock.py: on an open file;
                 lock_holder.py: who has one
-owners.py       who has the store open, and which slots each was filling
+owners.py       who has the store open, and which slots each was filling; members.py: their locks;
+                proc_stat.py: what /proc says of a process
 leases.py       blocks that processes look at in place
 file.py         the mapped index file: arrays over its sections
 control.py      the numbers of a shard's control page

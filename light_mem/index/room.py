@@ -48,6 +48,23 @@ def allocate(descriptor: int, path: Path, size: int) -> None:
         raise
 
 
+def lengthen(descriptor: int, path: Path, size: int) -> None:
+    """`allocate` where others may have the file open: what they store to it meanwhile stays, also
+    if this fails. (Where the file system cannot allocate, the C library adds zeros to bytes that it
+    has found to be zeros, one a block: not proof against who stores there at that moment.)
+
+    Raises StoreFullError, OSError.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:  # macOS; a hole, since writing zeros would be over what others write
+            os.ftruncate(descriptor, size)
+    except OSError as error:
+        refuse_full(error, path, size, f"{path} needs {size} bytes")
+        raise
+
+
 def lacking(path: Path, size: int) -> int:
     """Bytes of room that a file lacks of `size`: all of them where there is none.
 

@@ -171,14 +171,16 @@ class _Compaction:
         source = np.concatenate([np.arange(a, a + n) for a, n in block.runs])
         target = np.concatenate([np.arange(a, a + n) for a, n in runs])
         try:
-            for a, b in zip(source.tolist(), target.tolist(), strict=True):
-                file.copy_slot(a, b)
+            pages = [file.page(slot) for slot in source.tolist()]  # 64 MiB at most
         except OSError as error:
             problem = problem_of(error)
             if problem is None:
                 raise
             self._drop(block, moved, problem)
             return False
+        # Outside: slots that cannot be written are no damage of the block, which stays.
+        for slot, page in zip(target.tolist(), pages, strict=True):
+            file.put_page(slot, page)
         file.write_records([moved])
         index.publish([moved], [mix_one(moved.low, moved.high)], block.used)
         take_out(index, file, block.slot)

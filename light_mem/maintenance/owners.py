@@ -105,14 +105,22 @@ def require_alone(directory: Path, what: str) -> None:
     """Raise StoreBusyError, which names the processes, when anyone has the store open."""
     alive = Ownership(directory).alive
     if alive:
-        raise StoreBusyError(
-            f"{what} needs {directory} alone, and it is open in: {listing(alive)}", owners=alive
-        )
+        raise _needs_alone(what, directory, alive)
     locks = DirectoryLocks(directory)
     try:
         locks.require_listed(directory / NAME, lambda _: False)
+    except StoreBusyError:
+        if alive := Ownership(directory).alive:  # that joined between the two looks
+            raise _needs_alone(what, directory, alive) from None
+        raise
     finally:
         locks.close()
+
+
+def _needs_alone(what: str, directory: Path, owners: Sequence[OwnerReport]) -> StoreBusyError:
+    return StoreBusyError(
+        f"{what} needs {directory} alone, and it is open in: {listing(owners)}", owners=owners
+    )
 
 
 def opened_meanwhile(directory: Path, owners: Sequence[OwnerReport]) -> StoreBusyError:
