@@ -45,6 +45,20 @@ def memory_object(name: str) -> int:
     return _unless_refused(lambda: os.memfd_create(name, os.MFD_CLOEXEC))
 
 
+def memory_file(name: str) -> int:
+    """A file without a path, empty, in memory if the system gives such. Raises OSError."""
+    memory = memory_object(name)
+    return memory if memory >= 0 else temporary_file()
+
+
+def temporary_file() -> int:
+    """A file without a path in the directory of temporary ones, empty. Raises OSError."""
+    import tempfile  # slow, and rarely needed
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
 def _unless_refused(call: Callable[[], int]) -> int:
     try:
         return call()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from light_mem import descriptors
 from light_mem.engine import child_start
 from light_mem.maintenance.scan_process import ScanProcess
 from tests.conftest import wait_until
@@ -138,7 +139,7 @@ def test_a_path_of_any_length_and_kind_reaches_the_workers(
 ) -> None:
     """One argument has room for 128 KiB, a pipe for 64."""
     if not memory:
-        monkeypatch.setattr(child_start, "memory_object", lambda _: -1)
+        monkeypatch.setattr(descriptors, "memory_object", lambda _: -1)
     many = [f"/nowhere/{'x' * 200}/{n}" for n in range(2000)]
     strange = [Path("/nowhere"), b"/nowhere", None, "/\udcff", "/" + "x" * (1 << 18)]
     monkeypatch.setattr(sys, "path", [*many, *strange, *sys.path])

@@ -210,14 +210,20 @@ def test_so_does_what_was_begun_before_writes_that_a_dead_worker_had_in_hand(
 # --- tools ----------------------------------------------------------------------------------------
 
 
+def with_room_in_front(store: Path) -> tuple[Rig, list[Block]]:
+    """A store whose first slots are free, and the blocks behind them: a smaller one moves these."""
+    rig = Rig(open_local(store, 16))
+    blocks = [Block(key) for key in range(1, 13)]
+    rig.write(*blocks)
+    rig.delete(*blocks[:6])
+    return rig, blocks[6:]
+
+
 @pytest.mark.usefixtures("short_blocks")
 def test_a_block_that_cannot_be_read_is_dropped_where_a_store_gets_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = Rig(open_local(tmp_path / "store", 16))
-    blocks = [Block(key) for key in range(1, 13)]
-    rig.write(*blocks)
-    rig.delete(*blocks[:6])
+    rig, blocks = with_room_in_front(tmp_path / "store")
     where = rig.engine.lookup.find_one(*keymath.as_key(12))  # type: ignore[attr-defined]
     rig.engine.close()
     lost_at = 4096 + where * 64
@@ -226,7 +232,7 @@ def test_a_block_that_cannot_be_read_is_dropped_where_a_store_gets_smaller(
         maintenance.resize(tmp_path / "store", 8 * 64)
     assert maintenance.verify(tmp_path / "store").sound
     rig = Rig(open_local(tmp_path / "store", 8))
-    assert rig.read(*blocks[6:]) == [Outcome.LOADED] * 5 + [Outcome.MISSING]
+    assert rig.read(*blocks) == [Outcome.LOADED] * 5 + [Outcome.MISSING]
     assert rig.engine.stats()["used_slots"] == 5
     assert rig.write(Block(12)) == [COPIED_AND_STORED]
     rig.engine.close()
@@ -236,10 +242,7 @@ def test_a_block_that_cannot_be_read_is_dropped_where_a_store_gets_smaller(
 def test_slots_that_cannot_be_written_cost_no_block_where_a_store_gets_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig = Rig(open_local(tmp_path / "store", 16))
-    blocks = [Block(key) for key in range(1, 13)]
-    rig.write(*blocks)
-    rig.delete(*blocks[:6])
+    rig, blocks = with_room_in_front(tmp_path / "store")
     rig.engine.close()
 
     def refuse(*_: object) -> int:
@@ -250,5 +253,5 @@ def test_slots_that_cannot_be_written_cost_no_block_where_a_store_gets_smaller(
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
             maintenance.resize(tmp_path / "store", 8 * 64)
     rig = Rig(open_local(tmp_path / "store", 16))
-    assert rig.read(*blocks[6:]) == [Outcome.LOADED] * 6
+    assert rig.read(*blocks) == [Outcome.LOADED] * 6
     rig.engine.close()

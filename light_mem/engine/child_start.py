@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from light_mem.descriptors import memory_object
+from light_mem.descriptors import memory_file
 
 # -S: what `site` would do is in the path that is handed over; it saves start time. -P: later
 # versions import `linecache` before the first line of a -c program, so that tracebacks show it
@@ -89,13 +88,3 @@ def command(
         yield [executable, *_FLAGS, "-c", program, str(told)], told
     finally:
         os.close(told)
-
-
-def memory_file(name: str) -> int:
-    """A descriptor of a file without a path, empty, in memory if the system gives such. Raises
-    OSError."""
-    memory = memory_object(name)
-    if memory >= 0:
-        return memory
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

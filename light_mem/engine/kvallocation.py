@@ -10,7 +10,7 @@ import resource
 import weakref
 from typing import TYPE_CHECKING
 
-from light_mem.descriptors import keep_standard_numbers, memory_object
+from light_mem.descriptors import keep_standard_numbers, memory_object, temporary_file
 from light_mem.engine.maps import duplicate, have_maps, prefer_huge_pages
 from light_mem.errors import InvalidArgumentError, KVCacheMemoryError, SharedMemoryFullError
 from light_mem.index.keys import is_bool
@@ -149,8 +149,7 @@ def _create_memory(nbytes: int) -> int:
 
         directory = tempfile.gettempdir()
         _require_room(nbytes, _free(directory), directory)
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
+        fd = temporary_file()
     try:
         if directory and hasattr(os, "posix_fallocate"):
             # Others may take the room of a hole before it is stored to, which is SIGBUS then.

@@ -10,7 +10,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from light_mem.descriptors import keep_standard_numbers
+from light_mem.descriptors import keep_standard_numbers, memory_file
 from light_mem.engine import child_start
 from light_mem.maintenance import scan_child
 from light_mem.maintenance.scan_child import ANSWER, DONE_BYTES, END, FAILED_BLOCK, HEADER
@@ -23,7 +23,7 @@ class ScanProcess:
     def __init__(self) -> None:
         """Raises OSError when it cannot be started."""
         keep_standard_numbers()
-        self._memory = child_start.memory_file("light-mem-verify")
+        self._memory = memory_file("light-mem-verify")
         try:
             config = {"parent": os.getpid(), "memory": self._memory}
             path = child_start.search_path()
