@@ -50,6 +50,10 @@ class Layout(ABC):
         """Pages or regions of all blocks together."""
 
     @abstractmethod
+    def shape_of(self, block: int) -> tuple[int, int, int]:
+        """A block's numbers in `first`, `count` and `nbytes`."""
+
+    @abstractmethod
     def place_of(self, block: int, memory: Bytes2D) -> Place:
         """Where a block's bytes lie in the KV memory, uint8 [num_pages, page_bytes]."""
 
@@ -101,6 +105,11 @@ class PageLayout(Layout):
     def pieces(self) -> int:
         return len(self.words)
 
+    def shape_of(self, block: int) -> tuple[int, int, int]:
+        first = block * self._per_hash
+        count = min(self._per_hash, len(self.words) - first)
+        return first, count, count * self._page_bytes
+
     def place_of(self, block: int, memory: Bytes2D) -> Place:
         n = self._per_hash
         return Rows(memory, self.words[block * n : (block + 1) * n].astype(np.intp))
@@ -139,6 +148,9 @@ class RegionLayout(Layout):
     @property
     def pieces(self) -> int:
         return len(self._table)
+
+    def shape_of(self, block: int) -> tuple[int, int, int]:
+        return int(self.first[block]), int(self.count[block]), int(self.nbytes[block])
 
     def place_of(self, block: int, memory: Bytes2D) -> Place:
         return places.Regions(memory.reshape(-1), list(self.regions_of(block)))

@@ -6,18 +6,16 @@ import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from light_mem import blocks
 from light_mem.engine.base import Outcome
-from light_mem.engine.dealing import deal
 from light_mem.engine.process import refuse_fork
-from light_mem.engine.table_layout import ABORTED, FINISHED, READ, WRITE
+from light_mem.engine.table_layout import FINISHED, READ, WRITE
 from light_mem.errors import InvalidArgumentError, TaskTableFullError
-from light_mem.index import keys as keymath
 from light_mem.index.keys import HashValue
 from light_mem.layouts import Layout, PageLayout, parse_regions
+from light_mem.new_blocks import new_blocks
 from light_mem.stored_blocks import StoredBlocks
 from light_mem.task import CacheTask
 
@@ -109,45 +107,32 @@ class CacheService(StoredBlocks):
                 already=list(layout.pages_of(0)) if present else [],
                 final=bytes([FINISHED]),
             )
-        keys = keymath.as_keys(hashes)
         # A block that is stored with another length (other settings) is replaced by a write.
-        entries = self._engine.find_entries(keys, nbytes=layout.nbytes if kind == WRITE else None)
-        found = entries >= 0
-        done = found if kind == WRITE else ~found
-        already = layout.pages_where(found) if kind == WRITE else []
+        new = new_blocks(kind, hashes, layout, self._engine)
         session = self._session
         session.count("write_tasks" if kind == WRITE else "read_tasks", 1)
-        session.count("present" if kind == WRITE else "missing", int(done.sum()))
+        session.count("present" if kind == WRITE else "missing", new.done)
         fields: dict[str, Any] = {
             "mode": kind,
             "hashes": hashes,
             "layout": layout,
-            "already": already,
+            "already": new.pages_already(),
         }
-        if done.all():
-            final = bytes([FINISHED if kind == WRITE else ABORTED]) * len(hashes)
-            return CacheTask(**fields, final=final)
-        mixed = keymath.mix(keys) if kind == WRITE else None
+        if new.done == new.count:
+            return CacheTask(**fields, final=new.states_when_done())
         held: list[Room] = []
         try:
-            room = session.place(keys, kind, layout, self._create_timeout, entries, mixed, held)
+            new.deal(session.table.num_workers)
+            room = session.place(new, layout.words, self._create_timeout, held)
             task = CacheTask(**fields, table=session.table, room=room, session=session)
-            order = np.flatnonzero(~done)
-            homes = None
-            if mixed is not None and len(order) > 1:
-                count = self._engine.geometry.shards
-                shards = keymath.shards_of(mixed[order], count)
-                workers = int(session.table.header["workers"][0])
-                in_turn, homes = deal(shards, layout.nbytes[order], count, workers)
-                order = order[in_turn]
-            session.submit(task, room, done, order, homes, kind)
+            session.submit(task, room, new, kind)
         except BaseException as error:
             # Nobody gets the task. Of one that is queued by now the room stays its own until it is
             # ready; to wait for the task to be dropped would not do, a traceback may keep it.
             for room in held:
                 session.release(room)
-            if isinstance(error, TaskTableFullError):
-                session.count("dropped", int((~done).sum()) if kind == WRITE else 0)
+            if isinstance(error, TaskTableFullError) and kind == WRITE:
+                session.count("dropped", new.count - new.done)
             raise
         return task
 

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,9 @@ import numpy.typing as npt
 
 from light_mem.engine.queue import LANE_BYTE, TaskQueue
 from light_mem.engine.table_layout import (
-    ABORTED,
-    CELL,
     COPIED,
-    FINISHED,
     INITIAL,
     LANE,
-    READ,
     WORKING,
     words_of,
 )
@@ -36,11 +33,10 @@ from light_mem.errors import (
     TaskExpiredError,
     TaskTableFullError,
 )
-from light_mem.index.keys import KeyArray, U64Array
 from light_mem.index.locks import RangeLock
 from light_mem.index.owners import process_start
 from light_mem.lane_room import LaneRoom, Room
-from light_mem.layouts import Layout
+from light_mem.new_blocks import NewBlocks
 from light_mem.task import CacheTask
 from light_mem.waiting import not_run
 
@@ -95,74 +91,30 @@ class Session:
         self._words[_COUNTER_WORDS[name]] += n
 
     def place(
-        self,
-        keys: KeyArray,
-        mode: int,
-        layout: Layout,
-        timeout: float,
-        entries: npt.NDArray[np.int64],
-        mixed: U64Array | None,
-        held: list[Room],
+        self, new: NewBlocks, words: npt.NDArray[np.uint32], timeout: float, held: list[Room]
     ) -> Room:
         """Put a task in the table; `submit` brings it to life.
 
-        entries   where the index lists each of the keys, -1: nowhere
-        mixed     `keys.mix` of each, for a task that writes
+        new       its blocks, dealt to the workers
+        words     their page indices or regions
         held      gets the room: if this or anything up to the end of `submit` raises, the caller
                   is to release what is in it
 
         Raises InvalidArgumentError for a task larger than the table, TaskTableFullError when
         there is no room within `timeout` seconds.
         """
-        table, count = self.table, len(keys)
-        words = layout.words
         created = time.monotonic_ns()
-        room = self._wait_for_room(count, len(words), timeout, held)
-        cells = np.zeros(count, CELL)
-        cells["low"], cells["high"] = keys[:, 0], keys[:, 1]
-        cells["pages"], cells["places"] = room.pages + layout.first, layout.count
-        cells["nbytes"], cells["regions"] = layout.nbytes, layout.regions
-        cells["row"], cells["mode"] = room.row, mode
-        cells["listed"] = entries + 1
-        if mixed is not None:
-            cells["mixed"] = mixed
-        end = room.start + count
-        table.rows["created"][room.row] = created
-        table.pages[room.pages : room.pages + len(words)] = words
-        table.cells[room.start : end] = cells
+        room = self._wait_for_room(new.count, len(words), timeout, held)
+        self.table.fill(room.row, created, room.start, new.cells(room), room.pages, words)
         return room
 
-    def submit(
-        self,
-        task: CacheTask,
-        room: Room,
-        done: npt.NDArray[np.bool_],
-        order: npt.NDArray[np.int64],
-        homes: npt.NDArray[np.int64] | None,
-        mode: int,
-    ) -> None:
-        """Queue the blocks of a placed task that are not `done` already, in this order.
-
-        done    bool [blocks]; such a block is Finished in a write and Aborted in a read
-        order   positions within the task of the others, at least one
-        homes   of each of those, see `dealing`; None: any worker
+    def submit(self, task: CacheTask, room: Room, new: NewBlocks, mode: int) -> None:
+        """Queue the blocks of a placed task that are not done already, at least one.
 
         Raises ServiceClosedError, LockTimeoutError; then nothing is queued.
         """
-        table = self.table
-        states = np.where(done, FINISHED if mode != READ else ABORTED, INITIAL)
-
-        def publish() -> None:
-            row = table.rows[room.row]
-            row["abort"] = 0
-            row["start"], row["count"] = room.start, room.blocks
-            table.states[room.start : room.start + room.blocks] = states
-            table.active[room.row] = mode
-
-        cells = (room.start + order).astype(np.uint32)
-        if homes is not None:
-            table.cells["home"][cells] = homes
-        self.queue.push(cells, mode, publish)
+        publish = partial(self.table.begin, room.row, room.start, new.states(), mode)
+        self.queue.push(new.queue(room), mode, publish)
         self._tasks[room.row] = task  # to take its room back early when the table is full
 
     def release(self, room: Room) -> None:

@@ -51,7 +51,7 @@ def check_server(table: TaskTable, since: int | None = None) -> None:
 
 def not_run(table: TaskTable) -> str:
     """Why nobody does any task, where no worker was ever ready; "": one was."""
-    pids = table.workers["pid"][1 : int(table.header["workers"][0]) + 1]
+    pids = table.workers["pid"][1 : table.num_workers + 1]
     return "" if pids.any() else "run() has not been called, or has not returned"
 
 

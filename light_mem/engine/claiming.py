@@ -72,7 +72,7 @@ class Chooser:
         for every other worker; else None.
         """
         table = self._table
-        workers = int(table.header["workers"][0])
+        workers = table.num_workers
         look = self._look(worker, mode, workers)
         cells = look.own or [cell for cell, _ in look.waits[:BATCH_BLOCKS]]
         waiting = look.number + table.tail(mode) - look.end

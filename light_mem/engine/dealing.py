@@ -11,6 +11,8 @@ others write to it only when they have nothing else to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -40,3 +42,21 @@ def deal(
     within = np.arange(count) - np.searchsorted(homes, homes)
     in_turn = np.lexsort((homes, within // batch))  # stable: by shard within a batch
     return order[in_turn], homes[in_turn] + 1
+
+
+def deal_few(
+    shards: Sequence[int], nbytes: Sequence[int], num_shards: int, workers: int
+) -> tuple[list[int], list[int]]:
+    """`deal` for a few blocks, at least one, as Python ints: less than its calls take."""
+    count = len(shards)
+    order = sorted(range(count), key=shards.__getitem__)
+    if num_shards < workers:
+        homes = [n * workers // count for n in range(count)]
+    else:
+        homes = [shards[at] * workers // num_shards for at in order]
+    mean = max(1, sum(nbytes) // count)
+    batch = min(BATCH_BLOCKS, -(-count // workers), -(-BATCH_BYTES[WRITE] // mean))
+    begins: dict[int, int] = {}
+    turns = [((n - begins.setdefault(home, n)) // batch, home) for n, home in enumerate(homes)]
+    in_turn = sorted(range(count), key=turns.__getitem__)
+    return [order[n] for n in in_turn], [homes[n] + 1 for n in in_turn]

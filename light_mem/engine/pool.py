@@ -292,5 +292,5 @@ class WorkerPool:
         except LockTimeoutError as error:
             # A worker that is stopped holds the queue: `stop` kills it and aborts the rest.
             log.warning("%s", str(error))
-        table.header["work_seq"] += 1
+        table.count_work()
         table.futex.wake(table.work_word)

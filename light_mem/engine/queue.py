@@ -16,8 +16,9 @@ home (see `claiming` and `dealing`). The head is the first entry that may wait.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,8 @@ LANE_BYTE = QUEUE_BYTE + 1  # the first of the lanes' locks, in the same memory 
 WRITE_TURN = 3
 MAX_ATTEMPTS = 3  # a block whose workers die this often is aborted
 
+Cells: TypeAlias = "Sequence[int] | npt.NDArray[np.uint32]"  # numbers of cells
+
 
 class TaskQueue(QueueLock):
     """The queue as one process sees it. Thread-safe; each process makes its own object."""
@@ -54,10 +57,10 @@ class TaskQueue(QueueLock):
         self._chooser = Chooser(table)
         # With no more cores than workers, the kernel runs a woken worker on this core at once, and
         # the thread that queues is stopped until that worker sleeps again: 3 ms of `create`.
-        self._has_cores = _cores() > int(table.header["workers"][0])
+        self._has_cores = _cores() > table.num_workers
         self._states, self._workers = table.states.data, table.cells["worker"].data
 
-    def push(self, cells: npt.NDArray[np.uint32], mode: int, publish: Callable[[], object]) -> None:
+    def push(self, cells: Cells, mode: int, publish: Callable[[], object]) -> None:
         """Queue cells of one mode, in this order, and wake as many workers as can help; or one,
         who wakes the others.
 
@@ -93,17 +96,18 @@ class TaskQueue(QueueLock):
         if self._table.depth(READ) or self._table.depth(WRITE):
             self._table.futex.wake(self._table.work_word)
 
-    def _append(self, cells: npt.NDArray[np.uint32], mode: int) -> None:
-        ring, tail = self._table.rings[mode], self._table.tail(mode)
-        if self._table.depth(mode) + len(cells) > self._table.ring_length:
+    def _append(self, cells: Cells, mode: int) -> None:
+        table = self._table
+        ring, length, tail = table.rings[mode], table.ring_length, table.tail(mode)
+        if table.depth(mode) + len(cells) > length:
             tail = self._compact(mode)
-        at = tail % self._table.ring_length
-        first = min(len(cells), self._table.ring_length - at)
+        at = tail % length
+        first = min(len(cells), length - at)
         ring[at : at + first] = cells[:first]
         if first < len(cells):
             ring[: len(cells) - first] = cells[first:]
-        self._table.move_tail(mode, tail + len(cells))
-        self._table.header["work_seq"] += 1
+        table.move_tail(mode, tail + len(cells))
+        table.count_work()
 
     def _compact(self, mode: int) -> int:
         """Drop the entries of blocks that nobody will claim, which abort leaves; the new tail."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -36,6 +37,11 @@ _HEADER = words_of(HEADER)
 _HEADS = {READ: _HEADER["read_head"], WRITE: _HEADER["write_head"]}
 _TO_WAKE = _HEADER["to_wake"]
 _TAILS = {READ: _HEADER["read_tail"], WRITE: _HEADER["write_tail"]}
+ROW_WORDS = ROW.itemsize // 8
+CREATED_WORD = words_of(ROW)["created"]
+# The fields of a ROW that a task begins with, which follow each other.
+_BEGIN, _BEGIN_AT = struct.Struct("<3I"), ROW.fields["abort"][1]  # type: ignore[index]
+assert [ROW.fields[name][1] - _BEGIN_AT for name in ("abort", "start", "count")] == [0, 4, 8]  # type: ignore[index]
 
 
 class Sizes(NamedTuple):
@@ -143,12 +149,62 @@ class TableMemory:
         self._row_done = ROW.fields["done"][1]  # type: ignore[index]
         shutdown_at = at.header + HEADER.fields["shutdown"][1]  # type: ignore[index]
         self._shutdown = words[shutdown_at : shutdown_at + 4].cast("I")
+        workers_at = at.header + HEADER.fields["workers"][1]  # type: ignore[index]
+        self._workers = words[workers_at : workers_at + 4].cast("I")
+        self._work_seq = words[self.work_word : self.work_word + 4].cast("I")
         self._worker_words = words[at.workers : at.workers + self.workers.nbytes].cast("Q")
         self._header_words = words[at.header : at.header + HEADER.itemsize].cast("Q")
         self._active_bytes = words[at.active : at.active + self.active.nbytes]
         self._row_words = words[at.rows : at.rows + self.rows.nbytes].cast("Q")
         latencies_end = at.latencies + MAX_WORKERS * 2 * histogram.WORDS * histogram.WORD_BYTES
         self.latencies = Histograms(words[at.latencies : latencies_end].cast("Q"))
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of the service."""
+        return self._workers[0]
+
+    @property
+    def work_seq(self) -> int:
+        """The word at `work_word`."""
+        return int(self._work_seq[0])
+
+    def count_work(self) -> None:
+        """Blocks were queued: who is about to sleep at `work_word` does not. With the queue in
+        hand."""
+        self._work_seq[0] = (self._work_seq[0] + 1) & 0xFFFFFFFF
+
+    def fill(
+        self,
+        row: int,
+        created: int,
+        start: int,
+        cells: bytes,
+        first: int,
+        words: npt.NDArray[np.uint32],
+    ) -> None:
+        """Put a task's blocks in its room, which is no other task's; `begin` brings it to life.
+
+        created   when, monotonic ns
+        start     its first cell
+        cells     CELL [blocks]
+        first     its first page index
+        words     its page indices or regions
+        """
+        self._row_words[row * ROW_WORDS + CREATED_WORD] = created
+        self.pages[first : first + len(words)] = words
+        at = self.sections.cells + start * CELL.itemsize
+        self.map[at : at + len(cells)] = cells
+
+    def begin(self, row: int, start: int, states: bytes, mode: int) -> None:
+        """Bring the task of a row to life: from now on its blocks may be claimed. With the queue in
+        hand."""
+        _BEGIN.pack_into(
+            self.map, self.sections.rows + row * ROW.itemsize + _BEGIN_AT, 0, start, len(states)
+        )
+        at = self.sections.states + start
+        self.map[at : at + len(states)] = states
+        self._active_bytes[row] = mode
 
     def tell_that_server_is_gone(self) -> None:
         """For a worker whose server has ended, or has become another program: it then lives on for

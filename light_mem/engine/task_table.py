@@ -39,14 +39,12 @@ from light_mem.engine.table_layout import (
     Cells,
     is_final,
 )
-from light_mem.engine.table_memory import Sizes, TableMemory
+from light_mem.engine.table_memory import CREATED_WORD, ROW_WORDS, Sizes, TableMemory
 from light_mem.errors import InvalidArgumentError, ServiceClosedError
 from light_mem.index.owners import process_start
 
 OWN_DESCRIPTORS = "/proc/self/fd"
-_ROW_WORDS = ROW.itemsize // 8
 _WORKER_WORDS = WORKER.itemsize // 8
-_CREATED_WORD = ROW.fields["created"][1] // 8  # type: ignore[index]
 
 
 class TableAddress(NamedTuple):
@@ -254,7 +252,7 @@ class TaskTable(TableMemory):
         mode = self._active_bytes[row]
         if mode:  # else another worker, with the task's last block at the same time, was first
             # Count before marking it as reported: after that nobody would.
-            created = self._row_words[row * _ROW_WORDS + _CREATED_WORD]
+            created = self._row_words[row * ROW_WORDS + CREATED_WORD]
             self.latencies.add(latency_at(worker, mode), time.monotonic_ns() - created)
         self._active_bytes[row] = 0
         counter = int(self._worker_done[worker]) + 1

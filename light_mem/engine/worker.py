@@ -76,7 +76,7 @@ class Worker:
         """Work until the service is closed."""
         table, engine = self._table, self._engine
         while True:
-            seen = int(table.header["work_seq"][0])
+            seen = table.work_seq
             has_begun = engine.has_begun_reads or engine.has_begun_writes
             claim = self._queue.claim_ahead if engine.has_begun_reads else self._queue.claim
             try:

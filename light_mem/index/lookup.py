@@ -244,6 +244,10 @@ class Lookup:
         """The tag of an entry now."""
         return self._f.words64[self._f.entries_word64 + entry * ENTRY_WORDS + TAG]
 
+    def nbytes_of(self, entry: int) -> int:
+        """Length in bytes of the block of an entry now."""
+        return self._f.words64[self._f.entries_word64 + entry * ENTRY_WORDS + NBYTES]
+
     def is_unchanged(self, where: Location) -> bool:
         """Whether the block still lies where `locate` found it: ask after copying."""
         return self.tag(where.entry) == where.tag
