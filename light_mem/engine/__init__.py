@@ -32,7 +32,8 @@ bytes
   first_touch.py   pages of the KV memory that a worker copies for the first time
   mapped_writes.py slots written by calls or through the mapping; dirty_pages.py: what is dirty
   slot_calls.py    slots read by calls: what is lost is an error, and no SIGBUS
-  small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both
+  small_reads.py   short reads in the thread that asks; small_writes.py; in_server.py: both;
+                   scans_ahead.py: what such writes must not wait for
   read_ahead.py    a list of spans, by threads (device_threads.py), past the page cache
   direct_writes.py writes past the page cache; dropping.py: what cannot go so; page_cache.py
 the KV memory

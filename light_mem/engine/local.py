@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from light_mem.engine.base import (
     BlockIO,
@@ -38,6 +39,9 @@ from light_mem.errors import LockTimeoutError, StoreFormatError
 from light_mem.index.format import RELINKING
 from light_mem.index.locks import PathLock, lock_path
 from light_mem.index.owners import Owners
+
+if TYPE_CHECKING:
+    from light_mem.engine.scans_ahead import ScansAhead
 
 log = logging.getLogger("light_mem")
 
@@ -186,12 +190,12 @@ class LocalStorageEngine(Member, StorageEngine):
         """Whether what is written goes past the page cache, or is dropped from it."""
         return self._dropper is not None
 
-    def write_now(self, block: BlockIO) -> Outcome | None:
+    def write_now(self, block: BlockIO, ahead: ScansAhead | None = None) -> Outcome | None:
         """Write one block without waiting for a lock; see `WriteNow.write`. From the one thread
         that writes."""
         check_places([block], self.geometry.page_bytes)
         # Blocks begun earlier share the intents, and this call would give their slots back.
-        return None if self._writer.has_begun else self._write_now.write(block)
+        return None if self._writer.has_begun else self._write_now.write(block, ahead)
 
     def read(self, batch: Sequence[BlockIO], report: Report, stop: Stop = never) -> None:
         self.begin_read(batch, report, stop)

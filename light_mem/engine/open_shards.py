@@ -71,18 +71,23 @@ class OpenShards:
         """Whether a shard can be read and changed at once."""
         return shard in self._files and shard in self._indexes
 
+    def is_near(self, shard: int) -> bool:
+        """`ShardIndex.is_near` of a shard that is open."""
+        return self._indexes[shard].is_near
+
     @property
     def files(self) -> Mapping[int, ShardFile]:
         """The files that are open by now, by shard."""
         return self._files
 
     def change(
-        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS
+        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS, scan: bool = True
     ) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
         """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError and
         StoreFullError (see `file`), OSError, and ServiceClosedError once the store was left. What
-        is taken out of the index must be cleared from the records before this ends."""
-        return _Change(self, shard, timeout)
+        is taken out of the index must be cleared from the records before this ends. `scan`: see
+        `ShardIndex.change`."""
+        return _Change(self, shard, timeout, scan)
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, to be used under its lock."""
@@ -147,15 +152,15 @@ class OpenShards:
 class _Change(AbstractContextManager["tuple[ShardIndex, ShardFile]"]):
     """See `OpenShards.change`. No generator: one costs 1 us, several after a copy."""
 
-    __slots__ = ("_change", "_open", "_shard", "_timeout")
+    __slots__ = ("_change", "_open", "_scan", "_shard", "_timeout")
 
-    def __init__(self, shards: OpenShards, shard: int, timeout: float) -> None:
-        self._open, self._shard, self._timeout = shards, shard, timeout
+    def __init__(self, shards: OpenShards, shard: int, timeout: float, scan: bool) -> None:
+        self._open, self._shard, self._timeout, self._scan = shards, shard, timeout, scan
 
     def __enter__(self) -> tuple[ShardIndex, ShardFile]:
         shards = self._open
         index, file = shards.index(self._shard), shards.file(self._shard)
-        change = self._change = index.change(self._timeout, shards._fence)
+        change = self._change = index.change(self._timeout, shards._fence, self._scan)
         try:
             if change.__enter__():
                 # The holder that died may have taken blocks out and not cleared their records: an

@@ -33,7 +33,7 @@ from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.format import CHANGING, INDEX_VERSION
 from light_mem.index.keys import KeyArray, MixedKeys
 from light_mem.index.leases import Leases
-from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
+from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Owner, OwnerInfo, Owners
 from light_mem.logs import Limited
@@ -151,6 +151,10 @@ class OpenStore:
         """Change a shard, under its lock; see `OpenShards.change`. For the engine and for tools."""
         return self._open.change(shard, timeout)
 
+    def change_at_hand(self, shard: int) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
+        """`change` that waits for nothing and scans nothing; see `ShardIndex.change`."""
+        return self._open.change(shard, timeout=0, scan=False)
+
     def file(self, shard: int) -> ShardFile:
         """A shard's files; see `OpenShards.file`. Any thread."""
         return self._open.file(shard)
@@ -164,6 +168,18 @@ class OpenStore:
         """Whether a shard is open, and nobody is changing it or has died doing so: then a change
         has nothing to wait for, and nothing to put in order."""
         return self._open.is_open(shard) and not self._index.control["dirty"][shard]
+
+    def is_near(self, shard: int) -> bool:
+        """`ShardIndex.is_near` of a shard that is open. Any thread."""
+        return self._open.is_near(shard)
+
+    def prepare_shard(self, shard: int) -> bool:
+        """Scan an open shard for `write_now`: free space under its lock, order of use without it.
+        Returns whether blocks to evict are at hand. One thread; raises as `change`, SHORT_SECONDS.
+        """
+        with self.change(shard, SHORT_SECONDS) as (index, _):
+            sort_out = index.sorting()
+        return sort_out()
 
     def drop_damaged(
         self,

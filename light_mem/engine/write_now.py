@@ -16,10 +16,12 @@ from light_mem.engine.intents import Intents
 from light_mem.engine.publishing import is_present
 from light_mem.index.keys import mix_one, shard_of
 from light_mem.index.owners import Owner
+from light_mem.index.replica import ScanNeeded
 from light_mem.index.written import Written
 
 if TYPE_CHECKING:
     from light_mem.engine.local import LocalStorageEngine
+    from light_mem.engine.scans_ahead import ScansAhead
 
 
 class WriteNow:
@@ -35,14 +37,15 @@ class WriteNow:
         self._gatherer = gatherer
         self._geometry = engine.geometry
 
-    def write(self, block: BlockIO) -> Outcome | None:
+    def write(self, block: BlockIO, ahead: ScansAhead | None = None) -> Outcome | None:
         """Write one block in one hold of its shard's lock, which is only tried; raises
         LockTimeoutError, OSError, StoreFormatError. By system calls alone: a store to a mapping
         may be SIGBUS.
 
         STORED, or PRESENT, which counts as use. None: not done, for want of room, because one of
         another length is stored, or because it would take long: the shard is not open yet, is to
-        be put in order, or has no room before expired blocks are taken out.
+        be put in order, or has no room before expired blocks are taken out. With `ahead` this call
+        goes over all entries of a shard for nothing: where it would have to, it tells `ahead`.
         """
         engine = self._engine
         low, high, place = block
@@ -53,9 +56,26 @@ class WriteNow:
         shard = shard_of(mixed, self._geometry.shards)
         if not engine.is_at_hand(shard):
             return None
+        if ahead is None or engine.is_near(shard):
+            try:
+                return self._write(block, mixed, shard, ahead)
+            except ScanNeeded:
+                pass
+        assert ahead is not None
+        ahead.refused(shard)
+        return None
+
+    def _write(
+        self, block: BlockIO, mixed: int, shard: int, ahead: ScansAhead | None
+    ) -> Outcome | None:
+        engine = self._engine
+        low, high, place = block
+        nbytes = place.nbytes
         slots = self._geometry.slots_of(nbytes)
         failure: OSError | None = None
-        with engine.change(shard, timeout=0) as (index, file):
+        may_scan = ahead is None
+        change = engine.change(shard, timeout=0) if may_scan else engine.change_at_hand(shard)
+        with change as (index, file):
             self._intents.give_back(shard, index, file)
             stored = index.find(low, high)
             if stored is not None:  # stored meanwhile, or expired
@@ -63,12 +83,14 @@ class WriteNow:
             if index.retention.is_due() and not index.has_room(slots):
                 return None
             evicted: list[int] = []
-            where = index.allocate(slots, evicted, engine.evicts)
+            where = index.allocate(slots, evicted, engine.evicts, may_scan)
             if where is not None:
                 self._intents.announce(shard, [where.slot])
             if evicted:
                 file.clear_records(evicted)
             if where is None:
+                if ahead is not None:
+                    ahead.refused(shard, index.sorting())
                 return None
             index.mark(where.runs, self._owner.number)
             try:
@@ -82,6 +104,9 @@ class WriteNow:
                 written = Written(low, high, checksum, nbytes, where.runs, now, keep)
                 file.write_records([written])
                 index.publish([written], [mixed], now)
+                if ahead is not None:
+                    low = bool(evicted) and index.is_running_low
+                    ahead.wrote(shard, index.sorting() if low else None)
         if not engine.is_closed:  # by this very thread: the record may be another's by now
             self._intents.announce(shard, [])
         if failure is not None:

@@ -66,7 +66,7 @@ class Allocator:
     def most_slots(self) -> int:
         """The most slots that a block can get: all but those of pinned or leased blocks."""
         limit = self._retention.limit
-        if self._control.pinned_slots > limit:  # a damaged page is not to stop all writes
+        if self._retention.is_overcounted:  # a damaged page is not to stop all writes
             self._retention.recount()
         kept = self._control.pinned_slots
         for slot in self._leases.slots():
@@ -75,11 +75,15 @@ class Allocator:
                 kept += min(self._retention.slots_at(slot), limit)
         return len(self._entries) - kept
 
-    def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
+    def allocate(
+        self, slots: int, evicted: list[int], evict: bool = True, scan: bool = True
+    ) -> Allocation | None:
         """Take room for one block, evicting where needed: expired blocks, then the least recently
         used ones, never pinned or leased ones.
 
         `evict=False`: only free room, in as many pieces as it takes; None when there is too little.
+        `scan=False`: None also where a walk over all entries might find room; blocks may have been
+        evicted by then, the oldest ones.
 
         The first slots of evicted blocks are appended to `evicted`: the caller clears their
         records before anything is copied. None: what is not free is being written, or the block
@@ -108,13 +112,18 @@ class Allocator:
             if pieces is not None:
                 runs = pieces
                 break
-            if self._sweep(evicted):
-                continue
+            if scan:
+                if self._sweep(evicted):
+                    continue
+            elif self._retention.is_due() or self._retention.is_overcounted:
+                return None
             if not is_possible and slots > self.most_slots():
                 return None
             is_possible = True
-            victim = self._order.oldest()
+            victim = self._order.oldest() if scan else self._order.oldest_at_hand()
             if victim is None:
+                if not scan:
+                    return None
                 pieces = space.take_pieces(slots)
                 if pieces is None:
                     return None

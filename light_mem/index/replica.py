@@ -15,13 +15,23 @@ import numpy.typing as npt
 from light_mem.index import format as fmt
 from light_mem.index.control import Control
 from light_mem.index.recovery import Table, occupied_runs
-from light_mem.index.runs import Run
+from light_mem.index.runs import Run, pieces
 from light_mem.index.space import FreeRuns
+
+# Changes that a hold which must not take long replays at most: some 6 us each.
+NEAR_CHANGES = 128
+
+
+class ScanNeeded(Exception):
+    """What was asked for goes over all entries of a shard, and the hold was not to; see
+    `ShardIndex.change`. It never leaves the engine."""
 
 
 def free_runs(entries: Table) -> FreeRuns:
     """The runs of slots that entries, ENTRY [n], leave free."""
-    starts, lengths = occupied_runs(entries)
+    found = [(piece.start, *occupied_runs(entries[piece])) for piece in pieces(len(entries))]
+    starts = np.concatenate([first + part for first, part, _ in found])
+    lengths = np.concatenate([part for _, _, part in found])
     # Gaps between the furthest end so far and the next start: runs of a damaged index overlap.
     ends = np.maximum.accumulate(np.concatenate(([0], starts + lengths)))
     gaps = np.concatenate((starts, [len(entries)])) - ends
@@ -39,6 +49,7 @@ class SpaceReplica:
         self._runs: FreeRuns | None = None
         self._epoch = -1
         self._held_from = -1  # the epoch at which this hold began
+        self.may_scan = True  # whether this hold may go over all entries
         # Allocated in this hold and not marked yet: the entries do not show them.
         self.unmarked: list[Run] = []
 
@@ -47,6 +58,16 @@ class SpaceReplica:
         """The free runs. After taking from them, call `taken` to tell the other processes."""
         assert self._runs is not None
         return self._runs
+
+    @property
+    def is_near(self) -> bool:
+        """Whether few changes are to be replayed, and no entries read. Without the lock, a hint."""
+        return self._runs is not None and 0 <= self._control.epoch - self._epoch <= NEAR_CHANGES
+
+    def check_scan(self) -> None:
+        """All entries are about to be gone over; raises ScanNeeded where this hold must not."""
+        if not self.may_scan:
+            raise ScanNeeded
 
     def begin(self) -> None:
         """A hold of the lock begins: see what others did."""
@@ -76,6 +97,7 @@ class SpaceReplica:
 
     def read(self) -> None:
         """Read the entries instead of the journal."""
+        self.check_scan()
         runs = free_runs(self._entries)
         for start, length in self.unmarked:
             runs.remove(start, length)

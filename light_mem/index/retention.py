@@ -91,6 +91,11 @@ class Retention:
         """Slots of pinned blocks."""
         return self._control.pinned_slots
 
+    @property
+    def is_overcounted(self) -> bool:
+        """Whether the control page says that more is pinned than may be: damage."""
+        return self._control.pinned_slots > self.limit
+
     def slots_at(self, slot: int) -> int:
         """Slots of the block that begins at `slot`."""
         return slots_needed(int(self._nbytes[slot]), self._page_bytes)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 Run = tuple[int, int]  # first slot, slots
+
+# Slots that one numpy call goes over: the other threads of a server wait for some of these calls.
+PIECE = 1 << 16
 
 
 def cut_at_runs(runs: Sequence[Run], nbytes: int, page_bytes: int) -> list[tuple[Run, int, int]]:
@@ -21,6 +24,11 @@ def cut_at_runs(runs: Sequence[Run], nbytes: int, page_bytes: int) -> list[tuple
         parts.append((run, start, end))
         start = end
     return parts
+
+
+def pieces(slots: int) -> Iterator[slice]:
+    """All slots, PIECE at a time."""
+    return (slice(first, min(slots, first + PIECE)) for first in range(0, slots, PIECE))
 
 
 @overload

@@ -10,7 +10,9 @@ remove   see `taking.py`; who is removed for want of room, `allocation.py`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, PathLock, lock_path
 from light_mem.index.lookup import Lookup
 from light_mem.index.order import EvictionOrder
 from light_mem.index.putting import Putting
-from light_mem.index.replica import SpaceReplica
+from light_mem.index.replica import ScanNeeded, SpaceReplica
 from light_mem.index.retention import Retention
 from light_mem.index.runs import Run
 from light_mem.index.taking import Taking
@@ -69,13 +71,14 @@ class ShardIndex:
         self._taking = Taking(
             file, shard, lookup, self._chains, self._space, self.retention, self.leases
         )
+        self._order = EvictionOrder(self._tags, self.uses, self.entries["keep"], self.leases.slots)
         self._allocator = Allocator(
             self.control,
             self.entries,
             page_bytes,
             self._chains,
             self._space,
-            EvictionOrder(self._tags, self.uses, self.entries["keep"], self.leases.slots),
+            self._order,
             self._taking,
             self.retention,
             self.leases,
@@ -89,6 +92,7 @@ class ShardIndex:
         self,
         timeout: float = LOCK_TIMEOUT_SECONDS,
         within: Within | None = None,
+        scan: bool = True,
     ) -> ShardChange:
         """Hold the shard's lock and have its state at hand; raises LockTimeoutError.
 
@@ -97,10 +101,25 @@ class ShardIndex:
         Yields whether the shard had to be put in order: then some slots that are free now may
         still have records. An exception inside leaves the dirty mark: the next holder then puts
         things in order, exactly as after a death.
+
+        `scan=False`: nothing in this hold goes over all entries of the shard, which takes
+        milliseconds. Where the shard must be put in order, or this process knows too little of its
+        free space, it raises ScanNeeded, and the shard is as it was; also inside, where damage is
+        met, and then the next holder puts it in order.
         """
-        return ShardChange(self._lock, self._begin, self._end, timeout, within)
+        begin = self._begin if scan else self._begin_at_hand
+        return ShardChange(self._lock, begin, self._end, timeout, within)
+
+    def _begin_at_hand(self) -> bool:
+        if self._control.dirty or not self._space.is_near:
+            raise ScanNeeded
+        return self._enter(scan=False)
 
     def _begin(self) -> bool:
+        return self._enter(scan=True)
+
+    def _enter(self, scan: bool) -> bool:
+        self._space.may_scan = scan
         self._space.unmarked = []
         self.leases.forget()
         self._allocator.begin()
@@ -161,9 +180,11 @@ class ShardIndex:
 
     # --- room ------------------------------------------------------------------------------------
 
-    def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
+    def allocate(
+        self, slots: int, evicted: list[int], evict: bool = True, scan: bool = True
+    ) -> Allocation | None:
         """Room for one block; see `Allocator.allocate`."""
-        return self._allocator.allocate(slots, evicted, evict)
+        return self._allocator.allocate(slots, evicted, evict, scan)
 
     def allocate_many(
         self, lengths: list[int], evicted: list[int], evict: bool = True
@@ -182,6 +203,25 @@ class ShardIndex:
     def take(self, runs: list[Run]) -> Allocation:
         """Exactly these free slots; see `Allocator.take`."""
         return self._allocator.take(runs)
+
+    # --- preparing what must not scan ------------------------------------------------------------
+
+    @property
+    def is_near(self) -> bool:
+        """Whether `change(scan=False)` would not refuse for want of knowledge of the free space.
+        Any thread, without the lock: a hint."""
+        return self._space.is_near
+
+    @property
+    def is_running_low(self) -> bool:
+        """Whether few blocks are left that a hold which must not scan can evict."""
+        return self._order.is_running_low
+
+    def sorting(self) -> Callable[[], bool]:
+        """What sorts out the blocks to be evicted by holds that must not scan; to be called when
+        this hold has ended, in any thread, one at a time. It returns whether there are any."""
+        # Both as of this hold: nobody is in the middle of publishing a block with an earlier time.
+        return partial(self._order.sort_out, frozenset(self.leases.slots()), time.time_ns())
 
     # --- writing a block -------------------------------------------------------------------------
 

@@ -127,7 +127,11 @@ class Taking:
             self.free_tags([slot] if runs is None else [start for start, _ in runs])
 
     def put_in_order(self) -> None:
-        """Chains, counts and free space anew from the entries; what makes no sense is freed."""
+        """Chains, counts and free space anew from the entries; what makes no sense is freed.
+
+        In a hold that must not scan it raises ScanNeeded, which leaves it to the next holder.
+        """
+        self._space.check_scan()
         self._control.dirty = fmt.RELINKING  # before the first chain is touched
         sound = sound_blocks(self._entries, self._page_bytes)
         wrong = fmt.states_of(self._tags) != fmt.FREE
