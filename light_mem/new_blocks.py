@@ -92,7 +92,7 @@ class FewBlocks(NewBlocks):
         self._shapes = [layout.shape_of(at) for at in range(len(hashes))]
         writes = mode == WRITE
         lengths = [nbytes for _, _, nbytes in self._shapes] if writes else None
-        self._entries = engine.find_few(keys, lengths)
+        self._entries = engine.lookup.find_mixed(keys, lengths)
         self._is_done = [(entry >= 0) is writes for entry in self._entries]
         self._order = [at for at, is_done in enumerate(self._is_done) if not is_done]
         self.done = self.count - len(self._order)

@@ -31,7 +31,7 @@ from light_mem.index.ages import AgeBucket, by_age
 from light_mem.index.description import Geometry
 from light_mem.index.file import IndexFile, IndexUnusable
 from light_mem.index.format import CHANGING, INDEX_VERSION
-from light_mem.index.keys import KeyArray, MixedKeys
+from light_mem.index.keys import KeyArray
 from light_mem.index.leases import Leases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.lookup import Lookup
@@ -123,20 +123,6 @@ class OpenStore:
             stored = self._index.entries["nbytes"][entries[found]]
             entries[found[stored != nbytes[found].astype(np.uint64)]] = -1
         return entries
-
-    def find_few(self, keys: MixedKeys, nbytes: Sequence[int] | None = None) -> list[int]:
-        """`find_entries` for a few keys, by loops; counts as use. Any thread."""
-        find, nbytes_of = self.lookup.find_one, self.lookup.nbytes_of
-        found = [
-            find(low, high, mixed=mixed)
-            for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True)
-        ]
-        if nbytes is None:
-            return found
-        return [
-            entry if entry < 0 or nbytes_of(entry) == wanted else -1
-            for entry, wanted in zip(found, nbytes, strict=True)
-        ]
 
     def is_stored(self, low: int, high: int, nbytes: int) -> bool:
         """Whether a block of this key and length is stored; not counted as use. Any thread."""

@@ -105,8 +105,8 @@ class WriteNow:
                 file.write_records([written])
                 index.publish([written], [mixed], now)
                 if ahead is not None:
-                    low = bool(evicted) and index.is_running_low
-                    ahead.wrote(shard, index.sorting() if low else None)
+                    is_low = bool(evicted) and index.is_running_low
+                    ahead.wrote(shard, index.sorting() if is_low else None)
         if not engine.is_closed:  # by this very thread: the record may be another's by now
             self._intents.announce(shard, [])
         if failure is not None:

@@ -22,7 +22,7 @@ from light_mem.index import keys as keymath
 from light_mem.index import retention
 from light_mem.index.file import IndexFile
 from light_mem.index.format import CONTROL, ENTRY, EXTENT, LIVE, STATE_MASK
-from light_mem.index.keys import KeyArray
+from light_mem.index.keys import KeyArray, MixedKeys
 from light_mem.index.runs import Run
 
 MAX_CHAIN = 4096  # steps; chains are a few entries long, a longer one is damage
@@ -109,6 +109,21 @@ class Lookup:
     ) -> list[int]:
         """`find` for keys as Python ints: (low, high) each."""
         return [self.find_one(low, high, touch, expired) for low, high in keys]
+
+    def find_mixed(self, keys: MixedKeys, nbytes: Sequence[int] | None = None) -> list[int]:
+        """`find` for keys of a short batch; counts as use. `nbytes`: a block of another length does
+        not count."""
+        find = self.find_one
+        found = [
+            find(low, high, mixed=mixed)
+            for (low, high), mixed in zip(keys.pairs, keys.mixed, strict=True)
+        ]
+        if nbytes is None:
+            return found
+        return [
+            entry if entry < 0 or self.nbytes_of(entry) == wanted else -1
+            for entry, wanted in zip(found, nbytes, strict=True)
+        ]
 
     def _walk(
         self,
