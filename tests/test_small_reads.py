@@ -49,17 +49,17 @@ def test_what_is_longer_than_the_limit_is_left_to_the_workers(stored: Rig) -> No
 
 
 def test_more_than_a_few_blocks_are_left_to_the_workers(stored: Rig) -> None:
-    regions = [(20 * PAGE + 200 * n, 100) for n in range(5)]
+    regions = [(20 * PAGE + 200 * n, 100) for n in range(17)]
     go_on(stored)
-    names = [f"short {n}" for n in range(5)]
+    names = [f"short {n}" for n in range(17)]
     assert stored.service.create_regions("write", names, regions).wait(WAIT)
     os.kill(stored.service.worker_pids[0], signal.SIGSTOP)
-    assert stored.service.create_regions("read", names[:4], regions[:4]).ready()
+    assert stored.service.create_regions("read", names[:16], regions[:16]).ready()
     task = stored.service.create_regions("read", names, regions)
     assert not task.ready()
     go_on(stored)
     assert task.wait(WAIT)
-    assert task.state() == [State.Finished] * 5
+    assert task.state() == [State.Finished] * 17
 
 
 def test_what_is_not_in_the_page_cache_is_left_to_the_workers(stored: Rig, tmp_path: Path) -> None:
