@@ -47,7 +47,7 @@ log = logging.getLogger("light_mem")
 
 DEFAULT_MAX_BLOCKS = 65536
 # Each block costs some 20 us whatever its length, each page or region is a Python object: what has
-# more of them had better be queued. (16 blocks of 64 KiB are read here in 400 us, by workers in 680.)
+# more of them had better be queued. (16 blocks of 64 KiB take 400 us here, and workers 680.)
 _SMALL_READ_BLOCKS = 16
 _SMALL_PIECES = 256
 

@@ -140,3 +140,51 @@ def test_its_thread_ends_with_it_and_scans_nothing_more() -> None:
     ahead.start()  # too late
     ahead.refused(2)
     assert len(made) == 1
+
+
+def test_what_goes_wrong_in_one_shard_keeps_no_other_from_being_scanned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scans = Scans(monkeypatch, ValueError("damage"))
+    scans.ahead.refused(1)
+    scans.ahead.refused(2)
+    scans.ahead.start()
+    assert scans.settle() == [1, 2]
+    scans.clock.now += MOST_SECONDS
+    scans.ahead.refused(1)
+    assert scans.settle() == [1]
+    scans.ahead.close()
+
+
+def _ends(ahead: ScansAhead) -> bool:
+    thread = ahead._thread._first["it"]
+    assert thread is not None
+    thread.join(WAIT)
+    return not thread.is_alive()
+
+
+def test_its_thread_ends_although_it_closes_it_itself() -> None:
+    """As where a garbage collection in the middle of a scan finds a dropped service."""
+    ahead = ScansAhead(lambda _: ahead.close())
+    ahead.start()
+    ahead.refused(0)
+    assert _ends(ahead)
+
+
+def test_its_thread_ends_after_a_scan_that_nobody_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scans_ahead, "LOCK_TIMEOUT_SECONDS", 0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_: int) -> None:
+        begun.set()
+        go_on.wait(WAIT)
+
+    ahead = ScansAhead(slow)
+    ahead.start()
+    ahead.refused(0)
+    assert begun.wait(WAIT)
+    ahead.close()
+    go_on.set()
+    assert _ends(ahead)

@@ -102,6 +102,7 @@ def test_one_missing_block_leaves_the_others_to_the_workers(stored: Rig) -> None
     stored.blank([20, 21])
     task = stored.service.create("read", [3, 99], [20, 21])
     assert task.state()[1] is State.Aborted
+    assert stored.is_blank([20])  # nothing is copied before all were found
     assert stored.is_blank([21])
     go_on(stored)
     assert task.wait(WAIT)

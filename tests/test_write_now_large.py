@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from light_mem.engine import open_store
 from light_mem.engine.base import Outcome
 from light_mem.engine.local import LocalStorageEngine
 from light_mem.engine.write_now import WriteNow
 from light_mem.index import keys as keymath
 from light_mem.index import order as order_module
 from light_mem.index import retention
-from light_mem.index.format import KEEP_PINNED, LIVE
-from light_mem.index.replica import NEAR_CHANGES, SpaceReplica
+from light_mem.index.allocation import MOST_EVICTED
+from light_mem.index.format import JOURNAL_LENGTH, KEEP_PINNED, LIVE
+from light_mem.index.replica import NEAR_CHANGES, SpaceReplica, free_runs
 from light_mem.index.retention import Retention
+from light_mem.index.space import FreeRuns
 from light_mem.index.taking import Taking
 from tests.engine_helpers import Block, Rig, assert_consistent, open_local
 
@@ -251,3 +254,88 @@ def test_the_least_recently_used_block_goes_whatever_other_processes_do(
     assert_consistent(index)
     other.close()
     engine.close()
+
+
+def test_a_shard_whose_free_space_is_in_many_pieces_is_not_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To note them all would stop the server's other threads."""
+    monkeypatch.setattr(open_store, "MOST_RUNS", 3)
+    rig = Rig(open_local(tmp_path / "store", 32))
+    other = open_local(tmp_path / "store", 32)
+    blocks = [Block(key) for key in range(32)]
+    Rig(other).write(*blocks)
+    engine = rig.engine
+    assert isinstance(engine, LocalStorageEngine)
+    engine.prepare()
+    assert engine.prepare_shard(0)
+    for freed, is_prepared in ((1, True), (4, False)):
+        Rig(other).delete(*blocks[: 2 * freed : 2])
+        with other.change(0) as (index, _):  # further than the journal reaches
+            index.control["epoch"] += JOURNAL_LENGTH + 1
+        assert engine.prepare_shard(0) is is_prepared
+        assert not engine._index.control["dirty"][0]
+        assert engine.is_near(0) is is_prepared
+    with engine.change(0) as (index, _):
+        assert index.has_room(1)
+        assert not index.has_room(2)
+    assert_consistent(engine._index)
+    for each in (other, engine):
+        each.close()
+
+
+def test_a_write_that_would_evict_many_blocks_is_left_to_the_workers(tmp_path: Path) -> None:
+    pages = 2 * MOST_EVICTED
+    rig = Rig(open_local(tmp_path / "store", pages, block_pages=pages))
+    engine = rig.engine
+    assert isinstance(engine, LocalStorageEngine)
+    rig.write(*[Block(key) for key in range(pages)])
+    engine.prepare()
+    few, many = Block(1000, MOST_EVICTED), Block(1001, pages)
+    [block] = rig._batch([few], fill=True)
+    assert engine.write_now(block) is Outcome.STORED
+    before = engine.stats()["evictions"]
+    rig.write(*[Block(key) for key in range(pages)])
+    before = engine.stats()["evictions"]
+    [block] = rig._batch([many], fill=True)
+    assert engine.write_now(block) is None
+    assert engine.stats()["evictions"] - before <= MOST_EVICTED
+    assert_consistent(engine._index)
+    assert rig.write(many) == [(Outcome.COPIED, Outcome.STORED)]
+    assert rig.read(many) == [Outcome.LOADED]
+    engine.close()
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_free_space_is_read_anew_after_a_replay_that_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The hold ends as it began, and what was replayed by then must not be replayed again."""
+    rig = Rig(open_local(tmp_path / "store", 32))
+    other = Rig(open_local(tmp_path / "store", 32))
+    rig.write(Block(100))
+    for key in range(0, 16, 2):
+        other.write(Block(key), Block(key + 1))
+        other.delete(Block(key))
+    engine = rig.engine
+    assert isinstance(engine, LocalStorageEngine)
+    calls = 0
+    remove = FreeRuns.remove
+
+    def interrupted(self: FreeRuns, start: int, length: int) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise KeyboardInterrupt
+        return remove(self, start, length)
+
+    with monkeypatch.context() as once:
+        once.setattr(FreeRuns, "remove", interrupted)
+        with pytest.raises(KeyboardInterrupt), engine.change(0):
+            pass
+    assert calls == at + 1
+    with engine.change(0) as (index, _):
+        assert index._space.runs.runs() == free_runs(index.entries).runs()
+    assert_consistent(engine._index)
+    for each in (rig, other):
+        each.engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -81,13 +82,13 @@ class OpenShards:
         return self._files
 
     def change(
-        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS, scan: bool = True
+        self, shard: int, timeout: float = LOCK_TIMEOUT_SECONDS, most_runs: float = math.inf
     ) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
         """Change a shard, under its lock; raises LockTimeoutError, StoreFormatError and
         StoreFullError (see `file`), OSError, and ServiceClosedError once the store was left. What
-        is taken out of the index must be cleared from the records before this ends. `scan`: see
-        `ShardIndex.change`."""
-        return _Change(self, shard, timeout, scan)
+        is taken out of the index must be cleared from the records before this ends. `most_runs`:
+        see `ShardIndex.change`."""
+        return _Change(self, shard, timeout, most_runs)
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard, to be used under its lock."""
@@ -152,15 +153,16 @@ class OpenShards:
 class _Change(AbstractContextManager["tuple[ShardIndex, ShardFile]"]):
     """See `OpenShards.change`. No generator: one costs 1 us, several after a copy."""
 
-    __slots__ = ("_change", "_open", "_scan", "_shard", "_timeout")
+    __slots__ = ("_change", "_most_runs", "_open", "_shard", "_timeout")
 
-    def __init__(self, shards: OpenShards, shard: int, timeout: float, scan: bool) -> None:
-        self._open, self._shard, self._timeout, self._scan = shards, shard, timeout, scan
+    def __init__(self, shards: OpenShards, shard: int, timeout: float, most_runs: float) -> None:
+        self._open, self._shard = shards, shard
+        self._timeout, self._most_runs = timeout, most_runs
 
     def __enter__(self) -> tuple[ShardIndex, ShardFile]:
         shards = self._open
         index, file = shards.index(self._shard), shards.file(self._shard)
-        change = self._change = index.change(self._timeout, shards._fence, self._scan)
+        change = self._change = index.change(self._timeout, shards._fence, self._most_runs)
         try:
             if change.__enter__():
                 # The holder that died may have taken blocks out and not cleared their records: an

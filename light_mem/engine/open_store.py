@@ -36,6 +36,7 @@ from light_mem.index.leases import Leases
 from light_mem.index.locks import LOCK_TIMEOUT_SECONDS, SHORT_SECONDS
 from light_mem.index.lookup import Lookup
 from light_mem.index.owners import Owner, OwnerInfo, Owners
+from light_mem.index.replica import MOST_RUNS, ScanNeeded
 from light_mem.logs import Limited
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class OpenStore:
 
     def change_at_hand(self, shard: int) -> AbstractContextManager[tuple[ShardIndex, ShardFile]]:
         """`change` that waits for nothing and scans nothing; see `ShardIndex.change`."""
-        return self._open.change(shard, timeout=0, scan=False)
+        return self._open.change(shard, timeout=0, most_runs=0)
 
     def file(self, shard: int) -> ShardFile:
         """A shard's files; see `OpenShards.file`. Any thread."""
@@ -161,10 +162,12 @@ class OpenStore:
 
     def prepare_shard(self, shard: int) -> bool:
         """Scan an open shard for `write_now`: free space under its lock, order of use without it.
-        Returns whether blocks to evict are at hand. One thread; raises as `change`, SHORT_SECONDS.
-        """
-        with self.change(shard, SHORT_SECONDS) as (index, _):
-            sort_out = index.sorting()
+        Whether blocks to evict are at hand. One thread; raises as `change`, SHORT_SECONDS."""
+        try:
+            with self._open.change(shard, SHORT_SECONDS, MOST_RUNS) as (index, _):
+                sort_out = index.sorting()
+        except ScanNeeded:
+            return False
         return sort_out()
 
     def drop_damaged(

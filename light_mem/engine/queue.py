@@ -67,19 +67,21 @@ class TaskQueue(QueueLock):
         `publish` makes them INITIAL; it runs while nobody can claim or abort them. Raises
         ServiceClosedError when there will be no worker for them.
         """
-        with self.held():
-            if self._table.shutdown:  # asked under the lock: who shuts down aborts what is queued
-                raise ServiceClosedError("the service is closed")
-            self._append(cells, mode)
-            publish()
-            if bool(self._table.header["shutdown"][0]):
-                # The service was shut down without waiting for this hold to end: no worker will do
-                # these blocks.
-                self._abort_waiting(None)
-            count = len(cells)
-            if not self._has_cores:
-                self._table.to_wake, count = max(self._table.to_wake, count - 1), 1
-        self._table.futex.wake(self._table.work_word, count)
+        count = len(cells)
+        try:
+            with self.held():
+                if self._table.shutdown:  # under the lock: who shuts down aborts what is queued
+                    raise ServiceClosedError("the service is closed")
+                self._append(cells, mode)
+                publish()
+                if bool(self._table.header["shutdown"][0]):
+                    # The service was shut down without waiting for this hold to end: no worker will
+                    # do these blocks.
+                    self._abort_waiting(None)
+                if not self._has_cores:
+                    self._table.to_wake, count = max(self._table.to_wake, count - 1), 1
+        finally:  # a signal may raise once they are queued
+            self._table.futex.wake(self._table.work_word, count)
 
     def wake_others(self) -> None:
         """Wake the other workers: whoever queued blocks may have woken only this one, and left the

@@ -8,6 +8,7 @@ they become rare.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -19,6 +20,8 @@ from light_mem.index.locks import LOCK_TIMEOUT_SECONDS
 # Seconds between two scans of a shard: so many times what one took, at least; and at most, of a
 # shard in which nothing was written since the last one.
 PART, MOST_SECONDS = 10, 60.0
+
+log = logging.getLogger("light_mem")
 
 Scan = Callable[[], object]
 
@@ -60,9 +63,12 @@ class ScansAhead:
             self.refused(shard, scan)
 
     def _run(self) -> None:
+        queue = self._queue  # `close` replaces it
         while True:
-            shard, scan = self._queue.get()
-            if self._closed:
+            if self._is_over():  # closed by this very thread, in a finalizer: nobody wakes it
+                return
+            shard, scan = queue.get()
+            if self._is_over():
                 return
             started = time.monotonic()
             try:
@@ -72,6 +78,8 @@ class ScansAhead:
                     scan()
             except (LockTimeoutError, OSError, StoreFormatError, ServiceClosedError):
                 pass  # the worker that writes the block says what is wrong
+            except Exception as error:  # the next shards are scanned all the same
+                log.warning("shard %d could not be scanned: %r", shard, error)
             scan = None  # it holds the mapped index
             ended = time.monotonic()
             pause = PART * (ended - started)
@@ -81,6 +89,9 @@ class ScansAhead:
             self._not_before[shard] = ended + pause
             self._written.discard(shard)
             self._wanted.discard(shard)  # last: now it may be wanted again
+
+    def _is_over(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """When this returns the thread has ended; unless it needs what the caller holds further

@@ -60,8 +60,15 @@ class SmallReads(InServer):
             started = time.perf_counter_ns()
             moved = 0
             try:
+                # All are looked for before the first is copied: often the last is not stored.
+                located: list[Location] = []
                 for block in blocks:
-                    if not self._load(block):
+                    where = self._locate(block)
+                    if where is None:
+                        return False
+                    located.append(where)
+                for block, where in zip(blocks, located, strict=True):
+                    if not self._load(block, where):
                         return False
                     moved += block.nbytes
             except BlockingIOError:
@@ -77,14 +84,20 @@ class SmallReads(InServer):
             self._count(len(blocks), moved, started)
             return True
 
-    def _load(self, block: BlockIO) -> bool:
+    def _locate(self, block: BlockIO) -> Location | None:
+        """Where a block lies; None: it is not stored with that length, or not in the page cache."""
         low, high, place = block
-        lookup = self._lookup
-        entry = lookup.find_one(low, high)
-        where = lookup.locate(entry, low, high) if entry >= 0 else None
-        nbytes = place.nbytes
-        if where is None or where.nbytes != nbytes:
-            return False
+        entry = self._lookup.find_one(low, high)
+        where = self._lookup.locate(entry, low, high) if entry >= 0 else None
+        if where is None or where.nbytes != place.nbytes:
+            return None
+        file, page_bytes = self._engine.file(where.shard), self._engine.geometry.page_bytes
+        parts = cut_at_runs(where.runs, where.nbytes, page_bytes)
+        return where if all(file.is_cached(run, end - start) for run, start, end in parts) else None
+
+    def _load(self, block: BlockIO, where: Location) -> bool:
+        low, high, place = block
+        lookup, nbytes = self._lookup, place.nbytes
         if len(where.runs) == 1 and has_small_rows(place) and len(place.numbers) > 1:
 
             def fill(piece: Bytes1D) -> bool:
@@ -115,10 +128,7 @@ class SmallReads(InServer):
         return True
 
     def _read_run(self, where: Location, run: Run, parts: list[Bytes1D], nbytes: int) -> bool:
-        file = self._engine.file(where.shard)
-        if not file.is_cached(run, nbytes):
-            return False
-        descriptor, at, _ = file.span(run, nbytes)
+        descriptor, at, _ = self._engine.file(where.shard).span(run, nbytes)
         buffers = cast("list[Buffer]", parts)
         return os.preadv(descriptor, buffers, at, os.RWF_NOWAIT) == nbytes
 

@@ -83,7 +83,7 @@ class WriteNow:
             if index.retention.is_due() and not index.has_room(slots):
                 return None
             evicted: list[int] = []
-            where = index.allocate(slots, evicted, engine.evicts, may_scan)
+            where = index.allocate_at_hand(slots, evicted, engine.evicts, may_scan)
             if where is not None:
                 self._intents.announce(shard, [where.slot])
             if evicted:

@@ -6,6 +6,7 @@ Used under the shard's lock. What is allocated is the caller's only after it was
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from light_mem.index.taking import Taking
 
 # A block in more runs than this costs its reader more than evicting one block further does.
 MAX_PIECES = 8
+MOST_EVICTED = 32  # by who must not take long: each takes some 20 us
 
 
 class Allocation(NamedTuple):
@@ -75,21 +77,30 @@ class Allocator:
                 kept += min(self._retention.slots_at(slot), limit)
         return len(self._entries) - kept
 
-    def allocate(
-        self, slots: int, evicted: list[int], evict: bool = True, scan: bool = True
-    ) -> Allocation | None:
+    def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
         """Take room for one block, evicting where needed: expired blocks, then the least recently
         used ones, never pinned or leased ones.
 
         `evict=False`: only free room, in as many pieces as it takes; None when there is too little.
-        `scan=False`: None also where a walk over all entries might find room; blocks may have been
-        evicted by then, the oldest ones.
 
         The first slots of evicted blocks are appended to `evicted`: the caller clears their
         records before anything is copied. None: what is not free is being written, or the block
         has more than `most_slots`; then nothing is evicted for it. The room is the caller's only
         after `mark`.
         """
+        return self._allocate(slots, evicted, evict, scan=True, most=math.inf)
+
+    def allocate_at_hand(
+        self, slots: int, evicted: list[int], evict: bool, scan: bool
+    ) -> Allocation | None:
+        """`allocate` for who must not take long. None also where more than MOST_EVICTED blocks
+        would have to go, or, with `scan=False`, where a walk over all entries might find room.
+        Blocks may have been evicted by then, the oldest ones."""
+        return self._allocate(slots, evicted, evict, scan, MOST_EVICTED)
+
+    def _allocate(
+        self, slots: int, evicted: list[int], evict: bool, scan: bool, most: float
+    ) -> Allocation | None:
         if slots > len(self._entries):
             return None
         is_possible = False
@@ -120,6 +131,8 @@ class Allocator:
             if not is_possible and slots > self.most_slots():
                 return None
             is_possible = True
+            if len(evicted) >= most:
+                return None
             victim = self._order.oldest() if scan else self._order.oldest_at_hand()
             if victim is None:
                 if not scan:

@@ -7,6 +7,7 @@ entries instead. Used under the shard's lock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,6 +21,9 @@ from light_mem.index.space import FreeRuns
 
 # Changes that a hold which must not take long replays at most: some 6 us each.
 NEAR_CHANGES = 128
+# Free runs that are noted by a thread of the server, whose other threads stand still meanwhile:
+# some 2 ms for so many.
+MOST_RUNS = 4096
 
 
 class ScanNeeded(Exception):
@@ -27,8 +31,9 @@ class ScanNeeded(Exception):
     `ShardIndex.change`. It never leaves the engine."""
 
 
-def free_runs(entries: Table) -> FreeRuns:
-    """The runs of slots that entries, ENTRY [n], leave free."""
+def free_runs(entries: Table, most: float = math.inf) -> FreeRuns:
+    """The runs of slots that entries, ENTRY [n], leave free; raises ScanNeeded for more than `most`
+    of them."""
     found = [(piece.start, *occupied_runs(entries[piece])) for piece in pieces(len(entries))]
     starts = np.concatenate([first + part for first, part, _ in found])
     lengths = np.concatenate([part for _, _, part in found])
@@ -36,6 +41,8 @@ def free_runs(entries: Table) -> FreeRuns:
     ends = np.maximum.accumulate(np.concatenate(([0], starts + lengths)))
     gaps = np.concatenate((starts, [len(entries)])) - ends
     free = np.flatnonzero(gaps > 0)
+    if free.size > most:
+        raise ScanNeeded
     return FreeRuns.of_gaps(ends[free].tolist(), gaps[free].tolist())
 
 
@@ -49,7 +56,8 @@ class SpaceReplica:
         self._runs: FreeRuns | None = None
         self._epoch = -1
         self._held_from = -1  # the epoch at which this hold began
-        self.may_scan = True  # whether this hold may go over all entries
+        # How many free runs this hold may find by going over all entries; 0: it must not.
+        self.most_runs = math.inf
         # Allocated in this hold and not marked yet: the entries do not show them.
         self.unmarked: list[Run] = []
 
@@ -66,7 +74,7 @@ class SpaceReplica:
 
     def check_scan(self) -> None:
         """All entries are about to be gone over; raises ScanNeeded where this hold must not."""
-        if not self.may_scan:
+        if not self.most_runs:
             raise ScanNeeded
 
     def begin(self) -> None:
@@ -85,6 +93,7 @@ class SpaceReplica:
         if runs is None or not 0 <= epoch - self._epoch <= fmt.JOURNAL_LENGTH:
             self.read()
             return
+        self._runs = None  # until all is replayed: an exception leaves none, rather than wrong ones
         for at in range(self._epoch, epoch):
             record = int(self._journal[at % fmt.JOURNAL_LENGTH])
             start, length = record >> 32, record & fmt.JOURNAL_LENGTH_MASK
@@ -94,15 +103,17 @@ class SpaceReplica:
                 self.read()
                 return
         self._epoch = epoch
+        self._runs = runs
 
     def read(self) -> None:
         """Read the entries instead of the journal."""
+        self._runs = None
         self.check_scan()
-        runs = free_runs(self._entries)
+        runs = free_runs(self._entries, self.most_runs)
         for start, length in self.unmarked:
             runs.remove(start, length)
-        self._runs = runs
         self._epoch = self._control.epoch
+        self._runs = runs  # last: an exception before leaves none
 
     def put_back(self, runs: Iterable[Run]) -> bool:
         """Runs are free again, and nobody has been told that they were taken; False: damage."""

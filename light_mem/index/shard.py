@@ -10,6 +10,7 @@ remove   see `taking.py`; who is removed for want of room, `allocation.py`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence, Set
 from functools import partial
@@ -92,7 +93,7 @@ class ShardIndex:
         self,
         timeout: float = LOCK_TIMEOUT_SECONDS,
         within: Within | None = None,
-        scan: bool = True,
+        most_runs: float = math.inf,
     ) -> ShardChange:
         """Hold the shard's lock and have its state at hand; raises LockTimeoutError.
 
@@ -102,33 +103,30 @@ class ShardIndex:
         still have records. An exception inside leaves the dirty mark: the next holder then puts
         things in order, exactly as after a death.
 
-        `scan=False`: nothing in this hold goes over all entries of the shard, which takes
+        `most_runs=0`: nothing in this hold goes over all entries of the shard, which takes
         milliseconds. Where the shard must be put in order, or this process knows too little of its
         free space, it raises ScanNeeded, and the shard is as it was; also inside, where damage is
-        met, and then the next holder puts it in order.
+        met, and then the next holder puts it in order. Another number: entries may be gone over,
+        but where more free runs are found it raises the same; to note them takes longer.
         """
-        begin = self._begin if scan else self._begin_at_hand
+        begin = self._begin if most_runs == math.inf else partial(self._begin_within, most_runs)
         return ShardChange(self._lock, begin, self._end, timeout, within)
 
-    def _begin_at_hand(self) -> bool:
-        if self._control.dirty or not self._space.is_near:
+    def _begin_within(self, most_runs: float) -> bool:
+        if self._control.dirty or not (most_runs or self._space.is_near):
             raise ScanNeeded
-        return self._enter(scan=False)
+        return self._begin(most_runs)
 
-    def _begin(self) -> bool:
-        return self._enter(scan=True)
-
-    def _enter(self, scan: bool) -> bool:
-        self._space.may_scan = scan
+    def _begin(self, most_runs: float = math.inf) -> bool:
+        self._space.most_runs = most_runs
         self._space.unmarked = []
         self.leases.forget()
         self._allocator.begin()
         recovered = bool(self._control.dirty)
         if recovered:
             self.put_in_order()
-        else:
-            self._control.dirty = fmt.CHANGING
-        self._space.begin()
+        self._space.begin()  # it may refuse: then the shard is as it was
+        self._control.dirty = fmt.CHANGING
         return recovered
 
     def _end(self, is_whole: bool) -> None:
@@ -180,11 +178,15 @@ class ShardIndex:
 
     # --- room ------------------------------------------------------------------------------------
 
-    def allocate(
-        self, slots: int, evicted: list[int], evict: bool = True, scan: bool = True
-    ) -> Allocation | None:
+    def allocate(self, slots: int, evicted: list[int], evict: bool = True) -> Allocation | None:
         """Room for one block; see `Allocator.allocate`."""
-        return self._allocator.allocate(slots, evicted, evict, scan)
+        return self._allocator.allocate(slots, evicted, evict)
+
+    def allocate_at_hand(
+        self, slots: int, evicted: list[int], evict: bool, scan: bool
+    ) -> Allocation | None:
+        """Room for one block without taking long; see `Allocator.allocate_at_hand`."""
+        return self._allocator.allocate_at_hand(slots, evicted, evict, scan)
 
     def allocate_many(
         self, lengths: list[int], evicted: list[int], evict: bool = True
@@ -208,7 +210,7 @@ class ShardIndex:
 
     @property
     def is_near(self) -> bool:
-        """Whether `change(scan=False)` would not refuse for want of knowledge of the free space.
+        """Whether `change(most_runs=0)` would not refuse for want of knowledge of the free space.
         Any thread, without the lock: a hint."""
         return self._space.is_near
 
