@@ -26,7 +26,7 @@ from light_mem.errors import LockTimeoutError, ServiceClosedError, StoreFormatEr
 # four times as many). In larger shards the caller does not wait for it.
 MAX_SCANNED_SLOTS = 16384
 # What the thread that scans does under the shard's lock takes 3 ms for each 131,072 slots at most
-# (measured, one slot a block), unless much is free in short pieces.
+# (measured, one slot a block; see also `replica.MOST_RUNS`).
 MAX_SLOTS = 1 << 22
 SLOW_NS = 5_000_000
 PAUSE_NS = 1_000_000_000  # after a slow one
