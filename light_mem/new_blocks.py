@@ -37,13 +37,17 @@ class NewBlocks(ABC):
     use. A block is *done* when there is nothing to do: a write finds it stored, with the same
     length, or a read does not find it."""
 
-    def __init__(self, mode: int, layout: Layout) -> None:
+    done: int  # how many of them are
+
+    def __init__(
+        self, mode: int, hashes: list[HashValue], layout: Layout, engine: LocalStorageEngine
+    ) -> None:
+        """Look them up; raises InvalidArgumentError for what is no hash."""
+        self.count = len(hashes)  # H
         self._mode = mode
         self._layout = layout
+        self._num_shards = engine.geometry.shards
         self._final = FINISHED if mode == WRITE else ABORTED
-
-    count: int  # H
-    done: int  # how many of them are
 
     @abstractmethod
     def pages_already(self) -> list[int]:
@@ -85,9 +89,7 @@ class FewBlocks(NewBlocks):
     def __init__(
         self, mode: int, hashes: list[HashValue], layout: Layout, engine: LocalStorageEngine
     ) -> None:
-        super().__init__(mode, layout)
-        self.count = len(hashes)
-        self._num_shards = engine.geometry.shards
+        super().__init__(mode, hashes, layout, engine)
         self._keys = keys = MixedKeys.of(map(keymath.as_key, hashes))
         self._shapes = [layout.shape_of(at) for at in range(len(hashes))]
         writes = mode == WRITE
@@ -145,9 +147,7 @@ class ManyBlocks(NewBlocks):
     def __init__(
         self, mode: int, hashes: list[HashValue], layout: Layout, engine: LocalStorageEngine
     ) -> None:
-        super().__init__(mode, layout)
-        self.count = len(hashes)
-        self._num_shards = engine.geometry.shards
+        super().__init__(mode, hashes, layout, engine)
         self._keys = keymath.as_keys(hashes)
         self._mixed = keymath.mix(self._keys) if mode == WRITE else None
         lengths = layout.nbytes if mode == WRITE else None
