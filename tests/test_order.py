@@ -57,6 +57,17 @@ class Shard:
         self.use(slot)
         self.keeps[slot] &= np.uint32(KEEP_PINNED - 1)
 
+    def turn_pin(self, slot: int) -> None:
+        """Pin a block, or unpin one that is pinned."""
+        (self.unpin if self.keeps[slot] >> 31 else self.pin)(slot)
+
+    def turn_lease(self, slot: int) -> None:
+        """Lease a block, or end its lease."""
+        if slot in self.leased:
+            self.end_lease(slot)
+        else:
+            self.leased.add(slot)
+
     def end_lease(self, slot: int) -> None:
         self.use(slot)
         self.leased.discard(slot)
@@ -163,12 +174,9 @@ def test_the_order_is_exact_around_pins_and_leases(seed: int, slots: int) -> Non
         elif operation < 7:
             shard.use(slot)
         elif operation < 9:
-            (shard.unpin if shard.keeps[slot] >> 31 else shard.pin)(slot)
+            shard.turn_pin(slot)
         elif operation < 11:
-            if slot in shard.leased:
-                shard.end_lease(slot)
-            else:
-                shard.leased.add(slot)
+            shard.turn_lease(slot)
         elif slot not in shard.leased:  # a leased one would be HELD
             shard.drop(slot)
     assert passed_over
@@ -264,12 +272,9 @@ def test_batches_of_two_processes_are_exact_around_pins_and_leases(
         elif operation < 7:
             shard.use(slot)
         elif operation == 7:
-            (shard.unpin if shard.keeps[slot] >> 31 else shard.pin)(slot)
+            shard.turn_pin(slot)
         elif operation == 8:
-            if slot in shard.leased:
-                shard.end_lease(slot)
-            else:
-                shard.leased.add(slot)
+            shard.turn_lease(slot)
         elif slot not in shard.leased:
             shard.drop(slot)
 

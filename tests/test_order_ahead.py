@@ -123,10 +123,7 @@ def test_the_order_is_exact_whatever_happens_before_during_and_after(
         elif operation < 12:
             shard.use(slot)
         elif operation < 14:
-            (shard.unpin if shard.keeps[slot] >> 31 else shard.pin)(slot)
+            shard.turn_pin(slot)
         elif operation < 16:
-            if slot in shard.leased:
-                shard.end_lease(slot)
-            else:
-                shard.leased.add(slot)
+            shard.turn_lease(slot)
     assert given > 200

@@ -128,7 +128,7 @@ class OpenStore:
     def is_stored(self, low: int, high: int, nbytes: int) -> bool:
         """Whether a block of this key and length is stored; not counted as use. Any thread."""
         entry = self.lookup.find_one(low, high, touch=False)
-        return entry >= 0 and int(self._index.entries["nbytes"][entry]) == nbytes
+        return entry >= 0 and self.lookup.nbytes_of(entry) == nbytes
 
     # --- changes ---------------------------------------------------------------------------------
 

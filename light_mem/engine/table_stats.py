@@ -37,7 +37,7 @@ class ServiceNumbers(NamedTuple):
 
 def read_numbers(table: TaskTable) -> ServiceNumbers:
     """The numbers of a table now. Any process, any thread."""
-    used = int(table.header["workers"][0]) + 1  # a look at the others would take memory for them
+    used = table.num_workers + 1  # a look at the others would take memory for them
     workers = table.workers[:used]
     counters = {name: int(workers[name].sum()) for name in WORKER_COUNTERS}
     for name in _LANE_COUNTERS:  # `missing`: some were so at `create`, some when a worker came

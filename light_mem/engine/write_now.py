@@ -45,7 +45,7 @@ class WriteNow:
         STORED, or PRESENT, which counts as use. None: not done, for want of room, because one of
         another length is stored, or because it would take long: the shard is not open yet, is to
         be put in order, or has no room before expired blocks are taken out. With `ahead` this call
-        goes over all entries of a shard for nothing: where it would have to, it tells `ahead`.
+        never goes over all entries of a shard: where it would have to, it tells `ahead`.
         """
         engine = self._engine
         low, high, place = block
